@@ -1,0 +1,48 @@
+"""Fixtures that all tests share; runs before any test imports jax."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The tests run on one CPU device, whatever the machine and the user's settings: their golden
+# numbers hold in float32 on a CPU. Tests of several devices start processes of their own.
+os.environ["JAX_PLATFORMS"] = "cpu"
+for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden data: MEANFLOW_GOLDEN, else tests/golden."""
+    return Path(os.environ.get("MEANFLOW_GOLDEN") or ROOT / "tests" / "golden")
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Function that runs Python in a process of its own, in the project's folder.
+
+    `run_python(code, devices=8)` runs a piece of source text, `run_python(["main.py", "--x=1"])`
+    a command line; `devices` is the number of CPU devices that jax sees. Returns the
+    CompletedProcess with text output; a failure fails the test unless check=False.
+    """
+
+    def run(code, devices=8, timeout=300, env=None, check=True):
+        arguments = ["-c", code] if isinstance(code, str) else [str(word) for word in code]
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
