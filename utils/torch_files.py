@@ -1,0 +1,390 @@
+"""Reads files written by `torch.save` and `torch.jit.save`, without torch.
+
+Such a file is a pickle beside raw storages, either as members of a zip archive (`torch.save`
+since 1.6, TorchScript) or one after the other in a stream (the legacy form). A pickle may call
+any function of the reader's Python, so only the names listed here are known, each stands for a
+record of our own that does nothing but hold its arguments, and every other name is refused.
+Tensors become numpy arrays, modules and ordered dictionaries plain dictionaries.
+"""
+
+import io
+import math
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
+    "UntypedStorage": np.uint8,
+}
+# Types without a storage class of their own; the tensor record names them instead.
+_DTYPES = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint64": np.uint64,
+    "uint32": np.uint32,
+    "uint16": np.uint16,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+}
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class _RefusedError(ValueError):
+    """A message that is already complete: not to be wrapped as damage."""
+
+
+def load(path):
+    """What `torch.save` or `torch.jit.save` stored, as nested dict, list, tuple and numpy arrays.
+
+    Arrays have the shape and the strides of their tensors, in native byte order, and may be
+    read-only views that share memory; bfloat16 and float8 have the dtypes of `ml_dtypes`. A
+    module (TorchScript) becomes the dict of its attributes and submodules.
+
+    Raises FileNotFoundError, or ValueError with one line that names the file: a global that is
+    not allowed, a damaged or truncated file, or a file of another kind.
+    """
+    _require_file(path)
+    try:
+        with open(path, "rb") as file:
+            return _load_stream(file, path, os.path.getsize(path))
+    except _RefusedError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
+
+
+def load_pickle(path):
+    """The content of a plain pickle made of numpy arrays, scalars, strings, dict, list and tuple.
+
+    Tensors that were pickled by themselves are read too. Raises as `load` does.
+    """
+    _require_file(path)
+    try:
+        with open(path, "rb") as file:
+            return _plain(_Unpickler(file, path).load(), None)
+    except _RefusedError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
+
+
+def _require_file(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+
+
+def _line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ------------------------------------------------------------------------- the two containers
+
+
+def _load_stream(file, path, size):
+    if file.read(4) == b"PK\x03\x04":
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            return _load_zip(archive, path)
+    file.seek(0)
+    return _load_legacy(file, path, size)
+
+
+def _load_zip(archive, path):
+    members = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise _RefusedError(f"{path}: a zip archive without NAME/data.pkl is no torch file")
+    folder = pickles[0].split("/")[0]
+    order = "little"
+    if f"{folder}/byteorder" in members:
+        order = archive.read(f"{folder}/byteorder").decode()
+    cache = {}
+
+    def fetch(storage):
+        if storage.key not in cache:
+            info = members[f"{folder}/data/{storage.key}"]
+            need = storage.numel * storage.dtype.itemsize
+            if info.file_size < need:
+                raise ValueError(f"storage {storage.key} holds {info.file_size} of {need} bytes")
+            cache[storage.key] = archive.read(info)
+        return _elements(cache[storage.key], storage.dtype, storage.numel, order)
+
+    root = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+    return _plain(root, fetch)
+
+
+def _load_legacy(file, path, size):
+    """Header, pickle, list of storage keys, then per storage its length and its bytes."""
+    try:
+        magic = _Unpickler(file, path).load()
+    except _DAMAGE:
+        magic = None
+    if magic != _LEGACY_MAGIC:
+        raise _RefusedError(f"{path}: not a torch file (neither zip nor legacy stream)")
+    if _Unpickler(file, path).load() != _LEGACY_PROTOCOL:
+        raise _RefusedError(f"{path}: a torch legacy stream of an unknown version")
+    system = _Unpickler(file, path).load()
+    order = "little" if system.get("little_endian", True) else "big"
+    unpickler = _Unpickler(file, path)
+    root = unpickler.load()
+    keys = _Unpickler(file, path).load()
+    cache = {}
+    for key in keys:
+        dtype = unpickler.storages[key].dtype
+        numel = int.from_bytes(_read(file, 8, size), "little", signed=True)
+        cache[key] = _elements(_read(file, numel * dtype.itemsize, size), dtype, numel, order)
+
+    def fetch(storage):
+        data = cache[storage.key]
+        if len(data) < storage.numel:
+            raise ValueError(f"storage {storage.key} holds {len(data)} of {storage.numel} numbers")
+        return data
+
+    return _plain(root, fetch)
+
+
+def _read(file, count, size):
+    if not 0 <= count <= size - file.tell():
+        raise ValueError(f"{count} bytes expected, {size - file.tell()} left")
+    return file.read(count)
+
+
+def _elements(raw, dtype, numel, order):
+    data = np.frombuffer(raw, dtype=dtype, count=numel)
+    # In a file of the other byte order a swapped copy has the right values.
+    return data.byteswap() if order == "big" else data
+
+
+# ------------------------------------------------------------- records that stand for globals
+# Each takes what the pickle gives, checks nothing and does nothing; `_plain` does the checking.
+# A `__setstate__` everywhere keeps a pickle from writing attributes of ours.
+
+
+class _Dict(dict):
+    def __setstate__(self, state):
+        """The attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
+
+
+class _Module(dict):
+    """An object whose class is in the file and not here; its state is all that is read."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state)
+
+
+class _Storage:
+    def __init__(self, key, dtype, numel, offset=0):
+        self.key, self.dtype, self.numel, self.offset = key, np.dtype(dtype), numel, offset
+
+    def __setstate__(self, state):
+        raise ValueError("state for a storage")
+
+
+class _Tensor:
+    def __init__(self, storage, offset, shape, strides, dtype=None):
+        self.storage, self.offset, self.dtype = storage, offset, dtype
+        self.shape, self.strides = tuple(shape), tuple(strides)
+
+    def __setstate__(self, state):
+        raise ValueError("state for a tensor")
+
+
+class _DtypeRecord:
+    def __init__(self, name, *_):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def numpy(self):
+        dtype = np.dtype(self.name if isinstance(self.name, str) else "O")
+        if dtype.kind not in "biufcSU":
+            raise ValueError(f"arrays of {self.name!r} are not read")
+        return dtype if self.order == "|" else dtype.newbyteorder(self.order)
+
+
+class _Array:
+    """A numpy array: made empty, filled by its state (version, shape, dtype, fortran, bytes)."""
+
+    def __init__(self, *_):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def numpy(self):
+        _, shape, dtype, fortran, raw = self.state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        data = np.frombuffer(raw, dtype.numpy())
+        data = data.reshape(shape, order="F" if fortran else "C")
+        return data.astype(data.dtype.newbyteorder("="), copy=False)
+
+
+class _Function:
+    """Wraps a function of ours so that a pickle can call it and nothing else."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    def __setstate__(self, state):
+        raise ValueError("state for a function")
+
+
+def _tensor_v3(storage, offset, shape, strides, _grad, _hooks, dtype, *_):
+    return _Tensor(storage, offset, shape, strides, np.dtype(dtype))
+
+
+def _scalar(dtype, raw):
+    array = _Array()
+    array.state = (1, (), dtype, False, raw)
+    return array
+
+
+def _encode(text, encoding):
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"bytes encoded as {encoding}")
+    return text.encode("latin1")
+
+
+def _known_globals():
+    first = _Function(lambda value, *_: value)
+    known = {
+        ("collections", "OrderedDict"): _Dict,
+        ("_codecs", "encode"): _Function(_encode),
+        ("torch", "Size"): _Function(tuple),
+        ("torch", "device"): _Function(lambda *args: args),
+        ("torch._utils", "_rebuild_tensor"): _Function(_Tensor),
+        ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: _Tensor(*args[:4])),
+        ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
+        ("torch._utils", "_rebuild_parameter"): first,
+        ("torch._utils", "_rebuild_parameter_with_state"): first,
+        ("torch.jit._pickle", "restore_type_tag"): first,
+        ("torch.storage", "UntypedStorage"): "uint8",
+    }
+    for kind in ("intlist", "doublelist", "boollist", "tensorlist"):
+        known["torch.jit._pickle", f"build_{kind}"] = _Function(list)
+    for name, dtype in (_STORAGES | _DTYPES).items():
+        known["torch", name] = np.dtype(dtype).name
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        known[module, "_reconstruct"] = _Function(_Array)
+        known[module, "scalar"] = _Function(_scalar)
+    known["numpy", "dtype"] = _Function(_DtypeRecord)
+    known["numpy", "ndarray"] = None  # only ever an argument, of _reconstruct
+    return known
+
+
+_GLOBALS = _known_globals()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, path):
+        super().__init__(file, encoding="latin1")
+        self.path = path
+        self.storages = {}
+
+    def find_class(self, module, name):
+        if (module, name) in _GLOBALS:
+            return _GLOBALS[module, name]
+        if module.startswith("__torch__"):  # classes of a TorchScript archive: code in the file
+            return _Module
+        raise _RefusedError(f"{self.path}: refused, its pickle asks for {module}.{name}")
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _device, numel = pid[:5]
+        if kind != "storage":
+            raise ValueError(f"a {kind} where a storage was expected")
+        # Before torch 0.4 a storage could be a window (key, offset, length) of another.
+        view = pid[5] if len(pid) > 5 else None
+        self.storages.setdefault(key, _Storage(key, dtype, numel))
+        return _Storage(key, dtype, numel, view[1]) if view else self.storages[key]
+
+
+# -------------------------------------------------------------------------- records to arrays
+
+
+def _plain(value, fetch):
+    """Replace every record in a nested value; `fetch` gives the elements of a storage."""
+    if isinstance(value, _Tensor):
+        return _array(value, fetch)
+    if isinstance(value, _Array):
+        array = value.numpy()
+        return array[()] if array.ndim == 0 else array
+    if isinstance(value, dict):
+        return {key: _plain(item, fetch) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item, fetch) for item in value)
+    if isinstance(value, _Storage):
+        return fetch(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    raise ValueError(f"a {type(value).__name__} where data was expected")
+
+
+def _array(tensor, fetch):
+    data = fetch(tensor.storage)
+    data = data if tensor.dtype is None else data.view(tensor.dtype)
+    offset = tensor.offset + tensor.storage.offset
+    shape, strides = tensor.shape, tensor.strides
+    if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
+        raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
+    if math.prod(shape) == 0:
+        return np.zeros(shape, data.dtype)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if last >= len(data):
+        raise ValueError(f"a tensor reaches element {last} of a storage of {len(data)}")
+    item = data.dtype.itemsize
+    return np.lib.stride_tricks.as_strided(
+        data[offset:], shape, [s * item for s in strides], writeable=False
+    )
