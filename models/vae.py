@@ -1,18 +1,44 @@
-"""The image space and the space of the network: raw record -> x, x -> image.
+"""Between images and the space of the network: raw record -> x, image -> moments, x -> image.
 
 Two roads lead there. For latents a record holds the posterior moments of the Stable Diffusion VAE,
 from which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC,
 all of the network's inputs float32.
+
+The network of the VAE is the Flax class of diffusers (0.39 is the last release that has it). It is
+imported where weights are loaded, so training never pays for it, and nothing else knows of it.
 """
 
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import serialization, traverse_util
 
 # Per-channel variance of ImageNet latents is close to one after this factor
 # (Rombach et al., arXiv 2112.10752, appendix D.1).
 SD_SCALE = 0.18215
+REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_flax_model.msgpack")
+# What config.json may say to the Flax class; it does not know the other entries.
+CONFIG_FIELDS = (
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+)
+# Names of the attention's products: in the Flax class (and in PyTorch files of before 2023, such
+# as stabilityai/sd-vae-ft-mse), and in PyTorch files of today.
+ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class Normalisation(NamedTuple):
@@ -82,27 +108,49 @@ def _choose(key, ours, theirs):
 
 
 class Autoencoder(NamedTuple):
-    """Images <-> x. `params` travel as an argument, so that nothing large is baked into a jit.
+    """Images <-> x. `params` is an argument, so that a jit does not bake the weights in.
 
-    encode(params, images float (B, H, W, 3) in [-1, 1]) -> (mean, std), float32
-        (B, H/downscale, W/downscale, latent_channels), unscaled.
-    decode(params, x float32 (B, h, w, c)) -> images float32 (B, H, W, C), about [-1, 1], unclipped.
+    params: nested dict of float32 numpy arrays; place them on the devices once.
+    encode(params, images float (B, H, W, 3) in [-1, 1]) -> (mean, std), each float32
+        (B, H / downscale, W / downscale, c), of the posterior, unscaled.
+    decode(params, x float32 (B, h, w, c)) -> images float32 (B, h * downscale, w * downscale, C),
+        near [-1, 1] but not clipped.
     """
 
     params: dict
-    encode: callable
-    decode: callable
+    encode: Callable
+    decode: Callable
     downscale: int
 
 
 def load(name, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder:
-    """The autoencoder called `name`.
+    """The autoencoder that the option dataset.vae names. Never downloads.
 
-    name: "none" for pixels: images are x.
+    name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
+        (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
+    dtype: of the products, float32 or bfloat16; group norms and results stay float32. How exact
+        float32 products are on an accelerator follows jax.default_matmul_precision.
+    normalisation: the one that `to_x` was given; `decode` undoes it.
+    Raises FileNotFoundError where files are missing, ValueError where they do not fit.
     """
     if name == "none":
         return Autoencoder({}, _encode_pixels, _decode_pixels, downscale=1)
-    raise ValueError(f"dataset.vae={name}: not known")
+    folder = find(name)
+    config = _read_config(folder / "config.json")
+    model = _flax_autoencoder(config, dtype)
+    params = _read_params(folder, model)
+    shift, scale = normalisation
+
+    def encode(params, images):
+        moments = model.apply({"params": params}, images, method=_moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(params, x):
+        z = x / jnp.asarray(scale) + jnp.asarray(shift)
+        return model.apply({"params": params}, z, method=_image).astype(jnp.float32)
+
+    return Autoencoder(params, encode, decode, 2 ** (len(model.block_out_channels) - 1))
 
 
 def _encode_pixels(params, images):
@@ -112,3 +160,134 @@ def _encode_pixels(params, images):
 
 def _decode_pixels(params, x):
     return x.astype(jnp.float32)
+
+
+# The class's own encode and decode work on NCHW outside; its parts are NHWC like ours.
+def _moments(model, images):
+    return model.quant_conv(model.encoder(images))
+
+
+def _image(model, z):
+    return model.decoder(model.post_quant_conv(z))
+
+
+def find(name) -> Path:
+    """The folder that holds the files of the VAE `name` (not "none"), without the network.
+
+    Raises FileNotFoundError with one line that says which files are needed and where.
+    """
+    needs = f"needs config.json and one of {', '.join(WEIGHT_FILES)}"
+    if name in REPOSITORIES:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        repository = REPOSITORIES[name]
+        for file in WEIGHT_FILES:
+            found = [try_to_load_from_cache(repository, f) for f in ("config.json", file)]
+            if all(isinstance(f, str) for f in found):
+                return Path(found[0]).parent
+        raise FileNotFoundError(
+            f"dataset.vae={name}: {repository} is not in the Hugging Face cache "
+            f"{constants.HF_HUB_CACHE}: {needs}; run `hf download {repository} config.json "
+            f"{WEIGHT_FILES[0]}` where there is a network, or set dataset.vae to a folder of them"
+        )
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"dataset.vae={name}: neither {', '.join(REPOSITORIES)}, none nor a folder "
+            f"in the Hugging Face layout ({needs})"
+        )
+    files = {path.name for path in folder.iterdir()}
+    if "config.json" not in files or not files.intersection(WEIGHT_FILES):
+        raise FileNotFoundError(f"dataset.vae={name}: this folder {needs}")
+    return folder
+
+
+def _read_config(path):
+    """config.json -> the keyword arguments for the Flax class."""
+    try:
+        config = json.loads(path.read_text())
+        fields = {k: config[k] for k in CONFIG_FIELDS if k in config}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a configuration in JSON ({error})") from error
+    blocks = [*fields.get("down_block_types", ()), *fields.get("up_block_types", ())]
+    if not set(blocks) <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise ValueError(f"{path}: block types {blocks} are not those of the Stable Diffusion VAE")
+    if config.get("act_fn", "silu") != "silu":
+        raise ValueError(f"{path}: act_fn is {config['act_fn']}; only silu is supported")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _flax_autoencoder(config, dtype):
+    # Each layer of the class warns of its removal; the pinned version is our answer to that.
+    for module in ("vae_flax", "modeling_flax_utils"):
+        logging.getLogger(f"diffusers.models.{module}").setLevel(logging.ERROR)
+    from diffusers.models.vae_flax import FlaxAutoencoderKL
+
+    return FlaxAutoencoderKL(**config, dtype=dtype)
+
+
+def _read_params(folder, model):
+    """The weights in `folder` as parameters of `model`, float32, each name and shape checked."""
+    side = 2 ** len(model.block_out_channels)
+    images = jax.ShapeDtypeStruct((1, model.in_channels, side, side), jnp.float32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    expected = traverse_util.flatten_dict(expected, sep="/")
+    path = next(folder / f for f in WEIGHT_FILES if (folder / f).exists())
+    arrays = _read_weights(path)
+    if path.suffix == ".safetensors":
+        arrays = from_torch(arrays, expected)
+    missing = sorted(expected.keys() - arrays.keys())
+    extra = sorted(arrays.keys() - expected.keys())
+    misfits = [
+        f"{k} {np.shape(arrays[k])} instead of {v.shape}"
+        for k, v in expected.items()
+        if k in arrays and np.shape(arrays[k]) != v.shape
+    ]
+    problems = {"missing": missing, "left over": extra, "of another shape": misfits}
+    if any(problems.values()):
+        line = "; ".join(f"{k}: {', '.join(v)}" for k, v in problems.items() if v)
+        raise ValueError(f"{path} does not fit its config.json: {line}")
+    arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _read_weights(path):
+    """{name: numpy array} as the file has them."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        tree = serialization.msgpack_restore(path.read_bytes())
+        return traverse_util.flatten_dict(tree, sep="/")
+    except Exception as error:  # each of the two formats raises several kinds of its own
+        raise ValueError(f"{path}: damaged or not a weight file ({error})") from error
+
+
+def from_torch(tensors, expected):
+    """Tensors of the PyTorch release under the names and with the axes of the Flax class.
+
+    tensors: {"encoder.conv_in.weight": array, ...}; expected: {"encoder/conv_in/kernel": has
+    .shape, ...}. Each tensor is used once; those that no expected name asks for keep their name.
+    """
+    left, arrays = dict(tensors), {}
+    for name, leaf in expected.items():
+        source = next((n for n in _torch_names(name) if n in left), None)
+        if source is None:
+            continue
+        array = left.pop(source)
+        if array.ndim == 4 and len(leaf.shape) == 2 and array.shape[2:] == (1, 1):
+            array = array[:, :, 0, 0]  # attention written as 1x1 convolutions
+        # (out, in, kh, kw) -> (kh, kw, in, out), (out, in) -> (in, out)
+        arrays[name] = np.transpose(array, (2, 3, 1, 0)) if array.ndim == 4 else array.T
+    return arrays | left
+
+
+def _torch_names(name):
+    """The PyTorch names under which a parameter of the Flax class may stand."""
+    *modules, leaf = name.split("/")
+    modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]  # resnets_0 -> resnets.0
+    leaf = "bias" if leaf == "bias" else "weight"
+    last = modules[-1]
+    choices = {last, ATTENTION_NAMES.get(last, last)}
+    return [".".join([*modules[:-1], choice, leaf]) for choice in sorted(choices)]
