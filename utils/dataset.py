@@ -1,0 +1,397 @@
+"""The record format: what writes a dataset, what reads it, and the iterator that training uses.
+
+A dataset is a TensorFlow Datasets folder in ArrayRecord (`tfds.builder_from_directory(root)
+.as_data_source()` reads it, no TensorFlow needed): `dataset_info.json`, `features.json` and
+shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Example with
+
+- `moments` (h, w, 2c) float32, float16 or bfloat16: mean, then standard deviation, of the VAE's
+  posterior, unscaled; beside it, where prepared so, `moments_flipped`, those of the mirrored image
+- or `image` (h, w, c) uint8
+- `label`, an index into the sorted classes.
+
+Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
+then one hash check and one copy.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from pathlib import Path
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+NAME = "records"
+_WRITE_OPTIONS = "group_size:1,uncompressed"  # group_size 1: random access record by record
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest for random access
+
+
+# Writing
+
+
+def shard_path(root, split, index, count):
+    """The final path of a shard; `index` of `count`."""
+    return Path(root) / f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_shard(path, examples):
+    """Writes dicts of numpy arrays (see the module) as one shard; returns how many.
+
+    The file appears under its name only when complete.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"unfinished-{path.name}-{os.getpid()}")
+    count = 0
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE_OPTIONS)
+        for example in examples:
+            writer.write(_serialise(example))
+            count += 1
+        writer.close()
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+def shard_length(path):
+    """Number of records of a shard. ValueError naming the file if it is damaged or cut short."""
+    reader = _open_shard(Path(path))
+    length = reader.num_records()
+    reader.close()
+    return length
+
+
+def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=False, description=""):
+    """Writes features.json and dataset_info.json: from here on `root` is a dataset.
+
+    Args:
+      key: "moments" or "image"; `shape` (h, w, channels) and `dtype` of that tensor.
+      classes: the class names in the order of their labels, or their number.
+      shard_lengths: {split: [records in shard 0, 1, ...]}.
+    """
+    root = Path(root)
+    tensor = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
+    features = {key: tensor, "label": _class_label(classes)}
+    if flipped:
+        features["moments_flipped"] = tensor
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(root), module_name=""
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=tfds.features.FeaturesDict(features),
+        description=description,
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    splits = []
+    for split, lengths in shard_lengths.items():
+        paths = [shard_path(root, split, i, len(lengths)) for i in range(len(lengths))]
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=root, dataset_name=NAME, split=split, filetype_suffix="array_record"
+        )
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=list(lengths),
+                num_bytes=sum(path.stat().st_size for path in paths),
+                filename_template=template,
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    # dataset_info.json makes the folder a dataset, so it comes last and at once.
+    info.features.save_config(root)
+    unfinished = root / f"unfinished-metadata-{os.getpid()}"
+    unfinished.mkdir()
+    info.write_dataset_info_json(unfinished)
+    os.replace(unfinished / "dataset_info.json", root / "dataset_info.json")
+    unfinished.rmdir()
+
+
+def _class_label(classes):
+    if isinstance(classes, int):
+        return tfds.features.ClassLabel(num_classes=classes)
+    return tfds.features.ClassLabel(names=list(classes))
+
+
+def _serialise(example):
+    features = {
+        "label": tf_feature_pb2.Feature(
+            int64_list=tf_feature_pb2.Int64List(value=[int(example["label"])])
+        )
+    }
+    for key, value in example.items():
+        if key != "label":
+            content = tf_feature_pb2.BytesList(value=[value.tobytes()])
+            features[key] = tf_feature_pb2.Feature(bytes_list=content)
+    message = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
+    return message.SerializeToString(deterministic=True)
+
+
+# Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """An opened split. `shape` (h, w, c') and `dtype` are those of the tensor `key`."""
+
+    root: Path
+    split: str
+    key: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    num_records: int
+    num_classes: int
+    has_flipped: bool
+    shard_paths: tuple[Path, ...]
+    shard_starts: np.ndarray = dataclasses.field(repr=False)  # (shards + 1,)
+    readers: tuple = dataclasses.field(repr=False)
+
+    def read(self, indices, flipped=True):
+        """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
+
+        Safe to call from several threads. With `flipped`, `moments_flipped` too, where stored.
+        Raises ValueError naming the shard where a record cannot be read.
+        """
+        keys = [self.key] + ["moments_flipped"] * (flipped and self.has_flipped)
+        batch = {key: np.empty((len(indices), *self.shape), self.dtype) for key in keys}
+        batch["label"] = np.empty(len(indices), np.int32)
+        shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
+        rows_of = collections.defaultdict(list)
+        for row, shard in enumerate(shards.tolist()):
+            rows_of[shard].append(row)
+        for shard, rows in rows_of.items():
+            positions = [int(indices[row] - self.shard_starts[shard]) for row in rows]
+            try:
+                for row, record in zip(rows, self.readers[shard].read(positions), strict=True):
+                    self._parse(record, row, batch)
+            except Exception as error:  # a RuntimeError of the reader, a DecodeError of protobuf
+                raise ValueError(_damaged(self.shard_paths[shard], error)) from error
+        return batch
+
+    def _parse(self, record, row, batch):
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        for key, out in batch.items():
+            if key == "label":
+                out[row] = features[key].int64_list.value[0]
+            else:
+                content = features[key].bytes_list.value[0]
+                out[row] = np.frombuffer(content, self.dtype).reshape(self.shape)
+
+
+def open_records(root, split="train"):
+    """Opens a dataset and checks that every shard is there, whole, and as long as it should be.
+
+    Raises FileNotFoundError where there is no dataset, ValueError where it is damaged or of
+    another kind, in one line that names the file.
+    """
+    root = Path(root)
+    if not (root / "dataset_info.json").exists():
+        raise FileNotFoundError(_no_dataset(root))
+    try:
+        info = tfds.builder_from_directory(root).info
+        key, feature = _tensor_of(info.features)
+        classes = info.features["label"].num_classes
+    except Exception as error:  # whatever tfds makes of foreign or damaged metadata
+        raise ValueError(
+            f"{root}: not a dataset of this project ({_first_line(error)}); "
+            "rewrite it with scripts/prepare_dataset.py"
+        ) from error
+    if split not in info.splits:
+        raise ValueError(f"{root} has no split '{split}', only: {', '.join(info.splits)}")
+    lengths = info.splits[split].shard_lengths
+    paths = tuple(Path(path) for path in info.splits[split].filepaths)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        readers = tuple(pool.map(_open_shard, paths))
+    for path, reader, length in zip(paths, readers, lengths, strict=True):
+        if reader.num_records() != length:
+            raise ValueError(_damaged(path, f"{reader.num_records()} records instead of {length}"))
+    records = Records(
+        root=root,
+        split=split,
+        key=key,
+        shape=tuple(feature.shape),
+        dtype=np.dtype(feature.np_dtype),
+        num_records=sum(lengths),
+        num_classes=classes,
+        has_flipped="moments_flipped" in info.features,
+        shard_paths=paths,
+        shard_starts=np.concatenate([[0], np.cumsum(lengths)]),
+        readers=readers,
+    )
+    if records.num_records == 0:
+        raise ValueError(f"{root}: the split '{split}' is empty")
+    records.read(np.zeros(1, np.int64))
+    return records
+
+
+def _tensor_of(features):
+    for key in ("moments", "image"):
+        if key in features:
+            if isinstance(features[key], tfds.features.Image):
+                raise ValueError(f"'{key}' holds encoded pictures, not raw pixels")
+            return key, features[key]
+    raise ValueError(f"has the features {', '.join(features)}, neither 'moments' nor 'image'")
+
+
+def _open_shard(path):
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run the preparation again to make it")
+    reader = array_record_module.ArrayRecordReader(
+        str(path), _READ_OPTIONS, file_reader_buffer_size=32768
+    )
+    if not reader.ok():
+        try:
+            reader.read([0])  # only reading tells why
+        except Exception as error:
+            raise ValueError(_damaged(path, error)) from error
+        raise ValueError(_damaged(path, "cannot be opened"))
+    return reader
+
+
+def _no_dataset(root):
+    if not root.is_dir():
+        return f"no dataset at {root}: the folder does not exist; set dataset.root, or prepare it"
+    unfinished = any(root.glob(f"{NAME}-*.array_record-*"))
+    if unfinished:
+        return f"the dataset at {root} is not finished; run its preparation again to complete it"
+    if any(root.glob("**/*.pt")):
+        return (
+            f"{root} holds .pt files; turn them into records first: "
+            f"python -m scripts.prepare_dataset pt --input {root} --output NEW_FOLDER"
+        )
+    return f"no dataset at {root}: no dataset_info.json in it; set dataset.root, or prepare it"
+
+
+def _damaged(path, reason):
+    return (
+        f"damaged shard {path}: {_first_line(reason)}; "
+        "delete the file and run the preparation again"
+    )
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Iterating
+
+
+class RecordIterator:
+    """Endless shuffled batches, read ahead in the background; resumes anywhere at once.
+
+    Draw number k of the whole run is record `permutation_{k div n}(k mod n)`: every record once
+    per epoch, another order each epoch, determined by `seed` alone. Batch i is draws
+    `[i B, (i + 1) B)`, across epoch borders, and process p of P gets its rows
+    `[p B/P, (p + 1) B/P)`. So neither the number of processes nor of threads changes the data,
+    and the place is one number.
+
+    Args:
+      records: from `open_records`.
+      batch_size: of all processes together.
+      seed: in [0, 2**32).
+      num_workers: threads that read batches; 0 reads in `next` itself.
+      prefetch: batches held ready, which bounds the memory.
+      flipped: whether to read `moments_flipped` where the records have it.
+    """
+
+    def __init__(
+        self,
+        records,
+        batch_size,
+        seed,
+        process_index=0,
+        process_count=1,
+        num_workers=2,
+        prefetch=4,
+        flipped=True,
+    ):
+        if batch_size % process_count:
+            raise ValueError(
+                f"training.batch_size {batch_size} is not divisible by {process_count} processes"
+            )
+        self._records, self._seed, self._flipped = records, seed, flipped
+        self._batch_size, self._local_size = batch_size, batch_size // process_count
+        self._row = process_index * self._local_size
+        self._options = grain.ReadOptions(num_workers, max(prefetch, num_workers))
+        self._batches = self._error = None
+        self._start(0)
+
+    def _start(self, position):
+        """Reads from draw number `position` on; drops what was read ahead."""
+        self.close()
+        self._position = position
+        self._error = None
+        batches = grain.MapDataset.range(2**62).map(lambda i: self._read(position, i))
+        self._batches = iter(batches.to_iter_dataset(self._options))
+
+    def _read(self, position, i):
+        draw = position + i * self._batch_size + self._row
+        indices = shuffled_indices(
+            draw, draw + self._local_size, self._records.num_records, self._seed
+        )
+        return self._records.read(indices, self._flipped)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._error is not None:  # a batch is never passed over silently
+            raise self._error
+        try:
+            batch = next(self._batches)
+        except Exception as error:
+            self._error = error
+            raise
+        self._position += self._batch_size
+        return batch
+
+    def get_state(self):
+        """The place: the number of records drawn so far by all processes, and what fixes them."""
+        return {
+            "position": self._position,
+            "seed": self._seed,
+            "num_records": self._records.num_records,
+        }
+
+    def set_state(self, state):
+        """Goes on at a place from `get_state`, under any process count and batch size.
+
+        Raises ValueError if it belongs to another dataset or seed.
+        """
+        for name in ("seed", "num_records"):
+            mine = self.get_state()[name]
+            if state[name] != mine:
+                raise ValueError(
+                    f"cannot go on in the data of {self._records.root}: the saved place is for "
+                    f"{name} {state[name]}, here it is {mine}"
+                )
+        self._start(int(state["position"]))
+
+    def close(self):
+        """Ends the background threads."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+def shuffled_indices(start, stop, num_records, seed):
+    """The record indices of draws [start, stop), int64, each epoch in an order of its own.
+
+    Grain's index shuffle is a keyed permutation computed index by index, so any place in any
+    epoch costs the same and nothing is held in memory.
+    """
+    indices = np.empty(stop - start, np.int64)
+    keys = {}
+    for i, draw in enumerate(range(start, stop)):
+        epoch, index = divmod(draw, num_records)
+        if epoch not in keys:
+            keys[epoch] = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        indices[i] = grain.experimental.index_shuffle(
+            index, max_index=num_records - 1, seed=keys[epoch], rounds=4
+        )
+    return indices

@@ -1,0 +1,58 @@
+"""Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def center_crop(image, size):
+    """Scales the short side of a PIL image to `size` and cuts out the middle: (size, size).
+
+    ADM's preprocessing, which the published FID statistics rest on (Dhariwal & Nichol 2021,
+    guided-diffusion, image_datasets.py): halve with a box filter while the short side is at
+    least `2 * size`, then bicubic to the exact scale, then crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_float(images):
+    """uint8 [0, 255] -> float32 [-1, 1], numpy or jax, any shape."""
+    return images.astype("float32") / 127.5 - 1
+
+
+def to_uint8(images):
+    """float [-1, 1] -> uint8: `clip(127.5 x + 128, 0, 255)` truncated, numpy or jax, any shape.
+
+    The published sampler's rounding; it is the inverse of `to_float` on its values.
+    """
+    return (127.5 * images.astype("float32") + 128).clip(0, 255).astype("uint8")
+
+
+def grid(images, columns):
+    """Lays images uint8 (N, h, w, c) out row by row -> (H, W, c); an unfilled rest is black."""
+    images = np.asarray(images)
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    cells = np.zeros((rows * columns, h, w, c), images.dtype)
+    cells[:n] = images
+    cells = cells.reshape(rows, columns, h, w, c).transpose(
+        0, 2, 1, 3, 4
+    )  # (rows, h, columns, w, c)
+    return cells.reshape(rows * h, columns * w, c)
+
+
+def save_png(path, image):
+    """Writes one image uint8 (h, w, c), c = 1 or 3, as PNG; the file appears complete or not."""
+    image = np.asarray(image)
+    if image.shape[-1] == 1:
+        image = image[..., 0]
+    unfinished = f"{path}.tmp-{os.getpid()}"
+    Image.fromarray(image).save(unfinished, format="PNG")
+    os.replace(unfinished, path)
