@@ -1,0 +1,114 @@
+"""The schema of a run: every option, its default, its unit and its reason.
+
+The defaults are the published recipe (arXiv 2505.13447; DiT-B/4 on ImageNet latents). A YAML file
+in this folder states what differs, and the command line has the last word; `load_config.py` merges
+the three and refuses whatever is not named here.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config():
+    """Returns the default `ConfigDict`. A fresh one at each call."""
+    config = ml_collections.ConfigDict()
+
+    # The data ----------------------------------------------------------------------------------
+    config.dataset = dataset = ml_collections.ConfigDict()
+    dataset.name = "imgnet_latent"  # folder below $DATA_ROOT that is read when root is empty
+    dataset.root = ""  # record folder; $VARIABLES and ~ are expanded; empty: $DATA_ROOT/name
+    dataset.image_size = 32  # height and width of what the network sees (latent or pixels)
+    dataset.image_channels = 4  # its channels: 4 for latents, 3 or 1 for pixels
+    dataset.num_classes = 1000  # labels 0..num_classes-1; num_classes itself is the null label
+    dataset.vae = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
+    dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
+    dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean
+    dataset.use_flip = False  # mirror half of the images (latents: needs moments_flipped records)
+    dataset.num_workers = 4  # threads of each process that read records
+    dataset.prefetch_factor = 2  # batches that are read ahead
+
+    # The network -------------------------------------------------------------------------------
+    config.model = model = ml_collections.ConfigDict()
+    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, or DiT with the four sizes below
+    model.depth = 0  # number of blocks; 0: that of cls
+    model.hidden_size = 0  # width; 0: that of cls
+    model.num_heads = 0  # attention heads; 0: that of cls
+    model.patch_size = 0  # side of a patch; 0: that of cls
+    model.time_cond = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
+    model.unroll = 1  # blocks per iteration of the scan over the blocks; depth: no loop at all
+    model.remat = False  # recompute each block in the backward pass: less memory, a third more time
+    model.fused_attention = False  # a fused kernel where no JVP is taken (NVIDIA, half precision)
+
+    # The objective -----------------------------------------------------------------------------
+    config.method = method = ml_collections.ConfigDict()
+    method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
+    method.P_mean = -0.4  # logit-normal: mean of logit(t)
+    method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
+    method.P_mean_r = config_dict.placeholder(float)  # the same for the second draw; null: P_mean
+    method.P_std_r = config_dict.placeholder(float)  # null: P_std
+    method.data_proportion = 0.75  # share of the rows with r = t (plain flow matching)
+    method.class_dropout_prob = 0.1  # probability that a row trains without its label
+    method.guidance_eq = "cfg"  # target velocity: cfg (guided) | none
+    method.omega = 1.0  # guidance scale; the effective one is omega / (1 - kappa)
+    method.kappa = 0.5  # share of the conditional prediction in the target (paper, appendix B.1)
+    method.t_start = 0.0  # guidance holds for t_start <= t <= t_end, row by row
+    method.t_end = 1.0
+    method.tangent = (0.0, 1.0)  # (dr, dt) of the JVP, dz = v; the others of Table 1b are wrong
+    method.norm_p = 1.0  # adaptive weight 1 / (error + norm_eps) ** norm_p; 0: plain squared error
+    method.norm_eps = 0.01
+
+    # Training ----------------------------------------------------------------------------------
+    config.training = training = ml_collections.ConfigDict()
+    training.seed = 42  # of the initial weights, the data order and every draw
+    training.batch_size = 256  # images per step, over all devices of all hosts
+    training.num_epochs = 240  # an epoch is num_records // batch_size steps
+    training.num_steps = 0  # length of the run in steps; 0: num_epochs decides
+    training.learning_rate = 1e-4
+    training.lr_schedule = "const"  # const | cosine (to zero at the end of the run)
+    training.warmup_steps = 0  # linear warm-up from zero
+    training.adam_b1 = 0.9
+    training.adam_b2 = 0.95
+    training.weight_decay = 0.0  # decoupled (AdamW), on every parameter
+    training.grad_clip = 0.0  # largest global norm of the gradient; 0: no clipping (published)
+    training.grad_accum_steps = 1  # parts in which the batch is computed, one after the other
+    training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
+    training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
+    training.half_precision = False  # matrix products of the network in bfloat16
+    training.log_per_step = 100  # steps between two lines of metrics
+    training.sample_on_training = True  # draw a grid of samples during training
+    training.sample_per_epoch = 10  # epochs between two grids
+    training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
+    training.fid_per_epoch = 10  # epochs between two evaluations
+    training.profile_steps = ()  # (first, last) step of a profile; empty: none
+
+    # Sampling ----------------------------------------------------------------------------------
+    config.sampling = sampling = ml_collections.ConfigDict()
+    sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
+    sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
+    sampling.sampling_timesteps = ()  # explicit times 1 > ... > 0, instead of num_steps equal steps
+    sampling.num_images = 64  # of a sampling job
+    sampling.labels = ()  # classes of a sampling job, repeated in turn; empty: all classes
+    sampling.format = "png"  # what a sampling job writes beside its grid: png | npz
+
+    # Evaluation --------------------------------------------------------------------------------
+    config.fid = fid = ml_collections.ConfigDict()
+    fid.on_training = True  # evaluate during training
+    fid.num_samples = 50000  # generated images
+    fid.device_batch_size = 128  # images per device at a time
+    fid.cache_ref = ""  # npz with the reference mean and covariance; empty: the training images
+    fid.features = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])
+    fid.inception_weights = ""  # weight file; empty: $INCEPTION_WEIGHTS, then the cache folder
+    fid.resize = "half_pixel"  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
+    fid.labels = "random"  # labels of the samples: random (published) | balanced
+    fid.weights = ("ema",)  # which weights: ema, ema_DECAY for a further average, params
+    fid.metrics = ("fid",)  # fid, sfid, inception_score, precision_recall
+
+    # Devices -----------------------------------------------------------------------------------
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.fsdp = 1  # devices over which parameters, averages and optimizer are sharded
+
+    # The job -----------------------------------------------------------------------------------
+    config.load_from = config_dict.placeholder(str)  # a run's workdir or a published checkpoint
+    config.eval_only = False  # evaluate load_from and stop
+    config.sample_only = False  # draw sampling.num_images from load_from and stop
+    return config

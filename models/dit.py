@@ -1,0 +1,259 @@
+"""The backbone: a Diffusion Transformer (Peebles & Xie, arXiv 2212.09748) with two times.
+
+`u(x, t, h, y)` is conditioned on the time `t`, on the length `h = t - r` of the interval over
+which the velocity is averaged, and on a class label. Images are NHWC.
+
+The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
+the time to compile does not grow with the depth.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FREQUENCIES = 256  # of the sinusoidal time embedding
+MAX_PERIOD = 10000.0
+xavier = nn.initializers.xavier_uniform()
+normal = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+
+
+def patch_init(key, shape, dtype=jnp.float32):
+    """Xavier-uniform for a patch convolution (p, p, c, D), taken as a linear map of a patch."""
+    return xavier(key, (np.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
+
+
+def position_embedding(hidden_size, side):
+    """Fixed sin-cos embedding of a `side` x `side` grid, float32 (side * side, hidden_size).
+
+    The first half of the features encodes the column, the second half the row.
+    """
+    omega = MAX_PERIOD ** -(np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
+    angle = np.arange(side)[:, None] * omega  # (side, D/4)
+    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (side, D/2)
+    column = np.tile(line, (side, 1))
+    row = np.repeat(line, side, axis=0)
+    return np.concatenate([column, row], axis=1).astype(np.float32)
+
+
+def layer_norm(x):
+    """LayerNorm without scale and bias; statistics in float32."""
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
+
+
+def modulate(x, shift, scale):
+    """x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimeEmbedder(nn.Module):
+    """A time in [0, 1], (B,) -> (B, D). In float32: its derivative enters the JVP."""
+
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, t):
+        half = FREQUENCIES // 2
+        angle = t[:, None] * MAX_PERIOD ** -(np.arange(half, dtype=np.float32) / half)
+        x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # (B, 256)
+        dense = dict(features=self.hidden_size, kernel_init=normal, precision="highest")
+        x = nn.Dense(**dense, name="fc1")(x)
+        return nn.Dense(**dense, name="fc2")(nn.silu(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). The softmax is in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x):
+        B, N, D = x.shape
+        qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, self.num_heads, -1), 2, 0)  # (B, N, H, d)
+        if self.fused:
+            x = jax.nn.dot_product_attention(q, k, v)
+        else:
+            scale = q.shape[-1] ** -0.5
+            logits = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, preferred_element_type=jnp.float32)
+            weights = nn.softmax(logits).astype(self.dtype)
+            x = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x.reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """(B, N, D) -> (B, N, D) through 4 D features."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        D = x.shape[-1]
+        x = nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+
+
+class Block(nn.Module):
+    """One transformer block with adaLN-Zero. Returns (x, None), as `nn.scan` wants it."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    fused_attention: bool
+
+    @nn.compact
+    def __call__(self, x, c):
+        D = x.shape[-1]
+        modulation = nn.Dense(6 * D, kernel_init=zeros, dtype=self.dtype, name="adaLN")(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        attention = Attention(self.num_heads, self.dtype, self.fused_attention, name="attn")
+        x = x + gate_a[:, None] * attention(modulate(layer_norm(x), shift_a, scale_a))
+        mlp = Mlp(self.dtype, name="mlp")
+        x = x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m))
+        return x, None
+
+
+class FinalLayer(nn.Module):
+    """(B, N, D) -> (B, N, features)."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        D = x.shape[-1]
+        modulation = nn.Dense(2 * D, kernel_init=zeros, dtype=self.dtype, name="adaLN")(c)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        x = modulate(layer_norm(x), shift, scale)
+        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
+
+
+class DiT(nn.Module):
+    """The average velocity u(x, t, h, y).
+
+    Attributes:
+      depth, hidden_size, num_heads, patch_size: the size of the transformer.
+      num_classes: labels are 0..num_classes-1, and num_classes is the null label.
+      time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
+      dtype: of the matrix products; parameters and the residual stream stay float32.
+      unroll: blocks per iteration of the scan.
+      remat: recompute each block in the backward pass.
+      fused_attention: allow a fused attention kernel; such kernels have no JVP.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    num_classes: int
+    time_cond: tuple[str, ...] = ("t", "h")
+    dtype: jnp.dtype = jnp.float32
+    unroll: int = 1
+    remat: bool = False
+    fused_attention: bool = False
+
+    @nn.compact
+    def __call__(self, x, t, h, y):
+        """x float32 (B, S, S, C); t, h float32 (B,) in [0, 1]; y int32 (B,) -> float32 like x."""
+        B, S, _, C = x.shape
+        p, D = self.patch_size, self.hidden_size
+        side = S // p
+
+        patch = dict(kernel_size=(p, p), strides=(p, p), padding="VALID", kernel_init=patch_init)
+        x = nn.Conv(D, **patch, dtype=self.dtype, name="x_embedder")(x)  # (B, side, side, D)
+        x = x.reshape(B, side * side, D) + position_embedding(D, side)  # (B, N, D)
+
+        times = {"t": t, "r": t - h, "h": h}
+        c = sum(TimeEmbedder(D, name=f"{name}_embedder")(times[name]) for name in self.time_cond)
+        c = c + nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")(y)
+        c = nn.silu(c)  # (B, D); each adaLN begins with it
+
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=self.unroll,
+        )(self.num_heads, self.dtype, self.fused_attention, name="blocks")
+        x, _ = blocks(x, c)
+
+        x = FinalLayer(p * p * C, self.dtype, name="final_layer")(x, c).astype(jnp.float32)
+        x = x.reshape(B, side, side, p, p, C).transpose(
+            0, 1, 3, 2, 4, 5
+        )  # (B, side, p, side, p, C)
+        return x.reshape(B, S, S, C)
+
+
+# depth, hidden_size, num_heads
+SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "M": (16, 1024, 16),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+NAMES = {
+    f"DiT_{size}_{p}": dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), (*dims, p)))
+    for size, dims in SIZES.items()
+    for p in PATCHES
+}
+
+
+def build(
+    cls,
+    *,
+    image_size,
+    num_classes,
+    time_cond="t,h",
+    dtype=jnp.float32,
+    unroll=1,
+    remat=False,
+    fused_attention=False,
+    **sizes,
+):
+    """A `DiT` by name.
+
+    Args:
+      cls: `DiT_{S,B,M,L,XL}_{2,4,8}`, or `DiT`, for which all four sizes must be given.
+      image_size: height and width of x; a multiple of the patch size.
+      sizes: depth, hidden_size, num_heads, patch_size; one that is not 0 replaces that of `cls`.
+
+    Raises:
+      ValueError: an unknown name, a missing size, or sizes that do not fit together.
+    """
+    if cls != "DiT" and cls not in NAMES:
+        raise ValueError(f"model.cls: unknown network {cls!r}; known: DiT, {', '.join(NAMES)}")
+    sizes = NAMES.get(cls, {}) | {name: size for name, size in sizes.items() if size}
+    missing = {"depth", "hidden_size", "num_heads", "patch_size"} - set(sizes)
+    if missing:
+        raise ValueError(f"model.cls: DiT needs model.{', model.'.join(sorted(missing))}")
+    if image_size % sizes["patch_size"]:
+        raise ValueError(
+            f"dataset.image_size {image_size} is not a multiple of the patch size "
+            f"{sizes['patch_size']} of {cls}"
+        )
+    if sizes["hidden_size"] % sizes["num_heads"] or sizes["hidden_size"] % 4:
+        raise ValueError(
+            f"model.hidden_size {sizes['hidden_size']} must be a multiple of 4 and of "
+            f"model.num_heads {sizes['num_heads']}"
+        )
+    time_cond = tuple(name.strip() for name in time_cond.split(","))
+    if time_cond not in (("t", "r"), ("t", "h"), ("t", "r", "h"), ("h",)):
+        raise ValueError(
+            f"model.time_cond: {','.join(time_cond)!r} is none of t,r | t,h | t,r,h | h"
+        )
+    return DiT(
+        **sizes,
+        num_classes=num_classes,
+        time_cond=time_cond,
+        dtype=dtype,
+        unroll=unroll,
+        remat=remat,
+        fused_attention=fused_attention,
+    )
