@@ -1,0 +1,316 @@
+"""Arithmetic of FID and its relatives, on features and on their moments.
+
+Nothing here knows the network that made the features. FID and sFID (Heusel et al.,
+arXiv 1706.08500; Nash et al., arXiv 2103.03841) need only the mean and the covariance of the
+features, which are gathered on the device as a stream. The Inception score (Salimans et al.,
+arXiv 1606.03498) can be gathered likewise. Precision and recall (Kynkaanniemi et al.,
+arXiv 1904.06991) need the features themselves.
+"""
+
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+# ------------------------------------------------------------------------- moments as a stream
+
+
+class Moments(NamedTuple):
+    """Running sums over samples; every float32 sum is a pair whose exact value is hi + lo."""
+
+    count: jax.Array  # int32 ()
+    shift: jax.Array  # float32 (D,), subtracted from every sample: the mean of the first batch
+    sum_hi: jax.Array  # float32 (D,)
+    sum_lo: jax.Array
+    outer_hi: jax.Array  # float32 (D, D)
+    outer_lo: jax.Array
+
+
+def init_moments(dim):
+    """The empty accumulator for features of `dim` numbers."""
+    vector, matrix = jnp.zeros(dim, jnp.float32), jnp.zeros((dim, dim), jnp.float32)
+    return Moments(jnp.zeros((), jnp.int32), vector, vector, vector, matrix, matrix)
+
+
+def add_moments(acc, features, weight):
+    """Add a batch: `features` (N, D) float32, `weight` (N,) of 1 (count this row) and 0 (do not).
+
+    To be called inside jit, over one device or a mesh with the rows of `features` sharded: the
+    accumulator may be replicated or sharded, and what is added is the sum over all devices.
+
+    The covariance is the small difference of large sums, so the samples are first moved near
+    zero by a fixed shift, and the sums over batches are carried as pairs of float32 (TwoSum,
+    Knuth, TAOCP 2, 4.2.2), since a TPU has no float64. Products within a batch are float32.
+    """
+    kept = weight[:, None] > 0
+    count = jnp.sum(weight > 0, dtype=jnp.int32)
+    mean = jnp.where(kept, features, 0).sum(0) / jnp.maximum(count, 1)
+    shift = jnp.where(acc.count == 0, mean, acc.shift)
+    centred = jnp.where(kept, features - shift, 0)  # (N, D)
+    outer = jnp.einsum("nd,ne->de", centred, centred, precision=HIGHEST)
+    return Moments(
+        acc.count + count,
+        shift,
+        *_add_to_pair(acc.sum_hi, acc.sum_lo, centred.sum(0)),
+        *_add_to_pair(acc.outer_hi, acc.outer_lo, outer),
+    )
+
+
+def _add_to_pair(hi, lo, value):
+    """(hi + lo) + value, where hi takes the rounded sum and lo what the rounding lost."""
+    total = hi + value
+    virtual = total - hi
+    lost = (hi - (total - virtual)) + (value - virtual)
+    return total, lo + lost
+
+
+def finish_moments(acc):
+    """`(mu (D,), sigma (D, D))`, float64 numpy, sigma with the divisor n - 1.
+
+    Raises ValueError below two samples and where a feature was not finite.
+    """
+    acc = jax.device_get(acc)
+    count = int(acc.count)
+    if count < 2:
+        raise ValueError(f"moments of {count} samples: at least 2 are needed")
+    mean = (acc.sum_hi.astype(np.float64) + acc.sum_lo) / count
+    outer = acc.outer_hi.astype(np.float64) + acc.outer_lo
+    sigma = (outer - count * np.outer(mean, mean)) / (count - 1)
+    if not (np.isfinite(mean).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"moments of {count} samples: some features are not finite")
+    return acc.shift.astype(np.float64) + mean, (sigma + sigma.T) / 2
+
+
+# ---------------------------------------------------------------------------------- FID, sFID
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet distance of two Gaussians, `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2)`.
+
+    FID on pool features, sFID on spatial ones. The trace of the root is the sum of the singular
+    values of `S1^1/2 S2^1/2`, with symmetric roots: unlike the root of the product `S1 S2` it is
+    real, and it stays exact where a covariance is singular (fewer samples than dimensions).
+    Arithmetic in float64; `mu` (D,), `sigma` (D, D). Raises ValueError if the shapes differ.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if not (mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
+        shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"moments that cannot be compared: mu, sigma, mu, sigma are {shapes}")
+    cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
+    mean = np.sum((mu1 - mu2) ** 2)
+    return float(mean + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def _root(sigma):
+    """A matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance."""
+    values, vectors = np.linalg.eigh(sigma)
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+# -------------------------------------------------------------------------------- Inception score
+
+
+class Scores(NamedTuple):
+    """Running sums of the Inception score, one row for each split."""
+
+    count: jax.Array  # int32 (splits,)
+    probs_hi: jax.Array  # float32 (splits, classes)
+    probs_lo: jax.Array
+    entropy_hi: jax.Array  # float32 (splits,), sum of p log p
+    entropy_lo: jax.Array
+
+
+def init_scores(splits=10, classes=1008):
+    """The empty accumulator of the Inception score."""
+    row, table = jnp.zeros(splits, jnp.float32), jnp.zeros((splits, classes), jnp.float32)
+    return Scores(jnp.zeros(splits, jnp.int32), table, table, row, row)
+
+
+def add_scores(acc, logits, split, weight):
+    """Add a batch; inside jit, as `add_moments`.
+
+    `logits` (N, classes) float32 without the bias of the last layer; `split` (N,) int32, which
+    split each sample belongs to (sample i of n: `i * splits // n`); `weight` (N,) 1 or 0.
+    """
+    member = jax.nn.one_hot(split, len(acc.count)) * (weight > 0)[:, None]  # (N, splits)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    probs = jnp.exp(log_probs)
+    table = jnp.einsum("ns,nc->sc", member, probs, precision=HIGHEST)
+    entropy = jnp.einsum("ns,n->s", member, (probs * log_probs).sum(1), precision=HIGHEST)
+    return Scores(
+        acc.count + member.sum(0).astype(jnp.int32),
+        *_add_to_pair(acc.probs_hi, acc.probs_lo, table),
+        *_add_to_pair(acc.entropy_hi, acc.entropy_lo, entropy),
+    )
+
+
+def finish_scores(acc):
+    """`(mean, std)` of the Inception score over the splits."""
+    acc = jax.device_get(acc)
+    if acc.count.min() < 1:
+        raise ValueError(f"Inception score: a split without samples, counts {acc.count.tolist()}")
+    probs = acc.probs_hi.astype(np.float64) + acc.probs_lo
+    return _score(acc.count, probs, acc.entropy_hi.astype(np.float64) + acc.entropy_lo)
+
+
+def _score(count, probs, entropy):
+    """exp of E[KL(p(y|x) || p(y))], split by split, from counts, sums of p, sums of p log p."""
+    marginal = probs / count[:, None]
+    log_marginal = np.log(np.where(marginal > 0, marginal, 1))
+    divergence = entropy / count - (marginal * log_marginal).sum(1)
+    scores = np.exp(divergence)
+    return float(scores.mean()), float(scores.std())
+
+
+def inception_score(logits, splits=10):
+    """`(mean, std)` over `splits` consecutive parts of `logits` (N, classes), in float64.
+
+    The logits are those without the bias of the last layer, in the order of the samples: so it
+    is done in the first implementation, in ADM and in torch-fidelity.
+    """
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"Inception score: {len(logits)} samples cannot make {splits} splits")
+    sums = []
+    for i in range(splits):
+        part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits]
+        part = np.asarray(part, np.float64)
+        part = part - part.max(1, keepdims=True)
+        log_probs = part - np.log(np.exp(part).sum(1, keepdims=True))
+        probs = np.exp(log_probs)
+        sums.append((len(part), probs.sum(0), (probs * log_probs).sum()))
+    return _score(*(np.array(column) for column in zip(*sums, strict=True)))
+
+
+# --------------------------------------------------------------------------- precision and recall
+
+
+def precision_recall(reference, generated, k=3, rows=2048):
+    """`(precision, recall)`: the share of samples inside the other set's k-nearest-neighbour balls.
+
+    `reference` (N, D), `generated` (M, D), float32 features. Distances are computed on the
+    default device, `rows` samples against a whole set at a time.
+    """
+    for name, features in (("reference", reference), ("generated", generated)):
+        if len(features) <= k:
+            raise ValueError(f"precision and recall: {len(features)} {name} samples, k = {k}")
+    # Distances do not change with the origin; near it they lose fewer digits.
+    origin = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
+    reference, generated = jnp.asarray(reference - origin), jnp.asarray(generated - origin)
+    radii_reference = _by_rows(_kth_distance, reference, rows, reference, k)
+    radii_generated = _by_rows(_kth_distance, generated, rows, generated, k)
+    precision = _by_rows(_inside, generated, rows, reference, radii_reference).mean()
+    recall = _by_rows(_inside, reference, rows, generated, radii_generated).mean()
+    return float(precision), float(recall)
+
+
+def _by_rows(function, features, rows, *args):
+    parts = [function(features[i : i + rows], *args) for i in range(0, len(features), rows)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _squared_distances(a, b):
+    cross = jnp.einsum("nd,md->nm", a, b, precision=HIGHEST)
+    return jnp.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * cross, 0)
+
+
+@jax.jit
+def _inside(samples, centres, radii):
+    return (_squared_distances(samples, centres) <= radii).any(1)
+
+
+def _kth_distance(samples, others, k):
+    # The nearest of all is the sample itself.
+    return _nearest(samples, others, k + 1)[:, k]
+
+
+def _nearest_impl(samples, others, count):
+    return -jax.lax.top_k(-_squared_distances(samples, others), count)[0]
+
+
+_nearest = jax.jit(_nearest_impl, static_argnums=2)
+
+
+# --------------------------------------------------------------------------- reference statistics
+
+
+def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None):
+    """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
+
+    `resize` says which resize came before the network; comparing two would mislead.
+    """
+    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize}
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_reference(path):
+    """Reference statistics from an npz: a dict with `mu` (D,), `sigma` (D, D), float64.
+
+    Beside them `mu_s, sigma_s` for sFID and `resize` (str), each None where the file has none.
+    The names `ref_mu, ref_sigma` of the published MeanFlow code are known too. Raises
+    FileNotFoundError, or ValueError with one line: not an npz, names missing, wrong shapes, not
+    finite, not symmetric.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file of reference statistics")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in _names_in(file, path)}
+    except _ReferenceError:
+        raise
+    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
+        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
+    result = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "resize": None}
+    for name, value in found.items():
+        name = name.removeprefix("ref_")
+        result[name] = str(value) if name == "resize" else np.asarray(value, np.float64)
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if result[mu] is not None:
+            _check_moments(path, mu, sigma, result[mu], result[sigma])
+    return result
+
+
+class _ReferenceError(ValueError):
+    """A message that is already complete."""
+
+
+def _names_in(file, path):
+    names = [n for n in ("resize",) if n in file.files]
+    for prefix in ("", "ref_"):
+        if f"{prefix}mu" in file.files and f"{prefix}sigma" in file.files:
+            names += [f"{prefix}mu", f"{prefix}sigma"]
+            break
+    else:
+        listed = ", ".join(sorted(file.files)[:8]) or "nothing"
+        raise _ReferenceError(
+            f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
+            f"the file has {listed}"
+        )
+    if "mu_s" in file.files and "sigma_s" in file.files:
+        names += ["mu_s", "sigma_s"]
+    return names
+
+
+def _check_moments(path, mu_name, sigma_name, mu, sigma):
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        raise ValueError(
+            f"{path}: {mu_name} {mu.shape} and {sigma_name} {sigma.shape} "
+            "should have the shapes (D,) and (D, D)"
+        )
+    for name, value in ((mu_name, mu), (sigma_name, sigma)):
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
+        raise ValueError(f"{path}: {sigma_name} is not symmetric")
