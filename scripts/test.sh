@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the tests; installs what is missing. Arguments go to pytest, paths count from the
+# repository's folder:
+#   bash scripts/test.sh                        all but the slow ones
+#   bash scripts/test.sh tests/test_dit.py -x   some
+#   bash scripts/test.sh -m slow                the slow ones; -m "" for all
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(bash install.sh --dev)
+exec "$python" -m pytest "$@"
