@@ -33,8 +33,10 @@ class Moments(NamedTuple):
 
 def init_moments(dim):
     """The empty accumulator for features of `dim` numbers."""
-    vector, matrix = jnp.zeros(dim, jnp.float32), jnp.zeros((dim, dim), jnp.float32)
-    return Moments(jnp.zeros((), jnp.int32), vector, vector, vector, matrix, matrix)
+    # No array twice: the buffers may be donated.
+    vectors = [jnp.zeros(dim, jnp.float32) for _ in range(3)]
+    matrices = [jnp.zeros((dim, dim), jnp.float32) for _ in range(2)]
+    return Moments(jnp.zeros((), jnp.int32), *vectors, *matrices)
 
 
 def add_moments(acc, features, weight):
@@ -128,8 +130,9 @@ class Scores(NamedTuple):
 
 def init_scores(splits=10, classes=1008):
     """The empty accumulator of the Inception score."""
-    row, table = jnp.zeros(splits, jnp.float32), jnp.zeros((splits, classes), jnp.float32)
-    return Scores(jnp.zeros(splits, jnp.int32), table, table, row, row)
+    tables = [jnp.zeros((splits, classes), jnp.float32) for _ in range(2)]
+    rows = [jnp.zeros(splits, jnp.float32) for _ in range(2)]
+    return Scores(jnp.zeros(splits, jnp.int32), *tables, *rows)
 
 
 def add_scores(acc, logits, split, weight):
