@@ -82,8 +82,8 @@ find_environment() {
 
 is_recent() { "$1" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }
 
-install() {
-  # install STAMP_FILE STAMP WHAT PIP_ARGUMENTS...
+install_packages() {
+  # install_packages STAMP_FILE STAMP WHAT PIP_ARGUMENTS...
   local file=$1 stamp=$2 what=$3
   shift 3
   say "installing $what into $environment; this takes some minutes"
@@ -107,7 +107,7 @@ base_is_done() { is_done "$environment/.installed-requirements" "$base_stamp"; }
 dev_is_done() { [[ -z $dev ]] || is_done "$environment/.installed-dev" "$dev_stamp"; }
 
 main() {
-  local dev= kind extra= base_stamp dev_stamp
+  local dev="" kind extra="" base_stamp dev_stamp
   case ${1:-} in
     "") ;;
     --dev) dev=yes ;;
@@ -124,9 +124,9 @@ main() {
     exec 9>"$environment/.install-lock"
     # Several processes of one job may share the environment: one installs, the others wait.
     if command -v flock >/dev/null; then flock 9; fi
-    base_is_done || install "$environment/.installed-requirements" "$base_stamp" \
+    base_is_done || install_packages "$environment/.installed-requirements" "$base_stamp" \
       "jax$extra and the requirements" -r requirements.txt "jax$extra"
-    dev_is_done || install "$environment/.installed-dev" "$dev_stamp" \
+    dev_is_done || install_packages "$environment/.installed-dev" "$dev_stamp" \
       "the test tools" -r requirements-dev.txt
   fi
   echo "$python"

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Trains, evaluates or samples: installs what is missing and runs main.py. The same command again
+# goes on where the job stopped.
+#
+#   bash scripts/launch.sh JOB_NAME [CONFIG] [--config.option=value ...]
+#
+# CONFIG is a file of configs/ without .yml (default run_b4). From the environment:
+#   DATA_ROOT      folder of the datasets (default ./data)
+#   LOG_DIR        logs and checkpoints go to LOG_DIR/$USER/JOB_NAME (default ./logs; or gs://...)
+#   MAX_RESTARTS   how often to start again after a preemption or a kill (default 0)
+#   RESTART_DELAY  seconds before that (default 5)
+# Relative paths in options count from the repository's folder. Ctrl-C or SIGTERM: the job saves
+# and stops; a second Ctrl-C kills it.
+set -euo pipefail
+
+fail() { echo "launch.sh: $*" >&2; exit 2; }
+usage="usage: bash scripts/launch.sh JOB_NAME [CONFIG] [--config.option=value ...]"
+
+absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+
+process_number() {
+  # Of several processes that share LOG_DIR each has an output file of its own.
+  local argument number=${SLURM_PROCID:-${TPU_WORKER_ID:-0}}
+  for argument; do
+    case $argument in --process_id=*) number=${argument#*=} ;; esac
+  done
+  echo "$number"
+}
+
+show() {
+  # Copies stdin to stdout; on a terminal a progress line takes the place of the one before.
+  [[ -t 1 ]] || { exec cat; }
+  local line open="" width
+  width=$(tput cols 2>/dev/null || echo 80)
+  while IFS= read -r line; do
+    if [[ $line == "step "* ]]; then
+      printf '\r%s\033[K' "${line:0:width-1}"
+      open=yes
+    else
+      [[ -z $open ]] || printf '\n'
+      printf '%s\n' "$line"
+      open=""
+    fi
+  done
+  [[ -z $open ]] || printf '\n'
+}
+
+run() {
+  # Runs a command such that a signal to this script reaches it; its exit status in `status`.
+  # It runs in the background because bash holds signals back while a command is in front.
+  # In the background bash lets it ignore Ctrl-C, so that it hears of it once, as SIGTERM.
+  "$@" >&3 2>&1 3>&- &
+  child=$!
+  [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || true
+  local signals=""
+  until [[ $signals == "$signals_seen" ]]; do  # a signal ends `wait`, not the command
+    signals=$signals_seen status=0
+    wait "$child" || status=$?
+  done
+  child=""
+}
+
+stop() {
+  signals_seen+=x
+  if [[ -n $stopping && $1 == INT ]]; then
+    kill -KILL "$child" 2>/dev/null || true
+  elif [[ -n $child ]]; then
+    kill -TERM "$child" 2>/dev/null || true
+  fi
+  stopping=$1
+}
+
+run_job() {
+  # run_job WORKDIR CONFIG ARGUMENTS...: main.py, again where it was stopped from outside.
+  local workdir=$1 config=$2
+  shift 2
+  while [[ -z $stopping ]]; do
+    run "$python" main.py --workdir="$workdir" --config="configs/load_config.py:$config" "$@"
+    # 75: main.py saved and left because the machine is taken away; above 128: killed by a signal.
+    [[ $status == 75 || $status -gt 128 ]] || return 0
+    [[ -z $stopping && $restarts -lt $MAX_RESTARTS ]] || return 0
+    restarts=$((restarts + 1))
+    echo "launch.sh: exit status $status; restart $restarts of $MAX_RESTARTS" >&3
+    sleep "${RESTART_DELAY:-5}"
+  done
+}
+
+main() {
+  [[ $# -ge 1 ]] || fail "$usage"
+  local job=$1 config=run_b4
+  shift
+  [[ $job =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
+    fail "JOB_NAME '$job' may have letters, digits, '_', '.' and '-' only; $usage"
+  if [[ $# -ge 1 && $1 != -* ]]; then config=$1; shift; fi
+  [[ ${MAX_RESTARTS:=0} =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a whole number"
+
+  local root data_root log_dir workdir output
+  root=$(dirname "${BASH_SOURCE[0]}")/..
+  [[ -z ${DATA_ROOT:-} ]] || data_root=$(absolute "$DATA_ROOT")
+  [[ -z ${LOG_DIR:-} ]] || log_dir=$(absolute "$LOG_DIR")
+  cd "$root"
+  export DATA_ROOT=${data_root:-data} PYTHONUNBUFFERED=1
+  local user=${USER:-$(id -un 2>/dev/null || echo user)}
+  workdir=${log_dir:-logs}/$user/$job
+  output=$workdir
+  case $workdir in *://*) output=logs/$user/$job ;; esac  # tee writes to this machine only
+  mkdir -p "$output" 2>/dev/null && [[ -w $output ]] ||
+    fail "cannot write to $output; set LOG_DIR to a folder of yours"
+  local number
+  number=$(process_number "$@")
+  [[ $number == 0 ]] && output+=/output.log || output+=/output.$number.log
+
+  local python
+  python=$(bash install.sh) || exit 1
+
+  local child="" stopping="" signals_seen=x status=0 restarts=0 tee_pid
+  # tee outlives a Ctrl-C, which goes to every process of the terminal.
+  exec 3> >(trap '' INT TERM; exec 3>&-; tee -a "$output" | show)
+  tee_pid=$!
+  trap 'stop INT' INT
+  trap 'stop TERM' TERM
+  if [[ $config == digits ]]; then
+    run "$python" -m scripts.prepare_dataset digits --output "$DATA_ROOT/digits"
+  fi
+  if [[ $status == 0 ]]; then
+    run_job "$workdir" "$config" "$@"
+  fi
+  exec 3>&-
+  wait "$tee_pid" 2>/dev/null || true
+  exit "$status"
+}
+
+main "$@"
