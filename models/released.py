@@ -1,0 +1,264 @@
+"""Checkpoints of the published MeanFlow code <-> the parameter tree of models/dit.py.
+
+The published code (github.com/Gsunshine/meanflow, flax 0.8.5, orbax 0.4.4) writes a training state
+as FOLDER/checkpoint_STEP in one of two forms: a msgpack file, or an orbax folder, whose one file of
+data, `checkpoint`, is msgpack too. Both are read and written here without unpickling anything.
+
+A tree of ours stacks the blocks along a leading axis and has shorter names; `_layers` is the whole
+map. Reading is strict: each key is used once, each shape follows from the size of the network.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import serialization, traverse_util
+
+FREQUENCIES = 256  # of the sinusoidal time embeddings
+LABEL_TABLE = "y_embedder/embedding_table/_flax_embedding/embedding"
+MAX_NAMED = 20  # entries in an error line; the rest is counted
+NAME = re.compile(r"checkpoint_(\d+)$")
+
+
+def is_released(path) -> bool:
+    """Whether path is a published checkpoint, or a folder that holds some.
+
+    A run of ours keeps its checkpoints in folders named by the step alone.
+    """
+    path = Path(path)
+    return path.is_file() or (path / "checkpoint").is_file() or bool(_numbered(path))
+
+
+def _numbered(folder):
+    """{step: path} of the checkpoints in a folder."""
+    if not folder.is_dir():
+        return {}
+    found = {NAME.match(child.name): child for child in folder.iterdir()}
+    return {int(match[1]): child for match, child in found.items() if match}
+
+
+def load(path) -> dict:
+    """Reads a published checkpoint.
+
+    path: checkpoint_N itself or the folder that holds it; of several the one with the largest N.
+    Returns {"step": int, "params": tree, "ema_params": tree, "opt_state": {"count": int32 (),
+    "mu": tree, "nu": tree} of Adam, or None where the file has none}; trees as in models/dit.py,
+    float32 numpy arrays.
+    Raises FileNotFoundError where there is no checkpoint, and ValueError with one line that names
+    whatever is missing, left over or of a shape that does not fit.
+    """
+    path = Path(path)
+    numbered = _numbered(path)
+    if numbered:
+        path = numbered[max(numbered)]
+    file = path / "checkpoint" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"load_from={path}: neither a run with checkpoints nor a published checkpoint, "
+            "that is a file or folder checkpoint_STEP"
+        )
+    try:
+        state = serialization.msgpack_restore(file.read_bytes())
+    except Exception as error:  # msgpack raises many kinds of its own
+        raise ValueError(f"{file}: damaged or not a published checkpoint ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file}: not a published checkpoint, but a {type(state).__name__}")
+    _raise_problems(
+        file,
+        missing=sorted({"step", "params", "ema_params"} - state.keys()),
+        left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
+    )
+    return {
+        "step": int(state["step"]),
+        "params": _from_published(state["params"], f"{file}: params"),
+        "ema_params": _from_published(state["ema_params"], f"{file}: ema_params"),
+        "opt_state": _read_adam(state.get("opt_state"), f"{file}: opt_state"),
+    }
+
+
+def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> Path:
+    """Writes folder/checkpoint_STEP in the layout of the published code.
+
+    params, ema_params: trees as in models/dit.py. opt_state: as from `load`; without one a fresh
+    Adam state is written, since the published code restores nothing less. form: "msgpack" or
+    "orbax". Returns the path, which appears only when it is complete.
+    Raises FileExistsError where it is there already, ValueError where the trees do not fit.
+    """
+    if form not in ("msgpack", "orbax"):
+        raise ValueError(f"format={form}: choose msgpack or orbax")
+    path = Path(folder) / f"checkpoint_{int(step)}"
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: remove it or choose another folder")
+    params = _to_published(params, "params")
+    if opt_state is None:
+        zeros = jax.tree.map(np.zeros_like, params)
+        adam = {"count": np.zeros((), np.int32), "mu": zeros, "nu": zeros}
+    else:
+        adam = {
+            "count": np.asarray(opt_state["count"], np.int32),
+            "mu": _to_published(opt_state["mu"], "opt_state.mu"),
+            "nu": _to_published(opt_state["nu"], "opt_state.nu"),
+        }
+    state = {
+        "step": int(step),
+        "params": params,
+        "ema_params": _to_published(ema_params, "ema_params"),
+        # optax.adamw: Adam, weight decay, learning rate; the latter two have no state.
+        "opt_state": {"0": adam, "1": {}, "2": {}} if form == "msgpack" else [adam, None, None],
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        data = serialization.msgpack_serialize(state)
+        if form == "orbax":
+            temporary.mkdir()
+            (temporary / "checkpoint").write_bytes(data)
+        else:
+            temporary.write_bytes(data)
+        os.rename(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_tree(expected, tree, where):
+    """Raises ValueError with one line if names or shapes of the tree are not the expected ones.
+
+    expected: tree of anything with a shape, such as jax.ShapeDtypeStruct; where: opens the line.
+    """
+    shapes = {k: v.shape for k, v in traverse_util.flatten_dict(expected, sep="/").items()}
+    arrays = traverse_util.flatten_dict(tree, sep="/")
+    _check_shapes(shapes, arrays, f"{where}: not the weights of the configured model")
+
+
+def _check_shapes(shapes, arrays, where):
+    """Holds {name: array} against {name: shape}."""
+    _raise_problems(
+        where,
+        missing=sorted(shapes.keys() - arrays.keys()),
+        left_over=sorted(arrays.keys() - shapes.keys()),
+        misfits=[
+            f"{name} {np.shape(arrays[name])} instead of {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in arrays and np.shape(arrays[name]) != tuple(shape)
+        ],
+    )
+
+
+def _raise_problems(where, missing=(), left_over=(), misfits=()):
+    problems = {"missing": missing, "left over": left_over, "of another shape": misfits}
+    if any(problems.values()):
+        parts = []
+        for kind, names in problems.items():
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            if names:
+                parts.append(f"{kind}: {', '.join(names[:MAX_NAMED])}{more}")
+        raise ValueError(f"{where}: {'; '.join(parts)}")
+
+
+def _layers(D, patch, out):
+    """{our layer: (published layer, shape of its kernel)} for a hidden size D; biases follow.
+
+    patch: shape of the patch embedding's kernel (p, p, c, D); out: p * p * c.
+    """
+    linear = "_flax_linear"
+    block = "blocks/layers_{}"
+    time = {
+        f"{name}/{ours}": (f"{name}/mlp/layers_{i}/{linear}", (rows, D))
+        for name in ("t_embedder", "h_embedder")
+        for ours, i, rows in (("fc1", 0, FREQUENCIES), ("fc2", 2, D))
+    }
+    return time | {
+        "x_embedder": ("x_embedder/proj", patch),
+        "blocks/attn/qkv": (f"{block}/attn/qkv/{linear}", (D, 3 * D)),
+        "blocks/attn/proj": (f"{block}/attn/proj/{linear}", (D, D)),
+        "blocks/mlp/fc1": (f"{block}/mlp/fc1/{linear}", (D, 4 * D)),
+        "blocks/mlp/fc2": (f"{block}/mlp/fc2/{linear}", (4 * D, D)),
+        "blocks/adaLN": (f"{block}/adaLN_modulation/layers_1/{linear}", (D, 6 * D)),
+        "final_layer/adaLN": (f"final_layer/adaLN_modulation/layers_1/{linear}", (D, 2 * D)),
+        "final_layer/linear": (f"final_layer/linear/{linear}", (D, out)),
+    }
+
+
+def _layout(patch_kernel, label_table, where):
+    """{our parameter: (published parameter, its shape there)}; "{}" stands for the block.
+
+    patch_kernel (p, p, c, D) and label_table (rows, D) tell the size of the network.
+    """
+    patch, table = np.shape(patch_kernel), np.shape(label_table)
+    if len(patch) != 4 or len(table) != 2:
+        raise ValueError(f"{where}: not a DiT: no x_embedder kernel or no y_embedder embedding")
+    D, out = patch[-1], int(np.prod(patch[:-1]))
+    layout = {"y_embedder/embedding": (f"net/{LABEL_TABLE}", (table[0], D))}
+    for ours, (theirs, shape) in _layers(D, patch, out).items():
+        layout[f"{ours}/kernel"] = (f"net/{theirs}/kernel", shape)
+        layout[f"{ours}/bias"] = (f"net/{theirs}/bias", shape[-1:])
+    return layout
+
+
+def _from_published(tree, where):
+    """Published tree -> ours."""
+    theirs = traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
+    patch_kernel = theirs.get("net/x_embedder/proj/kernel")
+    layout = _layout(patch_kernel, theirs.get(f"net/{LABEL_TABLE}"), where)
+    blocks = [re.match(r"net/blocks/layers_(\d+)/", name) for name in theirs]
+    depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
+    shapes = {
+        source: shape for template, shape in layout.values() for source in _sources(template, depth)
+    }
+    _check_shapes(shapes, theirs, where)
+    ours = {}
+    for name, (template, _) in layout.items():
+        arrays = [np.asarray(theirs[s], np.float32) for s in _sources(template, depth)]
+        ours[name] = np.stack(arrays) if "{}" in template else arrays[0]
+    return traverse_util.unflatten_dict(ours, sep="/")
+
+
+def _to_published(tree, where):
+    """Our tree -> published tree."""
+    ours = traverse_util.flatten_dict(tree, sep="/")
+    layout = _layout(ours.get("x_embedder/kernel"), ours.get("y_embedder/embedding"), where)
+    depth = next((len(array) for name, array in ours.items() if name.startswith("blocks/")), 0)
+    shapes = {
+        name: (depth, *shape) if "{}" in template else shape
+        for name, (template, shape) in layout.items()
+    }
+    _check_shapes(shapes, ours, where)
+    theirs = {}
+    for name, (template, _) in layout.items():
+        array = np.asarray(ours[name], np.float32)
+        sources = _sources(template, depth)
+        theirs |= zip(sources, array if "{}" in template else [array], strict=True)
+    return traverse_util.unflatten_dict(theirs, sep="/")
+
+
+def _sources(template, depth):
+    """The published names that one of ours gathers."""
+    return [template.format(i) for i in range(depth)] if "{}" in template else [template]
+
+
+def _read_adam(opt_state, where):
+    """State of optax.adamw, a dict from msgpack or a list from orbax -> our dict, or None."""
+    if isinstance(opt_state, list):
+        opt_state = {str(i): entry for i, entry in enumerate(opt_state)}
+    if not opt_state:
+        return None
+    adam = opt_state.get("0") or {}
+    _raise_problems(
+        where,
+        missing=[f"0/{k}" for k in ("count", "mu", "nu") if k not in adam],
+        left_over=[f"0/{k}" for k in adam if k not in ("count", "mu", "nu")]
+        + [k for k, entry in opt_state.items() if k != "0" and entry],
+    )
+    return {
+        "count": np.asarray(adam["count"], np.int32),
+        "mu": _from_published(adam["mu"], f"{where}/0/mu"),
+        "nu": _from_published(adam["nu"], f"{where}/0/nu"),
+    }

@@ -1,0 +1,56 @@
+"""Writes a checkpoint in the layout of the published MeanFlow code, so that weights can be
+exchanged both ways.
+
+python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format msgpack|orbax]
+
+From a run, its weights and their first average are written, beside a fresh state of Adam. From a
+published checkpoint everything is, Adam's state too: that way one form becomes the other.
+"""
+
+import argparse
+import sys
+
+from models import released
+from utils import checkpoint
+
+
+def export(source, folder, step=None, form="msgpack"):
+    """Writes folder/checkpoint_STEP and returns its path.
+
+    source: the workdir of a run, or a published checkpoint; step: of the run, default the newest.
+    Raises FileNotFoundError, FileExistsError or ValueError with one line.
+    """
+    if released.is_released(source):
+        state = released.load(source)
+    else:
+        state = checkpoint.restore_weights(source, step)
+        state |= {"ema_params": state["ema_params"][0], "opt_state": None}
+    return released.export(**state, folder=folder, form=form)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.export_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="source", required=True, help="workdir or checkpoint")
+    parser.add_argument("--to", dest="folder", required=True, help="folder to write into")
+    parser.add_argument("--step", type=int, help="checkpoint of the run, default the newest")
+    parser.add_argument("--format", dest="form", choices=("msgpack", "orbax"), default="msgpack")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        path = export(**vars(args))
+    except (ValueError, OSError) as error:
+        print(f"export_checkpoint: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
