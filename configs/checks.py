@@ -1,0 +1,185 @@
+"""Checks of a configuration beyond the types: ranges, choices, options that go together.
+
+Nothing here needs a device or the data. Knows the schema in `configs/default.py`.
+"""
+
+import re
+
+DATA_PLACEHOLDER = "YOUR_DATA_ROOT"  # of the published YAML files
+REFERENCE_PLACEHOLDER = "YOUR_FID_CACHE_REF"
+
+CHOICES = {
+    "model.time_cond": ("t,r", "t,h", "t,r,h", "h"),
+    "method.noise_dist": ("logit_normal", "uniform"),
+    "method.guidance_eq": ("cfg", "none"),
+    "training.lr_schedule": ("const", "cosine"),
+    "sampling.format": ("png", "npz"),
+    "fid.features": ("inception", "pixels"),
+    "fid.resize": ("half_pixel", "tf1"),
+    "fid.labels": ("random", "balanced"),
+}
+
+POSITIVE = (
+    "dataset.image_size dataset.image_channels dataset.num_classes dataset.prefetch_factor "
+    "model.unroll method.norm_eps training.batch_size training.learning_rate "
+    "training.grad_accum_steps training.log_per_step training.checkpoint_per_epoch "
+    "sampling.num_images fid.device_batch_size mesh.fsdp"
+).split()
+
+NOT_NEGATIVE = (
+    "dataset.num_workers model.depth model.hidden_size model.num_heads model.patch_size "
+    "method.P_std method.P_std_r method.norm_p training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.weight_decay training.grad_clip "
+    "training.sample_per_epoch training.fid_per_epoch sampling.seed"
+).split()
+
+FROM_0_TO_1 = (
+    "method.data_proportion method.class_dropout_prob method.t_start method.t_end "
+    "training.adam_b1 training.adam_b2"
+).split()
+
+METRICS = ("fid", "sfid", "inception_score", "precision_recall")
+
+
+def validate(config):
+    """Raises ValueError with one line about the first option whose value cannot be meant."""
+    for path, choices in CHOICES.items():
+        value = _get(config, path)
+        _require(value in choices, path, f"is one of {' | '.join(choices)}, not {value!r}")
+    for path in POSITIVE:
+        _require(_get(config, path) > 0, path, f"must be above 0, got {_get(config, path)}")
+    for path in NOT_NEGATIVE:
+        value = _get(config, path)
+        _require(value is None or value >= 0, path, f"must not be negative, got {value}")
+    for path in FROM_0_TO_1:
+        value = _get(config, path)
+        _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
+    _validate_data_and_model(config.dataset, config.model)
+    _validate_method(config.method)
+    _validate_training(config.training)
+    _validate_sampling(config.sampling, config.dataset.num_classes)
+    _validate_evaluation(config)
+
+
+def _validate_data_and_model(dataset, model):
+    mean, std = dataset.latent_mean, dataset.latent_std
+    for path, values in (("dataset.latent_mean", mean), ("dataset.latent_std", std)):
+        _require(
+            len(values) in (0, dataset.image_channels),
+            path,
+            f"needs one number for each of the {dataset.image_channels} channels, or none",
+        )
+    _require(bool(mean) == bool(std), "dataset.latent_std", "goes together with latent_mean")
+    _require(all(value > 0 for value in std), "dataset.latent_std", "must be above 0")
+    named = re.fullmatch(r"DiT_\w+_(\d+)", model.cls)
+    patch = model.patch_size or (int(named.group(1)) if named else 0)
+    if patch:
+        _require(
+            dataset.image_size % patch == 0,
+            "dataset.image_size",
+            f"({dataset.image_size}) must be a multiple of the patch size {patch}",
+        )
+    if model.hidden_size and model.num_heads:
+        _require(
+            model.hidden_size % model.num_heads == 0,
+            "model.hidden_size",
+            f"({model.hidden_size}) must be a multiple of model.num_heads ({model.num_heads})",
+        )
+
+
+def _validate_method(method):
+    _require(method.kappa < 1, "method.kappa", "must be below 1: the scale is omega / (1 - kappa)")
+    _require(method.kappa >= 0, "method.kappa", f"must not be negative, got {method.kappa}")
+    _require(method.t_start <= method.t_end, "method.t_start", "must not be above method.t_end")
+    _require(len(method.tangent) == 2, "method.tangent", "has two numbers: (dr, dt)")
+
+
+def _validate_training(training):
+    steps = training.num_epochs + training.num_steps
+    _require(steps > 0, "training.num_epochs", "and training.num_steps are both 0: nothing to do")
+    _require(
+        training.batch_size % training.grad_accum_steps == 0,
+        "training.batch_size",
+        f"({training.batch_size}) must be a multiple of training.grad_accum_steps "
+        f"({training.grad_accum_steps})",
+    )
+    decays = training.ema_val
+    _require(
+        decays and len(set(decays)) == len(decays) and all(0 <= decay <= 1 for decay in decays),
+        "training.ema_val",
+        f"needs one or more different decays in 0..1, got {list(decays)}",
+    )
+    for path in ("training.adam_b1", "training.adam_b2"):
+        _require(_get({"training": training}, path) < 1, path, "must be below 1")
+    profile = training.profile_steps
+    _require(
+        not profile or (len(profile) == 2 and 0 <= profile[0] <= profile[1]),
+        "training.profile_steps",
+        f"is (first, last) or empty, got {list(profile)}",
+    )
+
+
+def _validate_sampling(sampling, num_classes):
+    _require(
+        sampling.num_steps and all(steps >= 1 for steps in sampling.num_steps),
+        "sampling.num_steps",
+        f"needs one or more numbers of at least 1, got {list(sampling.num_steps)}",
+    )
+    times = sampling.sampling_timesteps
+    falling = all(t > r for t, r in zip(times, times[1:], strict=False))
+    _require(
+        not times or (len(times) >= 2 and times[0] == 1 and times[-1] == 0 and falling),
+        "sampling.sampling_timesteps",
+        f"must fall from 1 to 0, got {list(times)}",
+    )
+    _require(
+        all(0 <= label <= num_classes for label in sampling.labels),
+        "sampling.labels",
+        f"must lie in 0..{num_classes - 1} ({num_classes}: without a class)",
+    )
+
+
+def _validate_evaluation(config):
+    fid = config.fid
+    _require(fid.num_samples >= 2, "fid.num_samples", "a covariance needs at least 2 samples")
+    unknown = [metric for metric in fid.metrics if metric not in METRICS]
+    _require(
+        fid.metrics and not unknown,
+        "fid.metrics",
+        f"are of {' | '.join(METRICS)}, got {list(fid.metrics)}",
+    )
+    averages = [f"ema_{decay}" for decay in config.training.ema_val]
+    weights = ["ema", "params", *averages]
+    _require(
+        fid.weights and all(name in weights for name in fid.weights),
+        "fid.weights",
+        f"are of {' | '.join(weights)}, got {list(fid.weights)}",
+    )
+    _require(
+        not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
+    )
+    trains = not (config.eval_only or config.sample_only)
+    if trains:
+        _require(
+            DATA_PLACEHOLDER not in config.dataset.root,
+            "dataset.root",
+            "is still the placeholder: name the record folder, or set DATA_ROOT",
+        )
+    if config.eval_only or (trains and fid.on_training):
+        _require(
+            fid.cache_ref != REFERENCE_PLACEHOLDER,
+            "fid.cache_ref",
+            "is still the placeholder: name the npz of reference statistics, or leave it empty to "
+            "compare with the training images",
+        )
+
+
+def _get(config, path):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _require(condition, path, message):
+    if not condition:
+        raise ValueError(f"{path} {message}")

@@ -1,0 +1,295 @@
+"""Configuration of a run: default.py <- NAME.yml <- command line.
+
+`--config=configs/load_config.py:NAME --config.section.option=value ...`. YAML files and the command
+line obey the same rules: an option that `default.py` does not name, or a value of another type, is
+refused by name. This module builds on the schema in `configs/default.py`.
+"""
+
+import difflib
+import math
+import os
+import re
+from pathlib import Path
+
+import yaml
+from absl import logging
+from ml_collections import ConfigDict
+
+from configs import checks, default
+
+FOLDER = Path(__file__).resolve().parent
+
+# Options of the published code that mean nothing here: (values accepted, why it is dropped).
+DROPPED = {
+    "dataset.pin_memory": (None, "JAX has no pinned host memory to ask for"),
+    "dataset.cache": (None, "the records stay in the operating system's page cache"),
+    "sampling.num_classes": (None, "it is dataset.num_classes"),
+    "sampling.schedule": (("default",), "only the default schedule exists"),
+    "training.ema_type": (("const",), "only constant decays exist"),
+}
+
+# Types of the elements where the default is empty and cannot tell.
+ELEMENTS = {
+    "dataset.latent_mean": float,
+    "dataset.latent_std": float,
+    "training.profile_steps": int,
+    "sampling.sampling_timesteps": float,
+    "sampling.labels": int,
+}
+
+# $VARIABLES and ~ are expanded in these.
+PATHS = ("dataset.root", "dataset.vae", "fid.cache_ref", "fid.inception_weights", "load_from")
+
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+}
+
+
+def get_config(name=None):
+    """Returns `default.py` overridden by `configs/NAME.yml`, paths expanded, as a ConfigDict.
+
+    This is what ml_collections' `DEFINE_config_file` calls. Raises ValueError with one line.
+    """
+    config = _from_file(name)
+    _expand_paths(config)
+    return config
+
+
+def from_command_line(argv):
+    """Reads `--config=...:NAME` and all `--config.section.option=value` of a command line.
+
+    Returns (config, rest): a checked, locked ConfigDict, and argv without what was read here.
+    Raises ValueError with one line that names the option and, if unknown, the nearest one.
+    """
+    name, overrides, rest = _split(argv)
+    config = _from_file(name)
+    for path, text in overrides:
+        try:
+            _set_from_text(config, path, text)
+        except ValueError as error:
+            raise ValueError(f"command line: {error}") from None
+    _expand_paths(config)
+    checks.validate(config)
+    return config.lock(), rest
+
+
+def options(config, prefix=""):
+    """Returns {"section.option": value} of all options of a ConfigDict."""
+    flat = {}
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            flat.update(options(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# YAML files ------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that stands twice (the first would be lost)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:  # the value of a list as key is no string
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _from_file(name):
+    config = default.get_config()
+    names = sorted(path.stem for path in FOLDER.glob("*.yml"))
+    if name == "default":
+        return config
+    if name not in names:
+        asked = f"no config '{name}'{_nearest(name, names)}" if name else "no config named"
+        raise ValueError(
+            f"{asked}; --config=configs/load_config.py:NAME, with NAME one of: "
+            f"{', '.join(['default', *names])}"
+        )
+    file = FOLDER / f"{name}.yml"
+    where = f"configs/{name}.yml"
+    try:
+        values = yaml.load(file.read_text(), _Loader)  # a subclass of the safe loader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: {getattr(error, 'problem', error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: cannot be read: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{where}: expected 'section:' and options below it")
+    try:
+        _merge(config, config, values or {}, "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return config
+
+
+def _merge(config, section, values, prefix):
+    """Sets the nested `values` of a YAML file in `section`, a part of `config`."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(section.get(key), ConfigDict):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{path} is a section of options, not an option")
+            _merge(config, section[key], value or {}, f"{path}.")
+        elif isinstance(value, dict) and key not in section and not prefix:
+            raise ValueError(f"unknown section {path}{_nearest(path, list(config))}")
+        elif not _is_dropped(path, value):
+            _set(config, path, value)
+
+
+# Command line ----------------------------------------------------------------------------------
+
+
+def _split(argv):
+    """Returns (NAME, [(option path, text), ...], the other arguments)."""
+    name, overrides, rest = None, [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return name, overrides, rest + [word] + words
+        match = re.fullmatch(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", word, re.DOTALL)
+        if not match:
+            rest.append(word)
+            continue
+        negated, path, text = match.groups()
+        if text is None and not negated and words and not words[0].startswith("--"):
+            text = words.pop(0)  # --config.option value
+        if path is None:
+            file, _, name = (text or "").partition(":")
+            if Path(file).name != "load_config.py" or negated:
+                raise ValueError(f"{word}: expected --config=configs/load_config.py:NAME")
+        elif negated:
+            overrides.append((path, "false"))
+        else:
+            overrides.append((path, "true" if text is None else text))
+    return name, overrides, rest
+
+
+def _set_from_text(config, path, text):
+    """Sets an option from the command line: `text` as it would stand in a YAML file."""
+    if _is_dropped(path, text):
+        return
+    kind = _kind(config, path)
+    may_be_null = options(default.get_config())[path] is None
+    if kind is str and not (may_be_null and text in ("", "null", "None")):
+        value = text  # as it is: a folder may be named 42
+    elif kind is tuple:
+        # 2 or 1,2 or (1, 2) or [1, 2]
+        words = text.strip().removesuffix(",").strip("()[] ").removesuffix(",")
+        value = [_scalar(path, word) for word in words.split(",")] if words else []
+    else:
+        value = _scalar(path, text)
+    _set(config, path, value)
+
+
+def _scalar(path, text):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{path}: cannot read the value '{text}'") from None
+
+
+# Values ----------------------------------------------------------------------------------------
+
+
+def _is_dropped(path, value):
+    """Says whether `path` is an option of the published code without a meaning here."""
+    if path not in DROPPED:
+        return False
+    accepted, reason = DROPPED[path]
+    if accepted is not None and value not in accepted:
+        raise ValueError(f"{path} can only be {' or '.join(accepted)}, not {value!r}: {reason}")
+    logging.warning("%s is not used: %s", path, reason)
+    return True
+
+
+def _kind(config, path):
+    """Returns the type of an option; raises ValueError where there is no such option."""
+    *parents, key = path.split(".")
+    section = config
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or key not in section:
+        known = options(config)
+        same_name = [other for other in known if other.split(".")[-1] == key]
+        raise ValueError(f"unknown option {path}{_nearest(path, known, same_name)}")
+    if isinstance(section[key], ConfigDict):
+        raise ValueError(f"{path} is a section of options, not an option")
+    return section.get_type(key)  # of an option that is null: the type it would have
+
+
+def _set(config, path, value):
+    kind = _kind(config, path)
+    section = config
+    *parents, key = path.split(".")
+    for parent in parents:
+        section = section[parent]
+    schema = options(default.get_config())[path]
+    if value is None and schema is None:
+        section[key] = None
+    elif kind is tuple:
+        element = type(schema[0]) if schema else ELEMENTS[path]
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if value is None and schema:
+            raise ValueError(f"{path} expects a list, got null")
+        section[key] = tuple(_convert(f"{path}[{i}]", v, element) for i, v in enumerate(items))
+    else:
+        section[key] = _convert(path, value, kind)
+
+
+def _convert(path, value, kind):
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML takes 1e-4, without a point, for text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        shown = "null" if value is None else repr(value)
+        raise ValueError(f"{path} expects {EXPECTED[kind]}, got {shown}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{path} expects a finite number, got {value}")
+    return value
+
+
+def _nearest(word, known, preferred=()):
+    close = list(preferred) or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _expand_paths(config):
+    """Expands variables and ~ in the options that are paths, and finds the dataset's folder."""
+    root = config.dataset.root
+    if not root:
+        root = f"$DATA_ROOT/{config.dataset.name}"
+    elif "DATA_ROOT" in os.environ:
+        root = root.replace(checks.DATA_PLACEHOLDER, "$DATA_ROOT")
+    config.dataset.root = root
+    variables = {**os.environ, "DATA_ROOT": os.environ.get("DATA_ROOT") or "data"}
+
+    def variable(match):
+        name = match.group(1).strip("{}")
+        if name not in variables:
+            raise ValueError(f"{path}: the environment variable {name} is not set")
+        return variables[name]
+
+    flat = options(config)
+    for path in PATHS:
+        if flat[path]:
+            expanded = re.sub(r"\$(\w+|\{\w+\})", variable, flat[path])
+            *parents, key = path.split(".")
+            section = config[parents[0]] if parents else config
+            section[key] = os.path.expanduser(expanded)
