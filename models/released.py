@@ -187,14 +187,18 @@ def _layers(D, patch, out):
     }
 
 
-def _layout(patch_kernel, label_table, where):
+def _layout(arrays, patch_kernel, label_table, where):
     """{our parameter: (published parameter, its shape there)}; "{}" stands for the block.
 
-    patch_kernel (p, p, c, D) and label_table (rows, D) tell the size of the network.
+    patch_kernel (p, p, c, D) and label_table (rows, D) are the names of the two entries of
+    {name: array} that tell the size of the network.
     """
-    patch, table = np.shape(patch_kernel), np.shape(label_table)
-    if len(patch) != 4 or len(table) != 2:
-        raise ValueError(f"{where}: not a DiT: no x_embedder kernel or no y_embedder embedding")
+    patch, table = np.shape(arrays.get(patch_kernel)), np.shape(arrays.get(label_table))
+    absent = [
+        n for n, s, ndim in ((patch_kernel, patch, 4), (label_table, table, 2)) if len(s) != ndim
+    ]
+    if absent:
+        raise ValueError(f"{where}: not a DiT: missing or misshapen: {', '.join(absent)}")
     D, out = patch[-1], int(np.prod(patch[:-1]))
     layout = {"y_embedder/embedding": (f"net/{LABEL_TABLE}", (table[0], D))}
     for ours, (theirs, shape) in _layers(D, patch, out).items():
@@ -206,8 +210,7 @@ def _layout(patch_kernel, label_table, where):
 def _from_published(tree, where):
     """Published tree -> ours."""
     theirs = traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
-    patch_kernel = theirs.get("net/x_embedder/proj/kernel")
-    layout = _layout(patch_kernel, theirs.get(f"net/{LABEL_TABLE}"), where)
+    layout = _layout(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
     blocks = [re.match(r"net/blocks/layers_(\d+)/", name) for name in theirs]
     depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
     shapes = {
@@ -224,7 +227,7 @@ def _from_published(tree, where):
 def _to_published(tree, where):
     """Our tree -> published tree."""
     ours = traverse_util.flatten_dict(tree, sep="/")
-    layout = _layout(ours.get("x_embedder/kernel"), ours.get("y_embedder/embedding"), where)
+    layout = _layout(ours, "x_embedder/kernel", "y_embedder/embedding", where)
     depth = next((len(array) for name, array in ours.items() if name.startswith("blocks/")), 0)
     shapes = {
         name: (depth, *shape) if "{}" in template else shape

@@ -196,7 +196,7 @@ def test_the_optimizer_is_strict(write):
     assert "opt_state: missing: 0/nu" in write(lambda s: s["opt_state"]["0"].pop("nu"))
     assert "left over: 2" in write(lambda s: s["opt_state"].update({"2": {"count": np.ones(())}}))
     line = write(lambda s: s["opt_state"]["0"]["mu"]["net"].pop("x_embedder"))
-    assert "opt_state/0/mu: not a DiT" in line
+    assert "opt_state/0/mu: not a DiT: missing or misshapen: net/x_embedder/proj/kernel" in line
 
 
 @pytest.mark.parametrize("form", FORMS)
