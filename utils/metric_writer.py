@@ -1,0 +1,163 @@
+"""What a run tells about itself: TensorBoard events, metrics.jsonl and the progress line.
+
+Everything is on disk when a call returns, so a killed run loses nothing that it had written. A
+resumed run takes back what was written after the step it resumes from.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+JSONL = "metrics.jsonl"
+SHOWN = ("loss", "raw_loss/r=t", "raw_loss/r<t")  # in the progress line, where they are given
+
+
+class MetricWriter:
+    """Writes the metrics of a run into its workdir.
+
+    Args:
+      workdir: folder of the run; made if need be.
+      resume_step: steps done before. Points of later steps, left by an interrupted run, are taken
+        out of metrics.jsonl and hidden from TensorBoard. None: nothing is taken out.
+      enabled: False on all hosts but one; every method then does nothing.
+    """
+
+    def __init__(self, workdir, resume_step=None, enabled=True):
+        self._enabled = enabled
+        self._start = resume_step or 0
+        self._open_line = False
+        if not enabled:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / JSONL
+        if path.exists():
+            _cut(path, resume_step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        # The files are read in the order of their names, which begin with the second: without the
+        # nanoseconds a run restarted within one would overwrite its own file.
+        self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns() % 10**9:09d}")
+        # Each START hides what the files before it hold from its step on. The first one of a run
+        # hides nothing, but has to be there for the second to count.
+        start = 0 if resume_step is None else resume_step + 1
+        self._write(start, file_version="brain.Event:2")
+        self._write(start, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step, metrics):
+        """Logs {name: number} at a step. In metrics.jsonl a number that is not finite is null."""
+        if not self._enabled:
+            return
+        metrics = {name: float(value) for name, value in metrics.items()}
+        finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self._jsonl.write(json.dumps({"step": int(step), **finite}) + "\n")
+        self._jsonl.flush()
+        # Not summary.scalar: it would write the names r=t and r<t both as r_t.
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+        self._write(step, summary=Summary(value=values))
+
+    def image(self, step, name, image):
+        """Logs a picture: uint8 (H, W, 1 or 3)."""
+        if self._enabled:
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3:
+                raise ValueError(
+                    f"{name}: expected uint8 (H, W, C), got {image.dtype} {image.shape}"
+                )
+            if image.shape[-1] == 1:
+                image = np.repeat(image, 3, axis=-1)
+            self._write(step, summary=summary.image(name, image, dataformats="HWC"))
+
+    def text(self, name, text):
+        """Logs a text, shown as it is (TensorBoard would take it for Markdown)."""
+        if self._enabled:
+            indented = "".join(f"    {line}\n" for line in text.splitlines())
+            self._write(self._start, summary=summary.text(name, indented))
+
+    def hparams(self, options):
+        """Logs {name: value} for TensorBoard's table of runs and their options."""
+        if self._enabled:
+            plain = (bool, int, float, str)
+            options = {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}
+            experiment, session, _ = summary.hparams(options, {})
+            self._write(self._start, summary=experiment)
+            self._write(self._start, summary=session)
+
+    def progress(self, step, total_steps, steps_per_second, metrics):
+        """Shows the progress: on a terminal in one line that is rewritten, else line by line."""
+        if not self._enabled:
+            return
+        line = progress_line(step, total_steps, steps_per_second, metrics)
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]}\033[K", end="", flush=True)
+            self._open_line = True
+        else:
+            print(line, flush=True)
+
+    def flush(self):
+        """Makes sure that all is on disk, even where the machine goes down next."""
+        if self._enabled:
+            self._jsonl.flush()
+            os.fsync(self._jsonl.fileno())
+            self._events.flush()
+
+    def close(self):
+        """Ends the files and the progress line. Closing twice does no harm."""
+        if not self._enabled:
+            return
+        self.flush()
+        self._jsonl.close()
+        self._events.close()
+        if self._open_line:
+            print(flush=True)
+        self._enabled = False
+
+    def _write(self, step, **content):
+        self._events.write_event(Event(step=int(step), wall_time=time.time(), **content))
+        self._events.flush()
+
+
+def progress_line(step, total_steps, steps_per_second, metrics):
+    """Returns "step 200/1000 (20 %)  12.3 steps/s  0:01:05 left  loss 0.9 ..."; no line break.
+
+    launch.sh knows the line by its first word.
+    """
+    share = 100 * step // max(total_steps, 1)
+    parts = [f"step {step}/{total_steps} ({share} %)", f"{steps_per_second:.3g} steps/s"]
+    if steps_per_second > 0:
+        parts.append(f"{_duration((total_steps - step) / steps_per_second)} left")
+    parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+    return "  ".join(parts)
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days} d ' if days else ''}{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _cut(path, last_step):
+    """Takes the lines after `last_step` out of a metrics.jsonl, and a half-written last one."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off when the run was killed
+        if last_step is None or step <= last_step:
+            kept.append(line + b"\n")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
