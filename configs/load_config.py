@@ -2,7 +2,7 @@
 
 `--config=configs/load_config.py:NAME --config.section.option=value ...`. YAML files and the command
 line obey the same rules: an option that `default.py` does not name, or a value of another type, is
-refused by name. This module builds on the schema in `configs/default.py`.
+refused by name. Builds on `configs/default.py`, the schema, and `configs/checks.py`.
 """
 
 import difflib
