@@ -199,8 +199,8 @@ SIZES = {
 }
 PATCHES = (2, 4, 8)
 NAMES = {
-    f"DiT_{size}_{p}": dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), (*dims, p)))
-    for size, dims in SIZES.items()
+    f"DiT_{size}_{p}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
+    for size, (depth, width, heads) in SIZES.items()
     for p in PATCHES
 }
 
@@ -257,3 +257,14 @@ def build(
         remat=remat,
         fused_attention=fused_attention,
     )
+
+
+def init_params(net, key, image_shape):
+    """Fresh parameters of `net` for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
+    x, time = jnp.zeros((1, *image_shape)), jnp.zeros(1)
+    return net.init(key, x, time, time, jnp.zeros(1, jnp.int32))["params"]
+
+
+def as_function(net):
+    """`net` as a function (params, x, t, h, y) -> u."""
+    return lambda params, *args: net.apply({"params": params}, *args)

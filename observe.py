@@ -1,0 +1,123 @@
+"""What a run shows of itself: metrics, sample grids and evaluations, in their cadences."""
+
+import logging
+import time
+
+import jax
+import jax.numpy as jnp
+
+import evaluate
+import sample
+from models import meanflow
+from utils import images as image_utils
+from utils import metric_writer, sharding, train_metrics
+
+LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
+
+
+class Observer:
+    """Looks at the state after each step, and never changes it.
+
+    Whatever sampling and evaluation need (weights of the autoencoder, reference statistics) is
+    asked for here, before the first step.
+
+    Args:
+      config: the whole config.
+      workdir: folder of the run.
+      mesh, net: devices and network.
+      records: the training records.
+      schedule: function step -> learning rate.
+      steps_per_epoch, total: lengths in steps.
+    """
+
+    def __init__(self, config, workdir, mesh, net, records, schedule, steps_per_epoch, total):
+        self.config, self.workdir, self.schedule = config, workdir, schedule
+        self.steps_per_epoch, self.total = steps_per_epoch, total
+        self.sampler = self.evaluator = self.writer = None
+        self.times = meanflow.sample_times(
+            config.sampling.num_steps[0], config.sampling.sampling_timesteps
+        )
+        self.labels = sample.grid_labels(config.dataset.num_classes)
+        if config.training.sample_on_training or config.fid.on_training:
+            autoencoder = sample.make_autoencoder(config)
+        if config.training.sample_on_training:
+            self.sampler = sample.make_sampler(config, mesh, net, autoencoder)
+        if config.fid.on_training:
+            self.evaluator = evaluate.make_evaluator(config, mesh, net, autoencoder, records)
+        self._everywhere = sharding.replicated(mesh)
+        self._pending = []  # (step, sums on the device, steps per second)
+        self._last_result = None
+
+    def begin(self, step):
+        """Opens the logs of a run that has done `step` steps."""
+        self.writer = metric_writer.MetricWriter(
+            self.workdir, resume_step=step, enabled=sample.is_writer()
+        )
+        self.writer.text("config", str(self.config))
+        self._clock = (step, time.perf_counter())
+
+    def due(self, step, epochs):
+        """Whether something that is done every `epochs` epochs, and at the end, is due."""
+        return step == self.total or (epochs > 0 and step % (epochs * self.steps_per_epoch) == 0)
+
+    def after_step(self, step, state):
+        """Logs, samples and evaluates where it is time to."""
+        training = self.config.training
+        if step % training.log_per_step == 0 or step == self.total:
+            last_step, last_time = self._clock
+            now = time.perf_counter()
+            self._clock = (step, now)
+            sums = jax.tree.map(jnp.copy, state.sums)
+            self._pending.append((step, sums, (step - last_step) / (now - last_time)))
+        while self._pending and step >= min(self._pending[0][0] + LAG, self.total):
+            self._write_metrics(*self._pending.pop(0))
+        looked = time.perf_counter()
+        if self.sampler and self.due(step, training.sample_per_epoch):
+            self._draw_grid(step, state.ema_params[0])
+        if self.evaluator and self.due(step, training.fid_per_epoch):
+            self._evaluate(step, state)
+        # Looking does not count as training time.
+        self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
+
+    def _write_metrics(self, step, sums, steps_per_second):
+        sums = jax.device_get(sums)
+        train_metrics.check_finite(sums)
+        metrics = train_metrics.means(sums) | {
+            "learning_rate": float(self.schedule(step - 1)),
+            "images_per_second": steps_per_second * self.config.training.batch_size,
+            "epoch": step / self.steps_per_epoch,
+        }
+        self.writer.scalars(step, metrics)
+        self.writer.progress(step, self.total, steps_per_second, metrics)
+
+    def _draw_grid(self, step, params):
+        picture = sample.grid(self.sampler, params, self.labels, self.times)
+        self.writer.image(step, "samples", picture)
+        if sample.is_writer():
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            image_utils.save_png(folder / f"grid_{step:08d}.png", picture)
+
+    def _evaluate(self, step, state):
+        decays = self.config.training.ema_val
+        weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
+        sampling = self.config.sampling
+        results = evaluate.run(self.evaluator, weights, decays, sampling, self.workdir)
+        for result in results:
+            steps = len(result["sampling_times"]) - 1
+            name = f"{result['weights']}_{steps}step"
+            metrics = {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
+            self.writer.scalars(step, metrics)
+        self._last_result = results[0]
+
+    def end(self, step):
+        """Says what came out and where everything lies."""
+        self.writer.close()
+        if not sample.is_writer():
+            return
+        logging.info("finished: step %d of %d", step, self.total)
+        for name in ("samples", "checkpoints", "results.json", "metrics.jsonl"):
+            if (self.workdir / name).exists():
+                logging.info("  %-16s %s", name, self.workdir / name)
+        if self._last_result:
+            logging.info("%s", evaluate.report(self._last_result))

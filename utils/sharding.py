@@ -1,0 +1,99 @@
+"""The device mesh, and how arrays lie on it.
+
+One mesh with the axes `data` and `fsdp`. A batch is split over all devices; parameters, averages
+and optimizer are split over `fsdp` and copied along `data`. Devices are ordered by process, so row
+block p of a global batch belongs to process p.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+SMALLEST_SHARDED = 2**14  # elements; below, a copy costs less than gathering the shards
+
+
+def make_mesh(fsdp, devices=None):
+    """Mesh (data, fsdp) over `devices` (default: all devices of all processes).
+
+    Raises:
+      ValueError: the devices cannot be divided into groups of `fsdp`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(
+            f"mesh.fsdp: {len(devices)} devices cannot be divided into groups of {fsdp}; "
+            "choose a divisor"
+        )
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
+
+
+def check_batch(name, size, mesh):
+    """Raises ValueError where a global batch cannot be divided equally over the devices."""
+    if size < 1 or size % mesh.size:
+        raise ValueError(
+            f"{name}: {size} rows cannot be divided over {mesh.size} devices; "
+            f"choose a multiple of {mesh.size}"
+        )
+
+
+def replicated(mesh):
+    """Every device holds a copy."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh):
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def by_parameter(mesh, shapes):
+    """Shardings for a tree of parameters (or of anything shaped like them: averages, optimizer).
+
+    Each array is split over `fsdp` along its longest axis that can be divided; small ones are
+    copied.
+
+    Args:
+      shapes: a tree of arrays or `ShapeDtypeStruct`.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def sharding(x):
+        axes = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(x.shape) < SMALLEST_SHARDED:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: x.shape[axis])
+        spec = [None] * len(x.shape)
+        spec[longest] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, shapes)
+
+
+def to_global(mesh, batch):
+    """A tree of this process's rows (numpy) -> global arrays, split by row."""
+    sharding = by_row(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def place(tree, shardings):
+    """A tree of host arrays, equal on all processes -> global arrays with the given shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(
+            np.shape(x), sharding, lambda index: np.asarray(x)[index]
+        ),
+        tree,
+        shardings,
+    )
+
+
+def place_everywhere(mesh, tree):
+    """A tree of host arrays, equal on all processes -> global arrays, a copy on every device."""
+    return place(tree, jax.tree.map(lambda x: replicated(mesh), tree))
+
+
+def with_shardings(shapes, shardings):
+    """A tree of `ShapeDtypeStruct` -> the same with shardings, as orbax wants to restore into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
