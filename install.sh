@@ -12,11 +12,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { echo "install.sh: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+machine=${INSTALL_MACHINE:-}  # the tests put a made-up machine's /sys and /dev there
+
 has_tpu() {
   # Google's PCI devices that are TPUs (jax/_src/hardware_utils.py has the same list): the network
   # card of a Google machine has the vendor number too.
   local folder vendor device
-  for folder in /sys/bus/pci/devices/*; do
+  for folder in "$machine"/sys/bus/pci/devices/*; do
     { read -r vendor <"$folder/vendor" && read -r device <"$folder/device"; } 2>/dev/null ||
       continue
     [[ $vendor == 0x1ae0 ]] || continue
@@ -25,8 +27,8 @@ has_tpu() {
     esac
   done
   # In a container only the device files may be visible.
-  compgen -G "/dev/accel[0-9]*" >/dev/null && return 0
-  compgen -G "/dev/vfio/[0-9]*" >/dev/null && [[ -n ${TPU_NAME:-}${TPU_WORKER_ID:-} ]]
+  compgen -G "$machine/dev/accel[0-9]*" >/dev/null && return 0
+  compgen -G "$machine/dev/vfio/[0-9]*" >/dev/null && [[ -n ${TPU_NAME:-}${TPU_WORKER_ID:-} ]]
 }
 
 nvidia_kind() {
