@@ -1,6 +1,9 @@
-"""Turns images, published latents or a named set into records. See docs/data.md.
+"""Makes the datasets that training reads (docs/data.md).
 
 python -m scripts.prepare_dataset digits --output DIR
+python -m scripts.prepare_dataset images --input IMAGENET --output DIR --image_size 256
+python -m scripts.prepare_dataset pt --input FOLDER_OF_PT_FILES --output DIR
+python -m scripts.prepare_dataset tfds --name cifar10 --output DIR
 """
 
 import argparse
@@ -11,60 +14,164 @@ from pathlib import Path
 
 import numpy as np
 
+from scripts import write_shards
 from utils import dataset
+
+DAY = 24 * 3600  # seconds
 
 
 def prepare_digits(args):
     """The digits of scikit-learn: 1,797 real 8x8 images, values 0..16 stretched to 0..255."""
     from sklearn.datasets import load_digits  # only here: nothing else needs scikit-learn
 
-    if is_dataset(args.output):
-        return print(f"{args.output} is there already; nothing to do")
+    output = Path(args.output)
+    if dataset.is_dataset(output):
+        return print(f"{output} is there already; nothing to do")
     digits = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
     classes = [str(name) for name in digits.target_names]
-    write_small(args.output, {"train": (images, digits.target)}, classes)
-    print(f"{len(images)} images of {len(classes)} classes -> {args.output}")
-
-
-def write_small(output, splits, classes):
-    """Writes splits {name: (images uint8 (N, h, w, c), labels (N,))} as one finished folder."""
-    output = Path(output)
+    # A folder of its own until it is whole: it is small, and made again if interrupted.
     unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
-        lengths = {}
-        for split, (images, labels) in splits.items():
-            examples = ({"image": x, "label": y} for x, y in zip(images, labels, strict=True))
-            path = dataset.shard_path(unfinished, split, 0, 1)
-            lengths[split] = [dataset.write_shard(path, examples)]
-        dataset.write_metadata(unfinished, "image", images.shape[1:], np.uint8, classes, lengths)
-        try:
-            unfinished.rename(output)
-        except OSError as error:
-            raise ValueError(f"{output} exists and holds something else; name a new folder") from (
-                error
-            )
+        examples = ({"image": x, "label": y} for x, y in zip(images, digits.target, strict=True))
+        count = dataset.write_shard(dataset.shard_path(unfinished, "train", 0, 1), examples)
+        dataset.write_metadata(
+            unfinished, "image", images.shape[1:], np.uint8, classes, {"train": [count]}
+        )
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"{output} holds something else; name a new folder")
+        unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{count} images of {len(classes)} classes -> {output}")
 
 
-def is_dataset(root):
-    return (Path(root) / "dataset_info.json").exists()
+def prepare_images(args):
+    """A folder of images: see the module."""
+    from scripts import prepare_images  # late, as each brings what only it needs
+
+    prepare_images.run(args)
+
+
+def prepare_latents(args):
+    """A folder of .pt files: see the module."""
+    from scripts import prepare_latents
+
+    prepare_latents.run(args)
+
+
+def prepare_tfds(args):
+    """A set of TensorFlow Datasets: see the module."""
+    from scripts import prepare_tfds
+
+    prepare_tfds.run(args)
+
+
+def join_processes(args):
+    """Settles `args.process_id` of `args.num_processes`, and starts over where that is asked for.
+
+    Processes share the work without speaking to each other. Where a TPU slice wants all its hosts
+    to be there, or `--overwrite` has to come before all else, they join jax.distributed.
+    """
+    if args.coordinator_address:
+        import jax
+
+        options = {"shutdown_timeout_seconds": DAY}  # until the slowest has finished
+        if args.coordinator_address != "auto":
+            options |= {
+                "coordinator_address": args.coordinator_address,
+                "num_processes": args.num_processes,
+                "process_id": args.process_id,
+            }
+        jax.distributed.initialize(**options)
+        args.process_id, args.num_processes = jax.process_index(), jax.process_count()
+    if not 0 <= args.process_id < args.num_processes:
+        raise ValueError(f"--process_id={args.process_id} is not below --num_processes")
+    if not args.overwrite:
+        return
+    if args.num_processes > 1 and not args.coordinator_address:
+        raise ValueError(
+            "--overwrite with several processes needs --coordinator_address, so that they wait "
+            f"for each other; or delete {args.output} first"
+        )
+    if args.process_id == 0:
+        write_shards.remove(args.output)
+    if args.num_processes > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("overwrite")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m scripts.prepare_dataset", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.prepare_dataset",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     digits = commands.add_parser("digits", help="the handwritten digits of scikit-learn")
-    digits.add_argument("--output", required=True, help="folder to make")
     digits.set_defaults(run=prepare_digits)
+    digits.add_argument("--output", required=True, help="folder to make")
+
+    images = commands.add_parser("images", help="a folder of images with class subfolders")
+    images.set_defaults(run=prepare_images)
+    images.add_argument("--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/")
+    images.add_argument("--splits", type=_words, default=(), help="train,val; default: all there")
+    images.add_argument("--image_size", type=int, default=256, help="pixels, after ADM's crop")
+    images.add_argument("--vae", default="mse", help="mse, ema, a folder, or none for pixels")
+    images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
+    images.add_argument("--device_batch_size", type=int, default=32)
+    images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
+    images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
+    images.add_argument("--compute_fid", type=_bool, default=False, help="write FID statistics")
+    images.add_argument("--fid_stats", help="default: OUTPUT/imagenet_SIZE_fid_stats.npz")
+    images.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default="half_pixel")
+    images.add_argument(
+        "--inception", help="weights of the feature network; default: look for them"
+    )
+
+    latents = commands.add_parser("pt", help="a folder of published .pt latents")
+    latents.set_defaults(run=prepare_latents)
+    latents.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
+    latents.add_argument("--num_classes", type=int, default=1000)
+
+    named = commands.add_parser("tfds", help="an image set of TensorFlow Datasets by its name")
+    named.set_defaults(run=prepare_tfds)
+    named.add_argument("--name", required=True, help="such as cifar10")
+    named.add_argument("--data_dir", help="where TFDS keeps its own sets; default: its default")
+    named.add_argument("--splits", type=_words, default=(), help="default: all there are")
+    named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
+
+    stores = ("float32", "float16", "bfloat16")
+    for command in (images, latents):
+        command.add_argument("--store", choices=stores, default=stores[0], help="of latents")
+    for command in (images, latents, named):
+        command.add_argument("--output", required=True, help="folder of the records")
+        command.add_argument("--records_per_shard", type=int, default=4096)
+        command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+        command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
+        command.add_argument("--num_processes", type=int, default=1, help="that share the work")
+        command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
     return parser.parse_args(argv)
+
+
+def _words(text):
+    return tuple(text.split(","))
+
+
+def _bool(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError("True or False")
+    return text.lower() == "true"
 
 
 def main(argv=None):
     args = parse(argv)
     try:
+        if args.command != "digits":
+            join_processes(args)
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"prepare_dataset: {error}", file=sys.stderr)

@@ -58,6 +58,11 @@ def write_shard(path, examples):
     return count
 
 
+def is_dataset(root):
+    """Whether `root` holds a finished dataset."""
+    return (Path(root) / "dataset_info.json").exists()
+
+
 def shard_length(path):
     """Number of records of a shard. ValueError naming the file if it is damaged or cut short."""
     reader = _open_shard(Path(path))
@@ -190,7 +195,7 @@ def open_records(root, split="train"):
     another kind, in one line that names the file.
     """
     root = Path(root)
-    if not (root / "dataset_info.json").exists():
+    if not is_dataset(root):
         raise FileNotFoundError(_no_dataset(root))
     try:
         info = tfds.builder_from_directory(root).info

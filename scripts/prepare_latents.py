@@ -1,0 +1,78 @@
+"""Imports latents that people have: a folder of the published `.pt` files -> records.
+
+A file holds `image` (2c, h, w), mean and standard deviation of the VAE's posterior, and `label`.
+"""
+
+import functools
+from pathlib import Path
+
+import grain
+import ml_dtypes
+import numpy as np
+
+from scripts import write_shards
+from utils import torch_files
+
+STORES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def run(args):
+    """The job behind `prepare_dataset pt`."""
+    root = Path(args.input)
+    items = list_files(root)
+    first = next(iter(items.values()))[0]
+    shape = load(root / first)[0].shape
+    dtype = np.dtype(STORES[args.store])
+    job = write_shards.Job(
+        output=Path(args.output),
+        key="moments",
+        shape=shape,
+        dtype=dtype,
+        classes=args.num_classes,
+        flipped=False,
+        items=items,
+        names=items,
+        records_per_shard=args.records_per_shard,
+        settings={"source": "pt", "store": args.store, "num_classes": args.num_classes},
+    )
+    read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers)
+    write_shards.write(job, read, args.process_id, args.num_processes)
+
+
+def list_files(root):
+    """{split: [path below root]} of `.pt` files in `root/train` and `root/val`, else in `root`."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of latents at {root}")
+    splits = [split for split in ("train", "val") if (root / split).is_dir()]
+    folders = {split: root / split for split in splits} or {"train": root}
+    items = {}
+    for split, folder in folders.items():
+        items[split] = sorted(str(path.relative_to(root)) for path in folder.glob("*.pt"))
+        if not items[split]:
+            raise ValueError(f"no .pt files in {folder}")
+    return items
+
+
+def load(path):
+    """One file -> (moments (h, w, 2c) float32, label). ValueError if it holds anything else."""
+    content = torch_files.load(path)
+    image = content.get("image") if isinstance(content, dict) else None
+    if image is None or "label" not in content or np.ndim(image) != 3 or len(image) % 2:
+        raise ValueError(f"{path}: not a latent; it should hold 'image' (2c, h, w) and 'label'")
+    return np.moveaxis(np.asarray(image, np.float32), 0, -1), int(content["label"])
+
+
+def examples(root, shape, dtype, num_classes, workers, names):
+    """Paths below `root` -> examples, in order; anything odd is an error that names the file."""
+
+    def read(name):
+        moments, label = load(root / name)
+        if moments.shape != shape:
+            raise ValueError(f"{root / name}: latent {moments.shape}, the others have {shape}")
+        if not 0 <= label < num_classes:
+            raise ValueError(f"{root / name}: label {label}; --num_classes is {num_classes}")
+        return {"moments": moments.astype(dtype), "label": label}
+
+    if names:
+        files = grain.MapDataset.source(names).map(read)
+        yield from files.to_iter_dataset(grain.ReadOptions(workers, 8 * workers))

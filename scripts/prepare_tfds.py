@@ -1,0 +1,142 @@
+"""Image-classification sets of TensorFlow Datasets by name -> records, without TensorFlow.
+
+TFDS downloads and generates the examples, and we write them: its own writer needs TensorFlow to
+encode PNGs. A set that TFDS has prepared already in ArrayRecord is read as it is.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+
+from scripts import write_shards
+from utils import images
+
+
+def run(args):
+    """The job behind `prepare_dataset tfds`."""
+    try:
+        builder = tfds.builder(args.name, **({"data_dir": args.data_dir} if args.data_dir else {}))
+    except Exception as error:  # tfds explains unknown names in many lines
+        known = str(error).strip().splitlines()[0]
+        raise ValueError(f"TensorFlow Datasets has no set '{args.name}' ({known})") from error
+    image_key, label_key = _keys(builder.info, args.name)
+    channels = builder.info.features[image_key].shape[-1]
+    label = builder.info.features[label_key]
+    if args.image_size is None and None in builder.info.features[image_key].shape:
+        raise ValueError(f"the images of '{args.name}' differ in size; set --image_size")
+
+    def example(raw):
+        image = to_array(raw[image_key], channels, args.image_size)
+        return {"image": image, "label": label.encode_example(raw[label_key])}
+
+    with _without_tensorflow(builder):
+        items = raw_examples(builder, args.splits)
+        shape = example(next(iter(items.values()))[0])["image"].shape
+        job = write_shards.Job(
+            output=Path(args.output),
+            key="image",
+            shape=shape,
+            dtype=np.dtype(np.uint8),
+            classes=label.names,
+            flipped=False,
+            items=items,
+            names={split: [str(len(found))] for split, found in items.items()},
+            records_per_shard=args.records_per_shard,
+            settings={"tfds": args.name, "version": str(builder.version), "shape": shape},
+        )
+        make = functools.partial(map, example)
+        write_shards.write(job, make, args.process_id, args.num_processes)
+
+
+def to_array(image, channels, size=None):
+    """An image as TFDS's generators give it -> uint8 (h, w, channels), cropped to `size` if given.
+
+    They give arrays, paths, or files opened for reading.
+    """
+    if not isinstance(image, np.ndarray):
+        content = image.read() if hasattr(image, "read") else epath.Path(image).read_bytes()
+        with Image.open(io.BytesIO(content)) as file:
+            image = np.asarray(file.convert("L" if channels == 1 else "RGB"))
+    image = image.reshape(*image.shape[:2], -1)
+    if size is None:
+        return image
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    return np.asarray(images.center_crop(picture, size)).reshape(size, size, channels)
+
+
+def _keys(info, name):
+    keys = info.supervised_keys
+    if keys and len(keys) == 2:
+        image, label = (info.features[key] for key in keys)
+        if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
+            return keys
+    raise ValueError(f"'{name}' is not a set of images with one class each; it has {info.features}")
+
+
+def raw_examples(builder, splits):
+    """{split: sequence of raw examples}: read where TFDS has prepared the set, else generated."""
+    try:
+        if prepared := splits or builder.info.splits:
+            return {split: builder.as_data_source(split=split) for split in prepared}
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_dir} is not in ArrayRecord; delete it, or name another --data_dir"
+        ) from error
+    except AssertionError:  # how tfds says that the set is not prepared
+        pass
+    folder = builder.data_dir_root / "downloads"
+    print(f"downloading '{builder.name}' to {folder}; without a network it gives up after minutes")
+    manager = tfds.download.DownloadManager(
+        download_dir=folder, url_infos=builder.url_infos, dataset_name=builder.name
+    )
+    try:
+        found = builder._split_generators(manager)
+    except Exception as error:  # requests, urllib3, checksums
+        raise ValueError(
+            f"TensorFlow Datasets cannot download '{builder.name}' ({error}); without a network, "
+            f"copy {folder} from a machine that has one"
+        ) from error
+    if not isinstance(found, dict):  # the older form
+        found = {str(s.name): builder._generate_examples(**s.gen_kwargs) for s in found}
+    return {
+        str(split): [example for _, example in examples]
+        for split, examples in found.items()
+        if not splits or str(split) in splits
+    }
+
+
+@contextlib.contextmanager
+def _without_tensorflow(builder):
+    """Lets a generator that uses TensorFlow for nothing but opening files run without it."""
+    module = sys.modules[type(builder).__module__]
+    if importlib.util.find_spec("tensorflow") or not hasattr(module, "tf"):
+        yield
+        return
+    theirs = module.tf
+
+    def listdir(path):
+        return [entry.name for entry in epath.Path(path).iterdir()]
+
+    module.tf = types.SimpleNamespace(
+        io=types.SimpleNamespace(
+            gfile=types.SimpleNamespace(
+                GFile=lambda path, mode="r": epath.Path(path).open(mode),
+                exists=lambda path: epath.Path(path).exists(),
+                isdir=lambda path: epath.Path(path).is_dir(),
+                listdir=listdir,
+            )
+        )
+    )
+    try:
+        yield
+    finally:
+        module.tf = theirs

@@ -1,0 +1,162 @@
+"""Writes a dataset shard by shard: which there are, whose they are, what is missing.
+
+The shards follow from the list of items alone, process p of P writes numbers p, p + P, ... of
+them, and each appears under its name when complete. So the records do not depend on the number of
+processes, and a run that was interrupted goes on with what is missing, under any number.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import dataset
+
+PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
+
+
+class Job(NamedTuple):
+    """What is to be written.
+
+    items: {split: one entry per record, in order}; the names in `describe` identify them.
+    settings: JSON-able; what has to be equal for a run to go on with the shards of another.
+    classes: names in the order of the labels, or their number.
+    """
+
+    output: Path
+    key: str
+    shape: tuple
+    dtype: np.dtype
+    classes: Sequence | int
+    flipped: bool
+    items: dict
+    names: dict
+    records_per_shard: int
+    settings: dict
+
+
+class Shard(NamedTuple):
+    path: Path
+    split: str
+    start: int  # its items are [start, stop) of the split
+    stop: int
+
+
+def shards(job):
+    """All shards of a job, in order."""
+    found = []
+    for split, items in job.items.items():
+        starts = range(0, len(items), job.records_per_shard)
+        for i, start in enumerate(starts):
+            path = dataset.shard_path(job.output, split, i, len(starts))
+            found.append(Shard(path, split, start, min(start + job.records_per_shard, len(items))))
+    return found
+
+
+def write(job, examples, process_index=0, process_count=1):
+    """Writes this process's missing shards, and the metadata once all shards of all are there.
+
+    Args:
+      examples: function: items -> iterable with, in their order, one example for each (see
+        utils/dataset.py) or None where the item is left out.
+    Returns whether the dataset is complete. Raises ValueError if the folder was begun with other
+    settings, or holds something else.
+    """
+    _begin(job)
+    every = shards(job)
+    mine = [s for s in every[process_index::process_count] if not s.path.exists()]
+    if not mine and dataset.is_dataset(job.output) and all(s.path.exists() for s in every):
+        print(f"{job.output} is complete already; nothing to do", flush=True)
+        return True
+    for shard in mine:  # left by a run that was killed
+        for path in job.output.glob(f"unfinished-{shard.path.name}-*"):
+            path.unlink()
+    items = [item for s in mine for item in job.items[s.split][s.start : s.stop]]
+    stream = iter(progress(examples(items), len(items)))
+    for shard in mine:
+        part = itertools.islice(stream, shard.stop - shard.start)
+        dataset.write_shard(shard.path, (example for example in part if example is not None))
+    next(stream, None)  # lets the bar reach its end
+    missing = sum(not shard.path.exists() for shard in every)
+    if missing:
+        print(f"{missing} of {len(every)} shards are left to other processes", flush=True)
+        return False
+    _finish(job, every)
+    return True
+
+
+def progress(iterable, total):
+    """A bar with images/s and the time left; in a log file a line every half minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(iterable, total=total, unit=" images", mininterval=interval, smoothing=0.05)
+
+
+def remove(output):
+    """Deletes the dataset in a folder, finished or not, and nothing else."""
+    output = Path(output)
+    names = ["dataset_info.json", "features.json", "label.labels.txt", PLAN]
+    patterns = [f"{dataset.NAME}-*.array_record-*", "unfinished-*"]
+    for path in [output / name for name in names] + [p for s in patterns for p in output.glob(s)]:
+        if path.is_file():
+            path.unlink()
+
+
+def _begin(job):
+    """Makes the folder and notes what it is for, or checks that it is for the same."""
+    plan = {
+        **job.settings,
+        "records_per_shard": job.records_per_shard,
+        **{f"number of {split} items": len(names) for split, names in job.names.items()},
+        **{f"names of {split} items": digest(names) for split, names in job.names.items()},
+    }
+    plan = json.loads(json.dumps(plan))
+    path = job.output / PLAN
+    if path.exists():
+        found = json.loads(path.read_text())
+        different = [
+            f"{name}: {found.get(name)}, now {plan.get(name)}"
+            for name in sorted({*found, *plan})
+            if found.get(name) != plan.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{job.output} was begun with other settings ({'; '.join(different)}): "
+                "name another folder, or start over with --overwrite"
+            )
+    elif dataset.is_dataset(job.output):
+        raise ValueError(f"{job.output} holds another dataset; name another folder")
+    else:
+        job.output.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"unfinished-{PLAN}-{os.getpid()}")
+        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
+        os.replace(unfinished, path)
+
+
+def _finish(job, every):
+    lengths = {split: [] for split in job.items}
+    for shard in every:
+        lengths[shard.split].append(dataset.shard_length(shard.path))
+    dataset.write_metadata(
+        job.output,
+        job.key,
+        job.shape,
+        job.dtype,
+        job.classes,
+        lengths,
+        flipped=job.flipped,
+        description=json.dumps(job.settings),
+    )
+    counts = ", ".join(f"{sum(n)} records in {len(n)} shards ({s})" for s, n in lengths.items())
+    print(f"{counts} -> {job.output}", flush=True)
+
+
+def digest(names):
+    """One short text that stands for a list of names in their order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
