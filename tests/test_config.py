@@ -137,6 +137,10 @@ def test_order_of_precedence(write):
             "configs/exp.yml: training.learning_rate expects a number, got 'fast'",
         ),
         (
+            "training: {learning_rate: yes}",
+            "configs/exp.yml: training.learning_rate expects a number, got True",
+        ),
+        (
             "training: {learning_rate: .inf}",
             "configs/exp.yml: training.learning_rate expects a finite number, got inf",
         ),

@@ -1,208 +1,19 @@
-"""install.sh, launch.sh and test.sh, with a stand-in for pip and for main.py."""
+"""launch.sh and test.sh, with a stand-in for pip and for main.py."""
 
 import os
 import pty
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = (
-    "install.sh requirements.txt requirements-dev.txt scripts/launch.sh scripts/test.sh .ci/run"
-).split()
-
-# A Python that notes what pip, pytest and ruff are asked for instead of running them.
-STUB = f"""#!/usr/bin/env bash
-case "$*" in
-  "-m pip --version") ;;
-  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-  "-m pip "* | "-m pytest"* | "-m ruff"*)
-    sleep "${{PIP_SECONDS:-0}}"
-    echo "$*" >>"$CALLS"
-    exit "${{PIP_STATUS:-0}}" ;;
-  *ensurepip*) exit "${{ENSUREPIP_STATUS:-0}}" ;;
-  --version) echo Python 3.11.0 ;;
-  *) exec {sys.executable} "$@" ;;
-esac
-"""
-
-MAIN = """
-import json, os, pathlib, signal, sys, time
-here = pathlib.Path("runs.txt")
-runs = len(here.read_text().splitlines()) if here.exists() else 0
-with here.open("a") as file:
-    file.write(json.dumps([os.environ["DATA_ROOT"], *sys.argv[1:]]) + "\\n")
-print("hello from main", flush=True)
-print("trouble", file=sys.stderr, flush=True)
-"""
-
-
-class Repository:
-    """A copy of the scripts in an empty folder, with an active environment that is a stand-in."""
-
-    def __init__(self, folder):
-        self.folder, self.calls = folder / "repo", folder / "calls"
-        for name in COPIED:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, self.folder / name)
-        self.environment = folder / "environment"
-        self.program(self.environment / "bin" / "python", STUB)
-        self.stubs = folder / "stubs"
-        self.program(self.stubs / "nvidia-smi", "#!/bin/sh\nexit 9\n")
-        self.elsewhere = folder / "elsewhere"
-        self.elsewhere.mkdir()
-        (folder / "machine").mkdir()
-        self.env = {
-            "PATH": f"{self.stubs}:{os.environ['PATH']}",
-            "HOME": str(folder),
-            "VIRTUAL_ENV": str(self.environment),
-            "CALLS": str(self.calls),
-            "INSTALL_MACHINE": str(folder / "machine"),
-            "RESTART_DELAY": "0",
-            "USER": "me",
-        }
-
-    def program(self, path, text):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-
-    def main(self, text):
-        (self.folder / "main.py").write_text(MAIN + text)
-
-    def start(self, script, *arguments, cwd=None, **env):
-        env = {name: value for name, value in {**self.env, **env}.items() if value is not None}
-        return subprocess.Popen(
-            ["bash", str(self.folder / script), *arguments],
-            cwd=cwd or self.elsewhere,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, script, *arguments, **options):
-        process = self.start(script, *arguments, **options)
-        process.out, process.err = process.communicate(timeout=60)
-        return process
-
-    def installed(self):
-        """What pip was asked to install, call by call."""
-        calls = self.calls.read_text().splitlines() if self.calls.exists() else []
-        return [line.split("--disable-pip-version-check ")[-1] for line in calls]
-
-    def runs(self):
-        path = self.folder / "runs.txt"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def log(self, job="job", name="output.log"):
-        return (self.folder / "logs" / "me" / job / name).read_text()
+from stub_repository import Repository
 
 
 @pytest.fixture
 def repository(tmp_path):
     return Repository(tmp_path)
-
-
-def make_tpu(repository, device):
-    folder = Path(repository.env["INSTALL_MACHINE"]) / "sys/bus/pci/devices/0000:00:05.0"
-    folder.mkdir(parents=True)
-    (folder / "vendor").write_text("0x1ae0\n")
-    (folder / "device").write_text(f"{device}\n")
-
-
-# install.sh ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "gpus, jax",
-    [
-        ("", "jax"),
-        ("580.65.06, 9.0", "jax[cuda13]"),
-        ("570.10, 9.0", "jax[cuda12]"),
-        ("580.65.06, 9.0\n580.65.06, 7.0", "jax[cuda12]"),
-        ("470.1, 8.0", "jax"),
-        ("No devices were found", "jax"),
-    ],
-)
-def test_the_jax_of_the_nvidia_driver(repository, gpus, jax):
-    if gpus:
-        repository.program(repository.stubs / "nvidia-smi", f"#!/bin/sh\necho '{gpus}'\n")
-    done = repository.run("install.sh")
-    assert done.returncode == 0, done.err
-    assert done.out == f"{repository.environment}/bin/python\n"
-    assert repository.installed() == [f"-r requirements.txt {jax}"]
-    assert ("older than 525" in done.err) == gpus.startswith("470")
-
-
-@pytest.mark.parametrize("device, jax", [("0x0063", "jax[tpu]"), ("0x0042", "jax")])
-def test_the_jax_of_a_tpu(repository, device, jax):
-    make_tpu(repository, device)  # the second is the network card of a Google machine
-    assert repository.run("install.sh").returncode == 0
-    assert repository.installed() == [f"-r requirements.txt {jax}"]
-
-
-def test_the_second_installation_does_nothing(repository):
-    assert repository.run("install.sh", "--dev").returncode == 0
-    assert repository.installed() == ["-r requirements.txt jax", "-r requirements-dev.txt"]
-    start = time.monotonic()
-    done = repository.run("install.sh", "--dev")
-    assert time.monotonic() - start < 3
-    assert (done.returncode, done.err) == (0, "")
-    assert len(repository.installed()) == 2
-    # Without an accelerator of its own a machine is content with any jax, but not the reverse.
-    repository.run("install.sh", JAX_KIND="cuda13")
-    repository.run("install.sh")
-    assert repository.installed()[2:] == ["-r requirements.txt jax[cuda13]"]
-    with (repository.folder / "requirements.txt").open("a") as file:
-        file.write("another\n")
-    repository.run("install.sh")
-    assert len(repository.installed()) == 4
-
-
-def test_two_installations_at_once_install_once(repository):
-    both = [repository.start("install.sh", PIP_SECONDS="0.5") for _ in range(2)]
-    assert [process.communicate(timeout=60) and process.returncode for process in both] == [0, 0]
-    assert len(repository.installed()) == 1
-
-
-def test_a_failed_installation_is_told_and_tried_again(repository):
-    done = repository.run("install.sh", PIP_STATUS="1")
-    assert done.returncode == 1 and done.out == ""
-    assert "pip could not install jax and the requirements" in done.err.splitlines()[-1]
-    assert repository.run("install.sh").returncode == 0
-    assert len(repository.installed()) == 2
-
-
-def test_an_environment_is_made_where_none_is_active(repository):
-    repository.program(repository.stubs / "python3", STUB)
-    done = repository.run("install.sh", VIRTUAL_ENV=None)
-    assert done.out == f"{repository.folder}/.venv/bin/python\n", done.err
-    assert len(repository.installed()) == 1
-    conda = repository.run("install.sh", VIRTUAL_ENV=None, CONDA_PREFIX=str(repository.environment))
-    assert conda.out == f"{repository.environment}/bin/python\n"
-
-
-def test_what_a_machine_lacks_is_told_in_one_line(repository):
-    for name in ("python3", "python3.11", "python3.12", "python3.13"):
-        repository.program(repository.stubs / name, "#!/bin/sh\nexit 1\n")
-    done = repository.run("install.sh", VIRTUAL_ENV=None)
-    assert done.returncode == 1
-    assert done.err.startswith("install.sh: Python 3.11 or newer is needed")
-    repository.program(repository.stubs / "python3.11", STUB)
-    done = repository.run("install.sh", VIRTUAL_ENV=None, ENSUREPIP_STATUS="1")
-    assert done.returncode == 1 and "apt install python3-venv" in done.err
-    repository.program(repository.environment / "bin" / "python", "#!/bin/sh\nexit 1\n")
-    done = repository.run("install.sh")
-    assert done.returncode == 1 and "older than Python 3.11" in done.err
-    assert repository.run("install.sh", "--fast").returncode == 1
-    assert not repository.installed()
 
 
 # launch.sh -------------------------------------------------------------------------------------
@@ -237,6 +48,21 @@ def test_a_job_with_everything_said(repository):
     repository.run("scripts/launch.sh", "job", "--eval", LOG_DIR="gs://bucket/logs")
     assert '"--workdir=gs://bucket/logs/me/job", "--config=' in repository.runs()[1]
     assert repository.log().startswith("hello")
+
+
+def test_the_log_is_complete_when_the_command_ends(repository):
+    repository.program(
+        repository.stubs / "tee", f'#!/bin/sh\nsleep 0.5\nexec {shutil.which("tee")} "$@"\n'
+    )
+    repository.main("")
+    process = subprocess.run(
+        ["bash", str(repository.folder / "scripts/launch.sh"), "job"],
+        env=repository.env,
+        stdout=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert process.returncode == 0
+    assert repository.log() == "hello from main\ntrouble\n"
 
 
 def test_a_container_without_a_user(repository):
@@ -369,12 +195,12 @@ def test_the_test_command_passes_its_arguments_on(repository):
     assert repository.installed() == [
         "-r requirements.txt jax",
         "-r requirements-dev.txt",
-        "-m pytest -k a or b",
+        "-m|pytest|-k|a or b|",
     ]
     assert repository.run(".ci/run", "-x").returncode == 0
     assert repository.installed()[3:] == [
         "-m ruff check .",
         "-m ruff format --check .",
-        "-m pytest -x",
+        "-m|pytest|-x|",
     ]
     assert repository.run("scripts/test.sh", PIP_STATUS="4").returncode == 4
