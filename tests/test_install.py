@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stub_repository import Repository
+from stub_repository import STUB, Repository
 
 
 @pytest.fixture
