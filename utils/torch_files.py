@@ -11,7 +11,9 @@ import io
 import math
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -63,10 +65,12 @@ _DAMAGE = (
     ImportError,
     LookupError,
     MemoryError,
-    NotImplementedError,
-    RecursionError,
+    OSError,
+    RuntimeError,  # NotImplementedError and RecursionError among them
     TypeError,
     ValueError,
+    struct.error,
+    zlib.error,
 )
 
 
@@ -84,34 +88,33 @@ def load(path):
     Raises FileNotFoundError, or ValueError with one line that names the file: a global that is
     not allowed, a damaged or truncated file, or a file of another kind.
     """
-    _require_file(path)
-    try:
-        with open(path, "rb") as file:
+    with _open(path) as file:
+        try:
             return _load_stream(file, path, os.path.getsize(path))
-    except _RefusedError:
-        raise
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
+        except _RefusedError:
+            raise
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
 
 
 def load_pickle(path):
     """The content of a plain pickle made of numpy arrays, scalars, strings, dict, list and tuple.
 
-    Tensors that were pickled by themselves are read too. Raises as `load` does.
+    Raises as `load` does.
     """
-    _require_file(path)
-    try:
-        with open(path, "rb") as file:
+    with _open(path) as file:
+        try:
             return _plain(_Unpickler(file, path).load(), None)
-    except _RefusedError:
-        raise
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
+        except _RefusedError:
+            raise
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
 
 
-def _require_file(path):
+def _open(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
+    return open(path, "rb")
 
 
 def _line(error):
@@ -292,6 +295,12 @@ def _scalar(dtype, raw):
     return array
 
 
+def _from_buffer(raw, dtype, shape, order):
+    array = _Array()
+    array.state = (1, shape, dtype, order == "F", raw)
+    return array
+
+
 def _encode(text, encoding):
     if encoding not in ("latin1", "latin-1"):
         raise ValueError(f"bytes encoded as {encoding}")
@@ -320,6 +329,7 @@ def _known_globals():
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         known[module, "_reconstruct"] = _Function(_Array)
         known[module, "scalar"] = _Function(_scalar)
+        known[module.replace("multiarray", "numeric"), "_frombuffer"] = _Function(_from_buffer)
     known["numpy", "dtype"] = _Function(_DtypeRecord)
     known["numpy", "ndarray"] = None  # only ever an argument, of _reconstruct
     return known
