@@ -15,47 +15,32 @@ import struct
 import zipfile
 import zlib
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401, makes bfloat16 and float8 known to numpy
 import numpy as np
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 _STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-    "ComplexFloatStorage": np.complex64,
-    "ComplexDoubleStorage": np.complex128,
-    "UntypedStorage": np.uint8,
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
 }
-# Types without a storage class of their own; the tensor record names them instead.
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-}
+# Types that a tensor may name itself; for some there is no storage class.
+_DTYPES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 "
+    "uint64 uint32 uint16 uint8 bool complex64 complex128"
+).split()
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -324,8 +309,8 @@ def _known_globals():
     }
     for kind in ("intlist", "doublelist", "boollist", "tensorlist"):
         known["torch.jit._pickle", f"build_{kind}"] = _Function(list)
-    for name, dtype in (_STORAGES | _DTYPES).items():
-        known["torch", name] = np.dtype(dtype).name
+    for name, dtype in (_STORAGES | {name: name for name in _DTYPES}).items():
+        known["torch", name] = dtype
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         known[module, "_reconstruct"] = _Function(_Array)
         known[module, "scalar"] = _Function(_scalar)
