@@ -34,12 +34,15 @@ def run(args):
     if args.image_size is None and None in builder.info.features[image_key].shape:
         raise ValueError(f"the images of '{args.name}' differ in size; set --image_size")
 
-    def example(raw):
+    def example(item):
+        split, index = item
+        raw = sources[split][index]
         image = to_array(raw[image_key], channels, args.image_size)
         return {"image": image, "label": label.encode_example(raw[label_key])}
 
     with _without_tensorflow(builder):
-        items = raw_examples(builder, args.splits)
+        sources = raw_examples(builder, args.splits)
+        items = {split: [(split, i) for i in range(len(raw))] for split, raw in sources.items()}
         shape = example(next(iter(items.values()))[0])["image"].shape
         job = write_shards.Job(
             output=Path(args.output),
