@@ -139,8 +139,12 @@ def train_step(recipe, key, state, batch):
     key_x, key_draw = jax.random.split(jax.random.fold_in(key, state.step))
     x = vae.to_x(batch, key_x, flip=recipe.use_flip, normalisation=recipe.normalisation)
     draws = meanflow.draw(key_draw, x.shape, recipe.method)
-    (loss, rows), grads = gradients(recipe, state.params, x, batch["label"], draws)
+    return update(recipe, state, x, batch["label"], draws)
 
+
+def update(recipe, state, x, y, draws):
+    """The part of a step that is not random: x (B, h, w, c), y (B,) -> the next `TrainState`."""
+    (loss, rows), grads = gradients(recipe, state.params, x, y, draws)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = tuple(
@@ -148,9 +152,9 @@ def train_step(recipe, key, state, batch):
         for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
     )
     norms = {
-        "grad_norm": optax.global_norm(grads),
-        "update_norm": optax.global_norm(updates),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
     }
     finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
     changed = (params, ema_params, opt_state)

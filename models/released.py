@@ -74,8 +74,8 @@ def load(path) -> dict:
     )
     return {
         "step": int(state["step"]),
-        "params": _from_published(state["params"], f"{file}: params"),
-        "ema_params": _from_published(state["ema_params"], f"{file}: ema_params"),
+        "params": from_published(state["params"], f"{file}: params"),
+        "ema_params": from_published(state["ema_params"], f"{file}: ema_params"),
         "opt_state": _read_adam(state.get("opt_state"), f"{file}: opt_state"),
     }
 
@@ -93,20 +93,20 @@ def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> 
     path = Path(folder) / f"checkpoint_{int(step)}"
     if path.exists():
         raise FileExistsError(f"{path} is there already: remove it or choose another folder")
-    params = _to_published(params, "params")
+    params = to_published(params, "params")
     if opt_state is None:
         zeros = jax.tree.map(np.zeros_like, params)
         adam = {"count": np.zeros((), np.int32), "mu": zeros, "nu": zeros}
     else:
         adam = {
             "count": np.asarray(opt_state["count"], np.int32),
-            "mu": _to_published(opt_state["mu"], "opt_state.mu"),
-            "nu": _to_published(opt_state["nu"], "opt_state.nu"),
+            "mu": to_published(opt_state["mu"], "opt_state.mu"),
+            "nu": to_published(opt_state["nu"], "opt_state.nu"),
         }
     state = {
         "step": int(step),
         "params": params,
-        "ema_params": _to_published(ema_params, "ema_params"),
+        "ema_params": to_published(ema_params, "ema_params"),
         # optax.adamw: Adam, weight decay, learning rate; the latter two have no state.
         "opt_state": {"0": adam, "1": {}, "2": {}} if form == "msgpack" else [adam, None, None],
     }
@@ -207,7 +207,7 @@ def _layout(arrays, patch_kernel, label_table, where):
     return layout
 
 
-def _from_published(tree, where):
+def from_published(tree, where):
     """Published tree -> ours."""
     theirs = traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
     layout = _layout(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
@@ -224,7 +224,7 @@ def _from_published(tree, where):
     return traverse_util.unflatten_dict(ours, sep="/")
 
 
-def _to_published(tree, where):
+def to_published(tree, where):
     """Our tree -> published tree."""
     ours = traverse_util.flatten_dict(tree, sep="/")
     layout = _layout(ours, "x_embedder/kernel", "y_embedder/embedding", where)
@@ -262,6 +262,6 @@ def _read_adam(opt_state, where):
     )
     return {
         "count": np.asarray(adam["count"], np.int32),
-        "mu": _from_published(adam["mu"], f"{where}/0/mu"),
-        "nu": _from_published(adam["nu"], f"{where}/0/nu"),
+        "mu": from_published(adam["mu"], f"{where}/0/mu"),
+        "nu": from_published(adam["nu"], f"{where}/0/nu"),
     }
