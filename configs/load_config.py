@@ -112,11 +112,10 @@ def _from_file(name):
     if name == "default":
         return config
     if name not in names:
-        asked = f"no config '{name}'{_nearest(name, names)}" if name else "no config named"
-        raise ValueError(
-            f"{asked}; --config=configs/load_config.py:NAME, with NAME one of: "
-            f"{', '.join(['default', *names])}"
-        )
+        there = f"there are: {', '.join(['default', *names])}"
+        if not name:
+            raise ValueError(f"name a config: --config=configs/load_config.py:NAME; {there}")
+        raise ValueError(f"no config '{name}'{_nearest(name, names)} ({there})")
     file = FOLDER / f"{name}.yml"
     where = f"configs/{name}.yml"
     try:
@@ -266,7 +265,8 @@ def _convert(path, value, kind):
 
 
 def _nearest(word, known, preferred=()):
-    close = list(preferred) or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, preferred, n=1, cutoff=0)
+    close = close or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -122,6 +122,10 @@ def test_order_of_precedence(write):
             "batch_size: 1",
             "configs/exp.yml: unknown option batch_size; did you mean training.batch_size?",
         ),
+        (
+            "fid: {num_steps: 1}",
+            "configs/exp.yml: unknown option fid.num_steps; did you mean training.num_steps?",
+        ),
         ("trainig: {seed: 1}", "configs/exp.yml: unknown section trainig; did you mean training?"),
         ("training: 3", "configs/exp.yml: training is a section of options, not an option"),
         (
@@ -267,6 +271,10 @@ def test_overrides_on_the_command_line(write, words, path, value):
             "--config.sampling.num_steps=1,x",
             "command line: sampling.num_steps[1] expects a whole number, got 'x'",
         ),
+        (
+            "--config.trainin.seed=3",
+            "command line: unknown option trainin.seed; did you mean training.seed?",
+        ),
         ("--config.training=3", "command line: training is a section of options, not an option"),
         (
             "--config.training.seed.x=3",
@@ -286,15 +294,16 @@ def test_a_wrong_override_is_refused_in_one_line(write, word, line):
 def test_an_unknown_name_lists_those_there_are(write):
     write("", name="run_b4")
     write("", name="digits")
+    there = "there are: default, digits, run_b4"
     with pytest.raises(ValueError) as caught:
         load_config.get_config("run_b44")
-    assert str(caught.value) == (
-        "no config 'run_b44'; did you mean run_b4?; --config=configs/load_config.py:NAME, "
-        "with NAME one of: default, digits, run_b4"
-    )
-    for name in (None, "", "../configs/run_b4", "/etc/passwd"):
-        with pytest.raises(ValueError, match="one of: default, digits, run_b4"):
+    assert str(caught.value) == f"no config 'run_b44'; did you mean run_b4? ({there})"
+    for name in ("../configs/run_b4", "/etc/passwd"):
+        with pytest.raises(ValueError, match=f"no config '{name}'.*{there}"):
             load_config.get_config(name)
+    for argv in (["main.py"], ["main.py", "--config=configs/load_config.py"]):
+        with pytest.raises(ValueError, match=f"name a config: .*NAME; {there}"):
+            load_config.from_command_line(argv)
     with pytest.raises(ValueError, match="expected --config=configs/load_config.py:NAME"):
         load_config.from_command_line(["--config=configs/other.py:run_b4"])
 
