@@ -128,7 +128,7 @@ def parse(argv):
     images.add_argument("--fid_stats", help="default: OUTPUT/imagenet_SIZE_fid_stats.npz")
     images.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default="half_pixel")
     images.add_argument(
-        "--inception", help="weights of the feature network; default: look for them"
+        "--inception_weights", help="of the feature network; default: look for them"
     )
 
     latents = commands.add_parser("pt", help="a folder of published .pt latents")

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from models import vae
-from scripts import write_shards
+from models import inception_weights, vae
+from scripts import prepare_statistics, write_shards
 from utils import images, sharding
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -30,11 +30,11 @@ def run(args):
     decode = functools.partial(
         decoded, root=Path(args.input), size=args.image_size, workers=args.workers, bad=bad
     )
+    if args.compute_fid:
+        inception_weights.find(args.inception_weights)  # its lack is told before hours of encoding
     if args.compute_latent:
         write_records(args, classes, items, decode)
     if args.compute_fid:
-        from scripts import prepare_statistics  # late: the feature network is wanted here only
-
         prepare_statistics.write(args, next(iter(items.values())), decode)
     bad.report()
 

@@ -44,7 +44,9 @@ def write(args, items, decode):
 def moments(args, stream, total):
     """(image or None, label) -> {count, mu, sigma, mu_s, sigma_s}, on all local devices."""
     mesh = sharding.make_mesh(1, jax.local_devices())
-    params = jax.device_put(inception_weights.load(args.inception), sharding.replicated(mesh))
+    params = jax.device_put(
+        inception_weights.load(args.inception_weights), sharding.replicated(mesh)
+    )
     batch_size = args.device_batch_size * mesh.size
 
     @functools.partial(jax.jit, donate_argnums=1)
