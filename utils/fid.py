@@ -141,8 +141,9 @@ def add_scores(acc, logits, split, weight):
     `logits` (N, classes) float32 without the bias of the last layer; `split` (N,) int32, which
     split each sample belongs to (sample i of n: `i * splits // n`); `weight` (N,) 1 or 0.
     """
-    member = jax.nn.one_hot(split, len(acc.count)) * (weight > 0)[:, None]  # (N, splits)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    kept = weight[:, None] > 0
+    member = jax.nn.one_hot(split, len(acc.count)) * kept  # (N, splits)
+    log_probs = jax.nn.log_softmax(jnp.where(kept, logits.astype(jnp.float32), 0))
     probs = jnp.exp(log_probs)
     table = jnp.einsum("ns,nc->sc", member, probs, precision=HIGHEST)
     entropy = jnp.einsum("ns,n->s", member, (probs * log_probs).sum(1), precision=HIGHEST)
