@@ -12,6 +12,7 @@ of which kind is fixed by the shape of the batch alone: see `split_rows`.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -228,7 +229,7 @@ def sample_times(num_steps, timesteps=()):
         if num_steps < 1:
             raise ValueError(f"sampling.num_steps: {num_steps} is not a positive number of steps")
         return jnp.linspace(1.0, 0.0, num_steps + 1)
-    falls = all(a > b for a, b in zip(timesteps, timesteps[1:]))
+    falls = all(a > b for a, b in itertools.pairwise(timesteps))
     if len(timesteps) < 2 or timesteps[0] != 1 or timesteps[-1] != 0 or not falls:
         raise ValueError(f"sampling.sampling_timesteps: {timesteps} do not fall from 1 to 0")
     return jnp.array(timesteps, jnp.float32)
