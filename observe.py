@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import evaluate
 import sample
+from configs import load_config
 from models import meanflow
 from utils import images as image_utils
 from utils import metric_writer, sharding, train_metrics
@@ -54,6 +55,7 @@ class Observer:
             self.workdir, resume_step=step, enabled=sample.is_writer()
         )
         self.writer.text("config", str(self.config))
+        self.writer.hparams(load_config.options(self.config))
         self._clock = (step, time.perf_counter())
 
     def due(self, step, epochs):
@@ -63,6 +65,8 @@ class Observer:
     def after_step(self, step, state):
         """Logs, samples and evaluates where it is time to."""
         training = self.config.training
+        if training.profile_steps:
+            self._profile(step, state, *training.profile_steps)
         if step % training.log_per_step == 0 or step == self.total:
             last_step, last_time = self._clock
             now = time.perf_counter()
@@ -89,6 +93,16 @@ class Observer:
         }
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.total, steps_per_second, metrics)
+
+    def _profile(self, step, state, first, last):
+        """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
+        if step == first - 1:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+        elif step == last:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            logging.info("profile of steps %d to %d: %s", first, last, self.workdir / "profile")
 
     def _draw_grid(self, step, params):
         picture = sample.grid(self.sampler, params, self.labels, self.times)

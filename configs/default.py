@@ -79,7 +79,7 @@ def get_config():
     training.sample_per_epoch = 10  # epochs between two grids
     training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
     training.fid_per_epoch = 10  # epochs between two evaluations
-    training.profile_steps = ()  # (first, last) step of a profile; empty: none
+    training.profile_steps = ()  # (first, last) step of a profile, first > 1; empty: none
 
     # Sampling ----------------------------------------------------------------------------------
     config.sampling = sampling = ml_collections.ConfigDict()
