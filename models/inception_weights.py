@@ -349,7 +349,7 @@ def _read_graph(path):
         if node.kind == "BatchNormWithGlobalNormalization":
             epsilon = node.attrs.get("variance_epsilon", 0.0)
             if abs(epsilon - BN_EPSILON) > 1e-6:
-                raise ValueError(f"{path}: {name} has epsilon {epsilon}, {BN_EPSILON} expected")
+                raise ValueError(f"{path}: {name} has epsilon {epsilon:.4g}, {BN_EPSILON} expected")
             gamma = f"{name}/gamma"
             if gamma in arrays and not node.attrs.get("scale_after_normalization", False):
                 arrays[gamma] = np.ones_like(arrays[gamma])
@@ -373,8 +373,9 @@ def _write_safetensors(path, params):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_flatten(params), temporary)
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError):
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _read_safetensors(path):

@@ -78,9 +78,9 @@ def _tensor(data):
         return None
     if content is not None:
         return np.frombuffer(content, dtype).reshape(shape)
-    values = np.array(values, dtype)
-    # A tensor of equal numbers may be stored as one of them.
-    return np.broadcast_to(values, shape) if len(values) == 1 else values.reshape(shape)
+    if len(values) == 1:  # a tensor of equal numbers may be stored as one of them
+        return np.full(shape, values[0], dtype)
+    return np.array(values, dtype).reshape(shape)
 
 
 def _numbers(kind, value):
