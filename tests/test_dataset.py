@@ -186,8 +186,9 @@ def test_damage_found_while_reading_reaches_the_caller(tmp_path, num_workers):
     thread.join(20)
     assert not thread.is_alive(), "hangs"
     assert path.name in str(caught[0]) and len(str(caught[0]).splitlines()) == 1
-    with pytest.raises(ValueError, match=path.name):  # and no batch is passed over after it
-        next(iterator)
+    for _ in range(20):  # no batch is passed over after it
+        with pytest.raises(ValueError, match=path.name):
+            next(iterator)
 
 
 # Iteration
@@ -241,6 +242,14 @@ def test_processes_share_the_batches_of_one(records, count):
     ]
     assert_same(joined, whole)
     assert len(parts[0][0]["label"]) == 6 // count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_place_is_that_of_the_whole_run(records, count):
+    for p in range(count):
+        iterator = dataset.RecordIterator(records, 6, 2, p, count, num_workers=2, prefetch=4)
+        take(iterator, 5)
+        assert iterator.get_state() == {"position": 30, "seed": 2, "num_records": 12}
 
 
 def test_batch_not_divisible_over_processes(records):

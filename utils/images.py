@@ -42,9 +42,7 @@ def grid(images, columns):
     rows = -(-n // columns)
     cells = np.zeros((rows * columns, h, w, c), images.dtype)
     cells[:n] = images
-    cells = cells.reshape(rows, columns, h, w, c).transpose(
-        0, 2, 1, 3, 4
-    )  # (rows, h, columns, w, c)
+    cells = cells.reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
     return cells.reshape(rows * h, columns * w, c)
 
 
