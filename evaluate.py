@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sample
 from models import dit, inception, inception_weights, meanflow
-from utils import dataset, fid, sharding
+from utils import dataset, fid, processes, sharding
 
 SPATIAL = 2023  # features of sFID
 SPLITS = 10  # of the Inception score
@@ -154,6 +154,7 @@ class Evaluator:
         """Statistics, and pool features if asked for, of `options.num_samples` images."""
         statistics, kept = self._empty(), []
         for start in self._starts(self.options.num_samples, "evaluate"):
+            processes.check_stop()
             statistics, pool = self._add_generated(
                 statistics, params, self._vae_params, self._feature_params, np.int32(start), times
             )
@@ -166,6 +167,7 @@ class Evaluator:
             count, rows = self.records.num_records, sharding.by_row(self.mesh)
             statistics, kept = self._empty(), []
             for start in self._starts(count, "reference"):
+                processes.check_stop()
                 index = start + np.arange(self.batch_size, dtype=np.int32)
                 images = self.records.read(np.minimum(index, count - 1))["image"]
                 images, index = sharding.place((images, index), (rows, rows))
@@ -277,7 +279,7 @@ def report(result):
 
 def save_results(workdir, results):
     """Adds results to WORKDIR/results.json, which is a list; the file is never half-written."""
-    if not sample.is_writer():
+    if not processes.is_writer():
         return
     path = pathlib.Path(workdir) / "results.json"
     known = json.loads(path.read_text()) if path.exists() else []

@@ -2,8 +2,10 @@
 
     python main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.option=value ...]
 
-The job is to train, unless `eval_only` or `sample_only` is set. Exit status: 0 finished, 1 the job
-failed, 2 wrong options.
+The job is to train, unless `eval_only` or `sample_only` is set. Of several processes each runs this
+command; on a TPU slice and under SLURM they find each other, elsewhere --coordinator_address,
+--num_processes and --process_id say how (docs/pods.md). Exit status: 0 finished, 1 the job failed,
+2 wrong options, 75 stopped from outside or left alone by another process: start it again.
 """
 
 import argparse
@@ -11,31 +13,63 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 
 from configs import load_config
 
 # What people can cause and mend; anything else is a bug and shows its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
-def run_job(config, workdir):
-    """Runs the job that the config names in the folder `workdir`."""
+def run_job(config, flags):
+    """Runs the job that the config names; returns the exit status."""
     # Imported late: a wrong option is told at once, without waiting for jax.
-    if config.eval_only:
-        from evaluate import evaluate_job as job
-    elif config.sample_only:
-        from sample import sample_job as job
-    else:
-        from train import train_job as job
-    job(config, open_workdir(workdir))
+    from utils import processes
+
+    try:
+        processes.join(
+            flags.coordinator_address, flags.num_processes, flags.process_id, flags.join_timeout
+        )
+        processes.listen()
+        if not processes.is_writer():
+            logging.getLogger().setLevel(logging.WARNING)
+        options = load_config.options(config) | {"workdir": flags.workdir}
+        processes.check_same("configuration", options)
+        if config.eval_only:
+            from evaluate import evaluate_job as job
+        elif config.sample_only:
+            from sample import sample_job as job
+        else:
+            from train import train_job as job
+        job(config, open_workdir(flags.workdir))
+    except processes.Preempted as reason:
+        logging.info("%s", reason)
+        processes.leave()
+        return processes.RESTART
+    except KeyboardInterrupt:
+        return processes.fail("interrupted", 130)
+    except Exception as error:
+        if processes.lost_peer(error):
+            reason = str(error).splitlines()[0]
+            return processes.fail(f"lost another process ({reason})", processes.RESTART)
+        if os.environ.get("MEANFLOW_TRACEBACK") or not isinstance(error, USER_ERRORS):
+            traceback.print_exc()
+        return processes.fail(error, 1)
+    processes.leave()
+    return 0
 
 
 def open_workdir(workdir):
     """The folder of the run, made if need be.
 
     Raises:
-      ValueError: it cannot be written to.
+      ValueError: it cannot be written to, or is no folder of a file system.
     """
+    if "://" in workdir:
+        raise ValueError(
+            f"--workdir {workdir}: a run needs a folder of a file system; for several machines "
+            "take a shared one (NFS, Filestore), or mount the bucket (docs/pods.md)"
+        )
     workdir = pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -46,32 +80,33 @@ def open_workdir(workdir):
     return workdir
 
 
-def main(argv):
-    """Runs the command line `argv`; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and tfds tell every detail there
-    try:
-        config, rest = load_config.from_command_line(argv)
-    except ValueError as error:
-        return fail(error, 2)
+def parse_flags(argv):
+    """The flags beside --config, as a namespace."""
     parser = argparse.ArgumentParser(
         usage="main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.x.y=value ...]"
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    flags = parser.parse_args(rest)
+    parser.add_argument("--workdir", required=True, help="folder of the run, shared by all hosts")
+    several = parser.add_argument_group("several processes, where they do not find each other")
+    several.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+    several.add_argument("--num_processes", type=int, help="how many there are")
+    several.add_argument("--process_id", type=int, help="number of this one, from 0")
+    several.add_argument(
+        "--join_timeout", type=int, default=300, help="seconds to wait for the others (%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Runs the command line `argv`; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("absl", "jax"):  # orbax and tfds tell every detail in the former
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        run_job(config, flags.workdir)
-    except USER_ERRORS as error:
-        if os.environ.get("MEANFLOW_TRACEBACK"):
-            raise
-        return fail(error, 1)
-    return 0
-
-
-def fail(error, status):
-    """Says in one line what is wrong; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return status
+        config, rest = load_config.from_command_line(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_job(config, parse_flags(rest))
 
 
 if __name__ == "__main__":

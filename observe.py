@@ -11,7 +11,7 @@ import sample
 from configs import load_config
 from models import meanflow
 from utils import images as image_utils
-from utils import metric_writer, sharding, train_metrics
+from utils import metric_writer, processes, sharding, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -52,7 +52,7 @@ class Observer:
     def begin(self, step):
         """Opens the logs of a run that has done `step` steps."""
         self.writer = metric_writer.MetricWriter(
-            self.workdir, resume_step=step, enabled=sample.is_writer()
+            self.workdir, resume_step=step, enabled=processes.is_writer()
         )
         self.writer.text("config", str(self.config))
         self.writer.hparams(load_config.options(self.config))
@@ -107,7 +107,7 @@ class Observer:
     def _draw_grid(self, step, params):
         picture = sample.grid(self.sampler, params, self.labels, self.times)
         self.writer.image(step, "samples", picture)
-        if sample.is_writer():
+        if processes.is_writer():
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
             image_utils.save_png(folder / f"grid_{step:08d}.png", picture)
@@ -127,7 +127,7 @@ class Observer:
     def end(self, step):
         """Says what came out and where everything lies."""
         self.writer.close()
-        if not sample.is_writer():
+        if not processes.is_writer():
             return
         logging.info("finished: step %d of %d", step, self.total)
         for name in ("samples", "checkpoints", "results.json", "metrics.jsonl"):

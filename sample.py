@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models import dit, meanflow, released, vae
-from utils import checkpoint, sharding
+from utils import checkpoint, processes, sharding
 from utils import images as image_utils
 
 GRID_CLASSES = 10  # rows of the grid that is drawn during training
@@ -111,8 +111,9 @@ def run(sampler, params, options, num_classes, output):
     output = pathlib.Path(output)
     images = []
     for batch in tqdm(sampler(params, labels, times), unit="batch", disable=quiet()):
+        processes.check_stop()
         images.extend(batch)
-    if is_writer():
+    if processes.is_writer():
         output.mkdir(parents=True, exist_ok=True)
         columns = min(len(classes), GRID_WIDEST)
         first = np.stack(images[: columns * GRID_WIDEST])
@@ -125,14 +126,9 @@ def run(sampler, params, options, num_classes, output):
     return output
 
 
-def is_writer():
-    """Whether this process is the one that writes files and prints."""
-    return jax.process_index() == 0
-
-
 def quiet():
     """Whether to show no progress bar: for tqdm, where None stands for all but a terminal."""
-    return None if is_writer() else True
+    return None if processes.is_writer() else True
 
 
 # Weights --------------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+"""Several processes that run one job: they join, agree, share a folder, and end together.
+
+Nothing else knows how processes find or tell each other anything. In a single process every
+function here is the obvious one, and `jax.distributed` is not touched.
+
+A process that fails leaves a note in the coordinator's key-value store; each process looks there
+once a second and ends too, with the same line. A process that is killed leaves none: the others
+notice by a broken collective, or by its missing heartbeats.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+
+# jax has no public name for its key-value store; orbax reaches it this way too.
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+RESTART = 75  # exit status (EX_TEMPFAIL): start the same command again, and the job goes on
+HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
+ANSWER_TIMEOUT = 600  # seconds in which the writer has to answer the others
+GRACE = 3.0  # seconds in which the others read the note of a process that fails
+SHARED_FOLDER_TIMEOUT = 20.0  # seconds in which a new file must be seen by all processes
+NOTE = "meanflow/failure"
+LOST_PEER = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection closed", "coordination service")
+
+
+class Preempted(Exception):
+    """The job was asked to stop, and has: all that is done is saved."""
+
+
+# Joining --------------------------------------------------------------------------------------
+
+
+def join(coordinator_address=None, num_processes=None, process_id=None, timeout=300):
+    """Joins the processes of this job, where there are several; before any other use of jax.
+
+    Without arguments jax finds a TPU slice, SLURM or Open MPI by itself; elsewhere there is
+    nothing to join.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, reachable from all.
+      num_processes: how many processes there are.
+      process_id: the number of this one, 0 <= process_id < num_processes.
+      timeout: seconds to wait for the others. When they are over, the process ends with one line
+        and the exit status `RESTART`: jax itself would abort with a stack trace.
+
+    Raises:
+      ValueError: only some of the three are given, or they do not fit together.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    check_flags(*given)
+    if num_processes == 1 or (given == (None,) * 3 and os.environ.get("SLURM_NTASKS") == "1"):
+        return
+    # Where the CPU is the device, as in tests; other devices have collectives of their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = coordinator_address or "the coordinator"
+    me = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+    line = f"{me} waited {timeout} s at {address}, and the others did not all come; is each started"
+    alarm = threading.Timer(timeout, _end, (f"{line}, and with the same address?", RESTART))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            *given,
+            initialization_timeout=timeout + 60,  # the alarm comes first
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except ValueError as error:
+        if given == (None,) * 3 and "coordinator_address" in str(error):
+            return  # jax found no cluster: a workstation
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"{me} cannot join at {address}: {_first_line(error)}") from error
+    finally:
+        alarm.cancel()
+    if jax.process_count() > 1:
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def check_flags(coordinator_address, num_processes, process_id):
+    """Raises ValueError where the three do not describe a process among others."""
+    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            "--coordinator_address, --num_processes and --process_id go together; give all three, "
+            "or none on a TPU slice, SLURM or a single machine"
+        )
+    if all(given):
+        if ":" not in coordinator_address:
+            raise ValueError(f"--coordinator_address {coordinator_address}: expected HOST:PORT")
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process_id {process_id} is not in 0..{num_processes - 1}")
+
+
+def is_writer():
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+# Agreeing -------------------------------------------------------------------------------------
+
+
+def from_writer(name, value):
+    """The writer's `value`, in all processes.
+
+    Args:
+      name: names the question; each is asked once.
+      value: anything that JSON can hold; that of other processes does not count.
+    """
+    if jax.process_count() == 1:
+        return json.loads(json.dumps(value))
+    client, key = distributed.global_state.client, f"meanflow/{name}"
+    if is_writer():
+        client.key_value_set(key, json.dumps(value))
+    return json.loads(client.blocking_key_value_get(key, 1000 * ANSWER_TIMEOUT))
+
+
+def all_true(value):
+    """Whether `value` is true in every process. All processes have to ask."""
+    if jax.process_count() == 1:
+        return bool(value)
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(bool(value)))))
+
+
+def check_same(name, value):
+    """Raises ValueError where a process has another `value`, a dict, than the writer has."""
+    expected = from_writer(name, value)
+    value = json.loads(json.dumps(value))
+    names = [key for key in expected if value.get(key) != expected[key]]
+    if names:
+        pairs = [f"{key} {value.get(key)!r} (process 0: {expected[key]!r})" for key in names]
+        raise ValueError(
+            f"process {jax.process_index()} was started with another {name} than process 0: "
+            f"{', '.join(pairs)}"
+        )
+
+
+# The folder of the run ------------------------------------------------------------------------
+
+
+def lock_folder(workdir):
+    """Takes a run's folder for this job alone, and makes sure that all processes see the same.
+
+    The lock ends with the process that holds it, however that ends; nothing is left to remove.
+
+    Returns:
+      What holds the lock: keep it until the end.
+
+    Raises:
+      ValueError: another job has it, or this process does not see what the writer wrote there.
+    """
+    path, file = pathlib.Path(workdir) / ".lock", None
+    me = f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    if is_writer():
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"--workdir {workdir} is in use: a run goes on there ({file.read().strip()}); "
+                "wait for its end, stop it, or take another folder"
+            ) from error
+        except OSError as error:
+            logging.warning("cannot lock %s (%s): start no second run there", path, error.strerror)
+        file.truncate(0)
+        file.write(me)
+        file.flush()
+    token = from_writer("lock", me)
+    until = time.monotonic() + SHARED_FOLDER_TIMEOUT
+    while not path.is_file() or path.read_text(encoding="utf-8") != token:
+        if time.monotonic() > until:
+            raise ValueError(
+                f"process {jax.process_index()} on {socket.gethostname()} does not see what "
+                f"process 0 wrote to --workdir {workdir}: a folder that all machines share is needed"
+            )
+        time.sleep(0.2)
+    return file
+
+
+# Stopping -------------------------------------------------------------------------------------
+
+_asked = False  # a signal has come (single process)
+_stopping = False  # and all processes have agreed to stop
+_calls = 0
+
+
+def listen():
+    """From here on SIGTERM and Ctrl-C ask the job to stop; a second one ends it at once.
+
+    Of several processes jax listens to SIGTERM in each, and tells the others.
+    """
+
+    def ask(number, frame):
+        global _asked
+        _asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, ask)
+        signal.signal(signal.SIGINT, ask)
+
+
+def stop_requested():
+    """Whether to stop, in all processes from the same call on. Each has to ask equally often."""
+    global _stopping, _calls
+    _calls += 1
+    if jax.process_count() == 1:
+        _stopping = _asked
+    elif not _stopping:
+        _stopping = multihost_utils.reached_preemption_sync_point(_calls)
+    return _stopping
+
+
+def check_stop():
+    """Raises Preempted where the job is asked to stop; for work that is begun anew later."""
+    if stop_requested():
+        raise Preempted("stopped as asked; the same command goes on")
+
+
+# Ending ---------------------------------------------------------------------------------------
+
+_leaving = threading.Event()
+
+
+def fail(error, status):
+    """Says in one line what is wrong; tells the other processes, and then does not return.
+
+    Args:
+      error: the exception or the line.
+      status: exit status.
+
+    Returns:
+      The exit status, in a single process.
+    """
+    if jax.process_count() == 1:
+        print(f"error: {error}", file=sys.stderr)
+        return status
+    _leaving.set()
+    index = jax.process_index()
+    print(f"error: process {index}: {error}", file=sys.stderr)
+    try:
+        note = json.dumps({"process": index, "line": str(error), "status": status})
+        distributed.global_state.client.key_value_set(NOTE, note)
+    except RuntimeError:
+        pass  # another was first, or the coordinator is gone
+    time.sleep(GRACE)
+    _exit(status)
+
+
+def leave():
+    """Ends the part of this process in a job that all processes have finished."""
+    if jax.process_count() > 1:
+        _leaving.set()
+        jax.distributed.shutdown()
+
+
+def lost_peer(error):
+    """Whether an exception says that another process is gone, not that something is wrong here."""
+    return jax.process_count() > 1 and any(word in str(error) for word in LOST_PEER)
+
+
+def _watch():
+    """Looks for the note of a process that failed, and ends this one too."""
+    while not _leaving.wait(1):
+        try:
+            note = distributed.global_state.client.key_value_try_get(NOTE)
+        except RuntimeError:
+            continue  # there is none; or the coordinator is gone, and jax ends this process
+        if _leaving.is_set():
+            return
+        note = json.loads(note)
+        _end(f"process {note['process']} failed: {note['line']}", note["status"])
+
+
+def _end(line, status):
+    print(f"error: {line}", file=sys.stderr)
+    _exit(status)
+
+
+def _exit(status):
+    # Not sys.exit: jax would wait at exit for processes that wait for this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
