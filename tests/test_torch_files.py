@@ -136,10 +136,11 @@ def test_every_other_global_is_refused(tmp_path, module, name):
     ],
 )
 def test_a_pickle_cannot_write_into_the_reader(tmp_path, target):
-    state = b"}(X\x04\x00\x00\x00callK\x01u"
-    write_zip(tmp_path / "a.pt", [Raw(target + state + b"b")])
-    with pytest.raises(ValueError, match="a.pt: damaged"):
-        torch_files.load(tmp_path / "a.pt")
+    attributes = b"}(X\x04\x00\x00\x00callK\x01u"
+    for state in (attributes, b"N" + attributes + b"\x86"):  # as __dict__ and as slots
+        write_zip(tmp_path / "a.pt", [Raw(target + state + b"b")])
+        with pytest.raises(ValueError, match="a.pt: damaged"):
+            torch_files.load(tmp_path / "a.pt")
     write_zip(tmp_path / "b.pt", [numbers("float32")])
     np.testing.assert_array_equal(torch_files.load(tmp_path / "b.pt")[0], numbers("float32"))
 
