@@ -59,7 +59,10 @@ def list_images(root, splits=()):
             raise FileNotFoundError(f"no folder {folder} for the split '{split}'")
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if not found:
-            raise ValueError(f"{folder} has no class folders; images belong into {folder}/CLASS/")
+            raise ValueError(
+                f"{folder} has no class folders; images belong into {folder}/CLASS/, and --splits "
+                "says which splits to take"
+            )
         classes = classes or found
         labels = {name: label for label, name in enumerate(classes)}
         if unknown := [name for name in found if name not in labels]:

@@ -1,5 +1,6 @@
 """The record format and its iterator."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from utils import dataset
+from scripts import benchmark_data
+from utils import dataset, torch_files
 
 SHAPE = (4, 4, 8)
 
@@ -308,6 +310,31 @@ def test_close_ends_the_threads(records):
     for thread in started:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_benchmark(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    benchmark_data.add_arguments(parser)
+    words = "--num_records=64 --pt_files=20 --latent_size=4 --batch_size=16 --rounds=1".split()
+    words += ["--seconds=0.02", f"--folder={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+    benchmark_data.run(parser.parse_args(words))
+    results = json.loads((tmp_path / "out.json").read_text())
+    names = ["records, float32", "records, float16", ".pt files"]
+    assert list(results["latents_per_second"]) == names
+    assert min(results["latents_per_second"].values()) > 0
+    assert results["epoch"]["float16"]["peak_mib"] > 0
+    assert all(name in capsys.readouterr().out for name in names[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_benchmark_reads_the_same_latents_either_way(tmp_path):
+    benchmark_data.write_records(tmp_path / "records", 5, 4, "float32")
+    benchmark_data.write_pt_files(tmp_path / "pt", 5, 4)
+    batch = dataset.open_records(tmp_path / "records").read(np.arange(5))
+    for i, path in enumerate(sorted((tmp_path / "pt").iterdir())):
+        content = torch_files.load(path)
+        np.testing.assert_array_equal(content["image"].transpose(1, 2, 0), batch["moments"][i])
+        assert content["label"] == batch["label"][i]
 
 
 EPOCHS = """

@@ -1,12 +1,10 @@
-"""Preparing datasets: images, published latents, TFDS sets, the digits."""
+"""Preparing datasets from folders of images, and their FID statistics."""
 
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import jax
 import ml_dtypes
@@ -150,6 +148,17 @@ def test_batches_do_not_change_latents(tree, tmp_path, golden):
     np.testing.assert_allclose(one["moments"], other["moments"], rtol=1e-5, atol=1e-5)
 
 
+def test_all_devices_share_a_batch(tree, tmp_path, golden, run_python):
+    name = golden / "vae" / "tiny"
+    prepare(tree, tmp_path / "one", vae=name)
+    command = ["-m", "scripts.prepare_dataset", "images", f"--input={tree}", f"--vae={name}"]
+    command += [f"--image_size={SIZE}", f"--output={tmp_path / 'four'}", "--device_batch_size=1"]
+    run_python(command, devices=4)
+    one, four = (dataset.open_records(tmp_path / n).read(np.arange(14)) for n in ("one", "four"))
+    np.testing.assert_allclose(one["moments"], four["moments"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(one["label"], four["label"])
+
+
 def test_goes_on_after_an_interruption(tree, pixels, tmp_path, capsys):
     broken = tmp_path / "images"
     shutil.copytree(tree, broken)
@@ -287,6 +296,44 @@ def test_two_processes_that_join_and_overwrite(tree, pixels, tmp_path, run_pytho
     assert contents(output) == contents(pixels)
 
 
+def run_script(folder, **environment):
+    """`prepare_data.sh` in a folder that stands for the repository, with nothing to install."""
+    for part in ("scripts", "models", "utils"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to(ROOT / part)
+    (folder / "install.sh").write_text(f"echo {sys.executable}")
+    return subprocess.run(
+        ["bash", "scripts/prepare_data.sh", SHARD_OF_FOUR],
+        cwd=folder,
+        env={**os.environ, "USER": "me", **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_the_shell_script(tree, pixels, tmp_path):
+    settings = {"IMAGENET_ROOT": str(tree), "OUTPUT_DIR": "set", "LOG_DIR": "logs"}
+    settings |= {"IMAGE_SIZE": str(SIZE), "VAE": "none"}
+    done = run_script(tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(tmp_path / "set") == contents(pixels)
+    log = (tmp_path / "logs" / "me" / f"prepare_data_{SIZE}.log").read_text()
+    assert "14 records in 4 shards" in log and "14 records in 4 shards" in done.stdout
+    done = run_script(tmp_path, **settings | {"IMAGE_SIZE": "16"})
+    assert done.returncode == 1 and "begun with other settings" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name,value", [("IMAGENET_ROOT", ""), ("OUTPUT_DIR", ""), ("COMPUTE_FID", "yes")]
+)
+def test_the_shell_script_names_a_wrong_setting(tree, tmp_path, name, value):
+    settings = {"IMAGENET_ROOT": str(tree), "OUTPUT_DIR": "set", "LOG_DIR": "logs"}
+    done = run_script(tmp_path, **settings | {name: value})
+    assert done.returncode == 2 and name in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "set").exists() and not (tmp_path / "logs").exists()
+
+
 # FID statistics
 
 
@@ -319,117 +366,3 @@ def test_missing_feature_weights_are_told_first(tree, tmp_path, capsys):
     missing = f"--inception_weights={tmp_path / 'none.pth'}"
     prepare(tree, tmp_path / "set", "--compute_fid=True", missing, status=1)
     assert "none.pth" in capsys.readouterr().err and not (tmp_path / "set").exists()
-
-
-# Published latents
-
-
-@pytest.mark.parity
-def test_published_latents(golden, tmp_path):
-    argv = ["pt", f"--input={golden / 'latents_pt'}", f"--output={tmp_path}", SHARD_OF_FOUR]
-    assert prepare_dataset.main(argv) == 0
-    expected = np.load(golden / "latents_pt" / "expected.npz")
-    records = dataset.open_records(tmp_path)
-    assert records.shape == expected["moments"].shape[1:] and records.num_classes == 1000
-    batch = records.read(np.arange(records.num_records))
-    np.testing.assert_array_equal(batch["moments"], expected["moments"])
-    np.testing.assert_array_equal(batch["label"], expected["labels"])
-
-
-@pytest.mark.parity
-def test_published_latents_in_half_precision(golden, tmp_path):
-    argv = ["pt", f"--input={golden / 'latents_pt' / 'train'}", f"--output={tmp_path}"]
-    assert prepare_dataset.main([*argv, "--store=float16"]) == 0
-    expected = np.load(golden / "latents_pt" / "expected.npz")["moments"]
-    batch = dataset.open_records(tmp_path).read(np.arange(len(expected)))
-    np.testing.assert_array_equal(batch["moments"], expected.astype(np.float16))
-
-
-class Malicious:
-    def __reduce__(self):
-        return (os.system, ("touch hacked",))
-
-
-def test_odd_pt_files_are_named(golden, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = tmp_path / "latents"
-    shutil.copytree(golden / "latents_pt" / "train", source)
-    victim = source / "00000001.pt"
-    argv = ["pt", f"--input={source}", f"--output={tmp_path / 'set'}"]
-    whole = victim.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", pickle.dumps(Malicious())):
-        victim.write_bytes(content)
-        assert prepare_dataset.main(argv) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert str(victim) in error and not (tmp_path / "hacked").exists()
-    victim.write_bytes(whole)
-    assert prepare_dataset.main([*argv, "--num_classes=3", f"--output={tmp_path / 'few'}"]) == 1
-    assert "--num_classes is 3" in capsys.readouterr().err
-    assert prepare_dataset.main(argv) == 0
-
-
-# Named sets and the digits
-
-
-def test_cifar10_is_downloaded_and_generated_without_tensorflow(tmp_path, monkeypatch):
-    folder = tmp_path / "extracted" / "cifar-10-batches-bin"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    files, written = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], {}
-    for name in files:
-        written[name] = rng.integers(0, 256, (4, 3, 32, 32), np.uint8)
-        rows = [bytes([i]) + image.tobytes() for i, image in enumerate(written[name])]
-        (folder / f"{name}.bin").write_bytes(b"".join(rows))
-    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n")
-    argv = ["tfds", "--name=cifar10", f"--output={tmp_path / 'set'}", SHARD_OF_FOUR]
-    with mock.patch(
-        "tensorflow_datasets.core.download.DownloadManager.download_and_extract",
-        lambda manager, url: folder.parent,
-    ):
-        assert prepare_dataset.main([*argv, f"--data_dir={tmp_path / 'tfds'}"]) == 0
-    assert "tensorflow" not in sys.modules
-    train, test = (dataset.open_records(tmp_path / "set", split) for split in ("train", "test"))
-    assert (train.num_records, test.num_records, train.num_classes) == (20, 4, 10)
-    batch = train.read(np.arange(20))
-    expected = np.concatenate([written[name] for name in files[:5]]).transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(batch["image"], expected)
-    np.testing.assert_array_equal(batch["label"], np.tile(np.arange(4), 5))
-
-
-def test_a_set_that_tfds_has_prepared(tmp_path):
-    argv = ["tfds", "--name=mnist", f"--output={tmp_path / 'set'}", "--splits=train,test"]
-    with tfds.testing.mock_data(num_examples=5, data_dir=tmp_path / "tfds"):
-        assert prepare_dataset.main([*argv, "--image_size=14"]) == 0
-    records = dataset.open_records(tmp_path / "set", "test")
-    assert (records.shape, records.num_records, records.num_classes) == ((14, 14, 1), 5, 10)
-
-
-@pytest.mark.parametrize(
-    "name,message", [("cifarr10", "no set 'cifarr10'"), ("imagenette", "set --image_size")]
-)
-def test_sets_that_cannot_be_prepared(tmp_path, name, message, capsys):
-    argv = ["tfds", f"--name={name}", f"--output={tmp_path / 'set'}"]
-    assert prepare_dataset.main([*argv, f"--data_dir={tmp_path}"]) == 1
-    error = capsys.readouterr().err.strip()
-    assert message in error and len(error.splitlines()) == 1
-
-
-def test_digits(tmp_path, capsys):
-    argv = ["digits", f"--output={tmp_path / 'digits'}"]
-    assert prepare_dataset.main(argv) == 0
-    first = contents(tmp_path / "digits")
-    records = dataset.open_records(tmp_path / "digits")
-    assert (records.shape, records.num_records, records.num_classes) == ((8, 8, 1), 1797, 10)
-    batch = records.read(np.arange(1797))
-    assert batch["image"].min() == 0 and batch["image"].max() == 255
-    assert len(np.unique(batch["image"])) == 17
-    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
-    assert prepare_dataset.main(argv) == 0
-    assert "nothing to do" in capsys.readouterr().out and contents(tmp_path / "digits") == first
-
-
-def test_digits_do_not_overwrite_other_files(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("not ours")
-    assert prepare_dataset.main(["digits", f"--output={tmp_path}"]) == 1
-    assert "holds something else" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
