@@ -8,8 +8,9 @@ from pathlib import Path
 # The tests run on one CPU device, whatever the machine and the user's settings: their golden
 # numbers hold in float32 on a CPU. Tests of several devices start processes of their own.
 os.environ["JAX_PLATFORMS"] = "cpu"
-for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
-    os.environ.pop(name, None)
+os.environ.pop("JAX_NUM_CPU_DEVICES", None)
+# Tests compile much and compute little: without LLVM's optimisations they take half the time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import pytest  # noqa: E402
 

@@ -1,0 +1,129 @@
+"""One device and eight give the same numbers, however the parameters are sharded."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import sample
+import train
+from models import dit, meanflow, vae
+from utils import sharding
+
+BATCH, SHAPE, CLASSES, STEPS = 32, (8, 8, 4), 10, 3
+
+
+def small_net():
+    return dit.DiT(depth=2, hidden_size=64, num_heads=2, patch_size=2, num_classes=CLASSES)
+
+
+def numbers(fsdp):
+    """Losses and gradients of a few steps, and samples, on all devices."""
+    mesh = sharding.make_mesh(fsdp)
+    net = small_net()
+    function = dit.as_function(net)
+    optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
+    recipe = train.Recipe(
+        function, function, meanflow.MeanFlow(), optimizer, (0.9,), num_classes=CLASSES
+    )
+    state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
+    # Fresh weights predict zero: all are moved, so that everything counts.
+    state = jax.device_get(state._replace(params=moved(state.params)))
+    shardings = sharding.by_parameter(mesh, state)
+    state = sharding.place(state, shardings)
+    rng = np.random.RandomState(0)
+    batch = {
+        "moments": rng.normal(size=(BATCH, *SHAPE[:2], 8)).astype(np.float32),
+        "label": rng.randint(0, CLASSES, BATCH).astype(np.int32),
+    }
+    batch = sharding.to_global(mesh, batch)
+    step = jax.jit(
+        lambda state, batch: train.train_step(recipe, jax.random.key(7), state, batch),
+        in_shardings=(shardings, sharding.by_row(mesh)),
+        out_shardings=shardings,
+    )
+    losses = []
+    for _ in range(STEPS):
+        state = step(state, batch)
+        losses.append(float(state.sums["loss"]))
+    kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
+    sampler = sample.Sampler(
+        function, vae.load("none"), mesh, shape=SHAPE, seed=3, device_batch_size=16 // mesh.size
+    )
+    times = meanflow.sample_times(2)
+    images = np.concatenate(list(sampler(state.params, np.arange(20) % CLASSES, times)))
+    return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
+
+
+def moved(params):
+    keys = iter(jax.random.split(jax.random.key(9), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), params)
+
+
+def flatten(tree):
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves)
+
+
+CODE = """
+import sys
+sys.path.insert(0, "tests")
+import numpy as np, test_devices
+for fsdp in (1, 2, 8):
+    np.savez(r"{folder}/{{}}.npz".format(fsdp), **test_devices.numbers(fsdp))
+"""
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return numbers(fsdp=1)
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory, run_python):
+    folder = tmp_path_factory.mktemp("devices")
+    run_python(CODE.format(folder=folder), devices=8)
+    return {fsdp: np.load(folder / f"{fsdp}.npz") for fsdp in (1, 2, 8)}
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_eight_devices_equal_one(one_device, eight_devices, fsdp):
+    found = eight_devices[fsdp]
+    np.testing.assert_allclose(found["losses"], one_device["losses"], rtol=1e-5)
+    error = np.linalg.norm(found["grads"] - one_device["grads"])
+    assert error <= 1e-5 * np.linalg.norm(one_device["grads"])
+    difference = np.abs(found["images"].astype(int) - one_device["images"])
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_gradient_accumulation_changes_nothing():
+    """Four parts of a batch give the gradient of the whole."""
+    net = small_net()
+    function = dit.as_function(net)
+    x = jax.random.normal(jax.random.key(0), (BATCH, *SHAPE))
+    y = jax.random.randint(jax.random.key(1), (BATCH,), 0, CLASSES)
+    method = meanflow.MeanFlow()
+    draws = meanflow.draw(jax.random.key(2), x.shape, method)
+    params = moved(dit.init_params(net, jax.random.key(0), SHAPE))
+
+    def gradients(parts):
+        recipe = train.Recipe(function, function, method, None, (), CLASSES, grad_accum_steps=parts)
+        return jax.jit(lambda p: train.gradients(recipe, p, x, y, draws))(params)
+
+    (loss, rows), grads = gradients(1)
+    (loss_4, rows_4), grads_4 = gradients(4)
+    np.testing.assert_allclose(loss_4, loss, rtol=1e-6)
+    np.testing.assert_allclose(rows_4["error"], rows["error"], rtol=1e-4)
+    a, b = flatten(grads_4), flatten(grads)
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+    with pytest.raises(ValueError, match="grad_accum_steps"):
+        gradients(3)
+
+
+def test_devices_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="mesh.fsdp"):
+        sharding.make_mesh(2)
+    mesh = sharding.make_mesh(1)
+    with pytest.raises(ValueError, match="training.batch_size"):
+        sharding.check_batch("training.batch_size", 0, mesh)
