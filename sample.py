@@ -18,6 +18,7 @@ from utils import images as image_utils
 
 GRID_CLASSES = 10  # rows of the grid that is drawn during training
 GRID_COLUMNS = 10
+SMALLEST_SHOWN = 32  # pixels of an image's side in a picture for people
 GRID_WIDEST = 16  # columns and rows of the grid of a sampling job
 
 
@@ -94,9 +95,15 @@ def grid_labels(num_classes):
     return np.repeat(classes, GRID_COLUMNS)
 
 
-def grid(sampler, params, labels, times, columns=GRID_COLUMNS):
-    """A picture of samples of classes `labels`, uint8 (H, W, C)."""
-    return image_utils.grid(np.concatenate(list(sampler(params, labels, times))), columns)
+def picture(images, columns):
+    """Images uint8 (N, h, w, C) as one, row by row, small ones enlarged: uint8 (H, W, C)."""
+    factor = max(1, SMALLEST_SHOWN // images.shape[1])
+    return image_utils.grid(images.repeat(factor, axis=1).repeat(factor, axis=2), columns)
+
+
+def grid(sampler, params, labels, times):
+    """A picture of samples of classes `labels`, as `grid_labels` gives them, uint8 (H, W, C)."""
+    return picture(np.concatenate(list(sampler(params, labels, times))), GRID_COLUMNS)
 
 
 def run(sampler, params, options, num_classes, output):
@@ -117,7 +124,7 @@ def run(sampler, params, options, num_classes, output):
         output.mkdir(parents=True, exist_ok=True)
         columns = min(len(classes), GRID_WIDEST)
         first = np.stack(images[: columns * GRID_WIDEST])
-        image_utils.save_png(output / "grid.png", image_utils.grid(first, columns))
+        image_utils.save_png(output / "grid.png", picture(first, columns))
         if options.format == "npz":
             np.savez(output / "samples.npz", np.stack(images), labels)
         else:
@@ -134,22 +141,23 @@ def quiet():
 # Weights --------------------------------------------------------------------------------------
 
 
-def load_weights(path, shapes):
+def load_weights(path, shapes, optimizer=False):
     """The weights of a run or of a published checkpoint, as numpy trees of the model's `shapes`.
 
     Args:
       path: a run's workdir, or a published checkpoint (its file, or the folder that holds it).
       shapes: the tree of the model's parameters as `ShapeDtypeStruct`.
+      optimizer: whether to read Adam's moments too.
 
     Returns:
       A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay) and `opt_state`
-      (Adam's moments where a published checkpoint holds them, else None).
+      ({"count", "mu", "nu"} of Adam where asked for and stored, else None).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model.
     """
     if checkpoint.steps(path):
-        weights = {"opt_state": None} | checkpoint.restore_weights(path)
+        weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
     else:
         weights = released.load(path)
         weights["ema_params"] = (weights["ema_params"],)
