@@ -1,6 +1,8 @@
 """What a run shows of itself: metrics, sample grids and evaluations, in their cadences."""
 
+import json
 import logging
+import re
 import time
 
 import jax
@@ -62,8 +64,19 @@ class Observer:
         """Whether something that is done every `epochs` epochs, and at the end, is due."""
         return step == self.total or (epochs > 0 and step % (epochs * self.steps_per_epoch) == 0)
 
-    def after_step(self, step, state):
-        """Logs, samples and evaluates where it is time to."""
+    def checkpoint_due(self, step):
+        """Whether to save: in its own cadence, and before an evaluation, which takes long."""
+        training = self.config.training
+        return self.due(step, training.checkpoint_per_epoch) or self._evaluation_due(step)
+
+    def _evaluation_due(self, step):
+        return bool(self.evaluator) and self.due(step, self.config.training.fid_per_epoch)
+
+    def _grid_due(self, step):
+        return bool(self.sampler) and self.due(step, self.config.training.sample_per_epoch)
+
+    def log(self, step, state):
+        """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
         training = self.config.training
         if training.profile_steps:
             self._profile(step, state, *training.profile_steps)
@@ -75,13 +88,39 @@ class Observer:
             self._pending.append((step, sums, (step - last_step) / (now - last_time)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.total):
             self._write_metrics(*self._pending.pop(0))
+
+    def flush(self):
+        """Writes the metrics of all steps so far."""
+        while self._pending:
+            self._write_metrics(*self._pending.pop(0))
+
+    def look(self, step, state):
+        """Samples and evaluates where it is time to."""
+        self._look(step, state, self._grid_due(step), self._evaluation_due(step))
+
+    def catch_up(self, step, state):
+        """Looks at a step that an interrupted run had saved, and not yet looked at."""
+        grid = self._grid_due(step) and not self._grid_path(step).exists()
+        evaluation = self._evaluation_due(step) and not self._is_evaluated(step)
+        self._look(step, state, *processes.from_writer("catch_up", [grid, evaluation]))
+
+    def _look(self, step, state, grid, evaluation):
         looked = time.perf_counter()
-        if self.sampler and self.due(step, training.sample_per_epoch):
+        if grid:
             self._draw_grid(step, state.ema_params[0])
-        if self.evaluator and self.due(step, training.fid_per_epoch):
+        if evaluation:
             self._evaluate(step, state)
         # Looking does not count as training time.
         self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
+
+    def _is_evaluated(self, step):
+        path = self.workdir / metric_writer.JSONL
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        names = [name for line in lines if line["step"] == step for name in line]
+        return any(re.search(r"/.*_\d+step$", name) for name in names)  # as _evaluate logs them
+
+    def _grid_path(self, step):
+        return self.workdir / "samples" / f"grid_{step:08d}.png"
 
     def _write_metrics(self, step, sums, steps_per_second):
         sums = jax.device_get(sums)
@@ -108,20 +147,20 @@ class Observer:
         picture = sample.grid(self.sampler, params, self.labels, self.times)
         self.writer.image(step, "samples", picture)
         if processes.is_writer():
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            image_utils.save_png(folder / f"grid_{step:08d}.png", picture)
+            self._grid_path(step).parent.mkdir(exist_ok=True)
+            image_utils.save_png(self._grid_path(step), picture)
 
     def _evaluate(self, step, state):
         decays = self.config.training.ema_val
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         sampling = self.config.sampling
         results = evaluate.run(self.evaluator, weights, decays, sampling, self.workdir)
+        metrics = {}
         for result in results:
             steps = len(result["sampling_times"]) - 1
             name = f"{result['weights']}_{steps}step"
-            metrics = {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
-            self.writer.scalars(step, metrics)
+            metrics |= {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
+        self.writer.scalars(step, metrics)
         self._last_result = results[0]
 
     def end(self, step):

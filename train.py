@@ -6,8 +6,8 @@ batch: every random number comes from `fold_in(key, step)`. The loop around it o
 and hands out metrics, samples, checkpoints and evaluations.
 """
 
+import contextlib
 import dataclasses
-import logging
 import pathlib
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ import numpy as np
 import optax
 
 import observe
+import resume
 import sample
 from models import dit, meanflow, vae
-from utils import checkpoint, dataset, sharding, train_metrics
+from utils import checkpoint, dataset, processes, sharding, train_metrics
 
 
 class TrainState(NamedTuple):
@@ -156,7 +157,7 @@ def update(recipe, state, x, y, draws):
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(params),
     }
-    finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+    finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"] + norms["param_norm"])
     changed = (params, ema_params, opt_state)
     if recipe.skip_nonfinite:
         kept = (state.params, state.ema_params, state.opt_state)
@@ -227,78 +228,16 @@ def open_dataset(config):
     return records
 
 
-def start(config, workdir, mesh, net, recipe, checkpointer):
-    """The state to begin with: the newest checkpoint of the run, `load_from`, or fresh weights.
-
-    Returns:
-      The state on the devices, its shardings, and the place in the data (None: by the step).
-    """
-    key, shape = jax.random.key(config.training.seed), sample.image_shape(config)
-    init = partial(init_state, recipe, net, shape)
-    shapes = jax.eval_shape(init, key)
-    shardings = sharding.by_parameter(mesh, shapes)
-    if checkpoint.steps(workdir):
-        targets = sharding.with_shardings(shapes, shardings)
-        state, place = restore(checkpointer, checkpoint.steps(workdir)[-1], targets)
-        return state, shardings, place
-    state = jax.jit(init, out_shardings=shardings)(key)
-    if config.load_from:
-        weights = sample.load_weights(config.load_from, shapes.params)
-        state = from_weights(state, weights, shardings)
-        logging.info("starting from %s, step %d", config.load_from, weights["step"])
-    return state, shardings, None
-
-
-def restore(checkpointer, step, targets):
-    """A checkpoint of a run -> its `TrainState` and its place in the data."""
-    progress = {"step": targets.step, "opt_state": targets.opt_state, "sums": targets.sums}
-    found = checkpointer.restore(
-        step, params=targets.params, ema_params=targets.ema_params, progress=progress
-    )
-    state = TrainState(params=found["params"], ema_params=found["ema_params"], **found["progress"])
-    return state, found["data"]
-
-
-def save(checkpointer, state, place, config):
-    """Starts to write a checkpoint; refuses one with numbers that are not finite."""
-    train_metrics.check_finite(jax.device_get(state.sums))
-    progress = {"step": state.step, "opt_state": state.opt_state, "sums": state.sums}
-    checkpointer.save(
-        int(state.step),
-        params=state.params,
-        ema_params=state.ema_params,
-        progress=progress,
-        data=place,
-        config=config.to_dict(),
-    )
-
-
-def from_weights(state, weights, shardings):
-    """A fresh state with the weights, the step and, where given, the Adam moments of `weights`.
-
-    Averages for which there is none begin as the first one.
-    """
-    emas = weights["ema_params"]
-    emas = [emas[min(i, len(emas) - 1)] for i in range(len(state.ema_params))]
-    opt_state = state.opt_state
-    if weights["opt_state"]:
-        moments = weights["opt_state"]
-        opt_state = optax.tree_utils.tree_set(opt_state, **moments)
-    new = state._replace(
-        step=np.int32(weights["step"]),
-        params=weights["params"],
-        ema_params=tuple(emas),
-        opt_state=opt_state,
-    )
-    return jax.tree.map(
-        lambda x, s: x if isinstance(x, jax.Array) else sharding.place(x, s), new, shardings
-    )
-
-
 def train_job(config, workdir):
-    """Trains the run in `workdir` to its end, from wherever it stopped. Returns the last state."""
+    """Trains the run in `workdir` to its end, from wherever it stopped. Returns the last state.
+
+    Raises:
+      Preempted: asked to stop; the last step is saved.
+      ValueError, OSError, FloatingPointError: in one line, what is wrong.
+    """
     workdir = pathlib.Path(workdir)
     training = config.training
+    lock = processes.lock_folder(workdir)
     records = open_dataset(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch("training.batch_size", training.batch_size, mesh)
@@ -310,18 +249,17 @@ def train_job(config, workdir):
     observer = observe.Observer(
         config, workdir, mesh, net, records, schedule, steps_per_epoch, total
     )
-
-    checkpointer = checkpoint.Checkpointer(workdir)
-    state, shardings, place = start(config, workdir, mesh, net, recipe, checkpointer)
-    first = int(state.step)
-    observer.begin(first)
-    batches = dataset.RecordIterator(
-        records, training.batch_size, training.seed, jax.process_index(), jax.process_count(),
-        num_workers=config.dataset.num_workers, prefetch=config.dataset.prefetch_factor,
-        flipped=config.dataset.use_flip,
-    )  # fmt: skip
-    batches.set_state(place or batches.get_state() | {"position": first * training.batch_size})
-
+    init = partial(init_state, recipe, net, sample.image_shape(config))
+    state, shardings, place = resume.start(config, workdir, mesh, init)
+    if place is None and config.load_from and int(state.step) >= total:
+        raise ValueError(
+            f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
+            f"{total}: raise training.num_epochs or training.num_steps"
+        )
+    observer.begin(int(state.step))
+    if place is not None:
+        observer.catch_up(int(state.step), state)
+    batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
     step_fn = jax.jit(
         partial(train_step, recipe, key),
@@ -329,17 +267,46 @@ def train_job(config, workdir):
         out_shardings=shardings,
         donate_argnums=0,
     )
+    with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
+        state = loop(config, state, step_fn, batches, mesh, observer, checkpointer)
+    observer.end(int(state.step))
+    lock.close()
+    return state
+
+
+def open_batches(config, records, step, place):
+    """The iterator over this process's rows, at its place (None: where `step` steps lead)."""
+    size, seed = config.training.batch_size, config.training.seed
+    batches = dataset.RecordIterator(
+        records, size, seed, jax.process_index(), jax.process_count(),
+        num_workers=config.dataset.num_workers, prefetch=config.dataset.prefetch_factor,
+        flipped=config.dataset.use_flip,
+    )  # fmt: skip
+    batches.set_state(place or batches.get_state() | {"position": step * size})
+    return batches
+
+
+def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
+    """Steps to the end of the run; returns the last state.
+
+    Raises:
+      Preempted: asked to stop; the last step is being saved.
+    """
+    first, total = int(state.step), observer.total
     batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
         state = step_fn(state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
-        if observer.due(step, training.checkpoint_per_epoch):
-            save(checkpointer, state, place, config)
-        observer.after_step(step, state)
-    checkpointer.wait()
-    checkpointer.close()
-    batches.close()
-    observer.end(int(state.step))
+        observer.log(step, state)
+        checkpointer.check()
+        stopping = processes.stop_requested()
+        if stopping or observer.checkpoint_due(step):
+            # A checkpoint never comes before the lines of the log that lead to it.
+            observer.flush()
+            resume.save(checkpointer, state, place, config)
+        if stopping:
+            raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")
+        observer.look(step, state)
     return state

@@ -5,16 +5,30 @@
                             /progress     step, optimizer, sums of the metrics
                             /data         the place in the data (JSON)
                             /config       the options of the run (JSON)
+                            /checksums    of the five above (JSON)
+                       /damaged-STEP      one that was found damaged, kept for people to look at
 
-A checkpoint appears under its number only when all of it is written.
+A checkpoint appears under its number only when all of it is written: orbax writes into a folder
+with another name, and renames it.
 """
 
+import contextlib
+import json
+import logging
 import pathlib
+import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 KEPT = 3  # newest checkpoints
+ARRAYS = ("params", "ema_params", "progress")
+PLAIN = ("data", "config")
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or does not hold what was written."""
 
 
 def folder(workdir):
@@ -30,75 +44,244 @@ def steps(workdir):
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
 
 
+# Writing --------------------------------------------------------------------------------------
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step):
+        # train.py asks, once per step. Asked from here too, jax would take the number of the step
+        # for the number of the question, and the processes could agree on one that is over.
+        return False
+
+
 class Checkpointer:
-    """Writes checkpoints in the background, and keeps the newest three."""
+    """Writes checkpoints in the background, and keeps the newest three.
+
+    What an interrupted job left half-written is removed at the start, so one job at a time.
+    """
 
     def __init__(self, workdir):
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(folder(workdir).absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = _Manager(folder(workdir).absolute(), options=options)
+        self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
-        """Starts to write; returns as soon as the arrays are copied to the host."""
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                ema_params=ocp.args.StandardSave(ema_params),
-                progress=ocp.args.StandardSave(progress),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(config),
-            ),
-        )
+        """Starts to write; returns as soon as the arrays are copied to the host.
 
-    def restore(self, step, *, params, ema_params, progress):
-        """Restores one checkpoint; the arguments are trees of `ShapeDtypeStruct` with shardings.
-
-        Returns:
-          A dict of `params`, `ema_params`, `progress`, `data` and `config`.
+        Raises:
+          OSError: this or the last checkpoint could not be written, in one line.
         """
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                ema_params=ocp.args.StandardRestore(ema_params),
-                progress=ocp.args.StandardRestore(progress),
-                data=ocp.args.JsonRestore(),
-                config=ocp.args.JsonRestore(),
-            ),
-        )
-        return dict(restored.items())
+        self.wait()
+        arrays = {"params": params, "ema_params": ema_params, "progress": progress}
+        plain = {"data": data, "config": config}
+        plain["checksums"] = checksums(arrays, plain)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in plain.items()}
+        self._saving = step
+        with self._explained():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def check(self):
+        """Raises OSError where the checkpoint that was being written could not be; never waits."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self):
-        """Returns when everything is on disk; raises what went wrong in the background."""
-        self.manager.wait_until_finished()
+        """Returns when everything is on disk.
 
-    def close(self):
-        self.manager.close()
+        Raises:
+          OSError: it could not be written, in one line.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Waits, and ends the threads; an error that is on its way goes first."""
+        try:
+            self.wait()
+            self._manager.close()
+        except OSError as own:
+            if error is None or isinstance(error, Exception) and not error.args:
+                raise
+            logging.warning("%s", own)
+
+    @contextlib.contextmanager
+    def _explained(self):
+        step = self._saving
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            self._saving = None
+            raise OSError(
+                f"checkpoint {step} could not be written ({_first_line(error)}); the ones before "
+                "are whole: make room, and the same command goes on from there"
+            ) from error
 
 
-def restore_weights(workdir, step=None):
+@jax.jit
+def _sum_of_bits(tree):
+    return _add_bits(tree)
+
+
+def _add_bits(tree):
+    # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
+    return sum(x.view("uint32").sum(dtype="uint32") for x in jax.tree.leaves(tree))
+
+
+def checksums(arrays, plain):
+    """Checksums of the items of a checkpoint: name -> int.
+
+    Args:
+      arrays: trees of arrays of 32 bits per number, all on devices or all numpy.
+      plain: what JSON holds.
+    """
+    on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)
+    sums = {name: (_add_bits if on_host else _sum_of_bits)(tree) for name, tree in arrays.items()}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in plain.items()}
+    return {
+        **{name: int(value) % 2**32 for name, value in sums.items()},
+        **{name: zlib.crc32(text.encode()) for name, text in texts.items() if name in PLAIN},
+    }
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def read_plain(workdir, step):
+    """The items of a checkpoint that are JSON: a dict of `data`, `config` and `checksums`.
+
+    Raises:
+      DamagedError: it cannot be read.
+    """
+    with _damage(workdir, step):
+        path = _path(workdir, step)
+        read = ocp.JsonCheckpointHandler().restore
+        return {name: read(path / name) for name in (*PLAIN, "checksums")}
+
+
+def read_arrays(workdir, step, targets):
+    """Items of a checkpoint that are trees of arrays, read by this process for itself.
+
+    Args:
+      targets: name -> tree of `ShapeDtypeStruct` with shardings, or None: numpy arrays, in
+        whatever tree was written, its tuples as lists.
+
+    Raises:
+      DamagedError: it cannot be read.
+    """
+    # Without these options the processes would wait for one that found damage.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    found = {}
+    with _damage(workdir, step), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        for name, target in targets.items():
+            path = _path(workdir, step) / name
+            if target is None:
+                tree = reader.metadata(path).item_metadata.tree
+                numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+                restore_args = jax.tree.map(lambda _, numpy=numpy: numpy, tree)
+                args = ocp.args.PyTreeRestore(restore_args=restore_args)
+            else:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+                args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            found[name] = reader.restore(path, args=args)
+    return found
+
+
+def verify(workdir, step, arrays, plain):
+    """Raises DamagedError where items that were read are not those that were written.
+
+    Args:
+      arrays, plain: from `read_arrays` and `read_plain`. All processes have to ask.
+    """
+    for name, value in checksums(arrays, plain).items():
+        if value != plain["checksums"][name]:
+            raise DamagedError(f"{folder(workdir) / str(step)}: {name} does not match its checksum")
+
+
+def set_aside(workdir, step):
+    """Renames a damaged checkpoint, so that no one takes it for whole; returns its new path."""
+    path = folder(workdir) / f"damaged-{step}"
+    while path.exists():
+        path = path.with_name(f"{path.name}-again")
+    return _path(workdir, step).rename(path)
+
+
+def restore_weights(workdir, step=None, optimizer=False):
     """The weights of a run, without its model or devices: numpy trees.
 
     Args:
       workdir: the folder of the run.
-      step: which checkpoint; the newest by default.
+      step: which checkpoint; the newest that is whole by default.
+      optimizer: whether to read the moments of Adam too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay) and `config`.
+      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay) and, with
+      `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      DamagedError: there is, but none that is whole.
     """
     available = steps(workdir)
     if not available or (step is not None and step not in available):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise FileNotFoundError(f"{folder(workdir)} does not hold {wanted} (found: {available})")
-    step = available[-1] if step is None else step
-    path = (folder(workdir) / str(step)).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        trees = {}
-        for name in ("params", "ema_params"):
-            item = checkpointer.metadata(path / name).item_metadata
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), item.tree)
-            trees[name] = checkpointer.restore(path / name, shapes)
-    return {"step": step, **jax.device_get(trees)}
+    damage = None
+    for candidate in [step] if step is not None else reversed(available):
+        try:
+            return _read_weights(workdir, candidate, optimizer)
+        except DamagedError as error:
+            logging.warning("%s", error)
+            damage = damage or error
+    raise damage
+
+
+def _read_weights(workdir, step, optimizer):
+    names = ARRAYS if optimizer else ("params", "ema_params")
+    arrays = read_arrays(workdir, step, dict.fromkeys(names))
+    verify(workdir, step, arrays, read_plain(workdir, step))
+    weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
+    if optimizer:
+        weights["opt_state"] = _find_adam(arrays["progress"]["opt_state"])
+    return weights
+
+
+def _find_adam(tree):
+    """The part of an optimizer's state, dicts and lists, that holds the moments; or None."""
+    if isinstance(tree, dict):
+        if {"count", "mu", "nu"} <= tree.keys():
+            return {name: tree[name] for name in ("count", "mu", "nu")}
+        tree = list(tree.values())
+    found = [_find_adam(part) for part in tree] if isinstance(tree, list) else []
+    return next((part for part in found if part), None)
+
+
+@contextlib.contextmanager
+def _damage(workdir, step):
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise DamagedError(
+            f"{_path(workdir, step)} cannot be read ({_first_line(error)})"
+        ) from error
+
+
+def _path(workdir, step):
+    return (folder(workdir) / str(step)).absolute()
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

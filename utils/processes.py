@@ -184,7 +184,7 @@ def lock_folder(workdir):
         if time.monotonic() > until:
             raise ValueError(
                 f"process {jax.process_index()} on {socket.gethostname()} does not see what "
-                f"process 0 wrote to --workdir {workdir}: a folder that all machines share is needed"
+                f"process 0 wrote to --workdir {workdir}: take a folder that all machines share"
             )
         time.sleep(0.2)
     return file

@@ -1,0 +1,187 @@
+"""Where a run begins and what it leaves behind: fresh weights, `load_from`, or its own checkpoint.
+
+The state is known here only as a named tuple with the fields of `train.TrainState`.
+"""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import optax
+
+import sample
+from configs import default, load_config
+from utils import checkpoint, processes, sharding, train_metrics
+
+# Options that may change within a run. Whatever else changes would make it another run.
+MAY_CHANGE = (
+    "dataset.name dataset.root dataset.vae dataset.num_workers dataset.prefetch_factor "
+    "model.unroll model.remat model.fused_attention "
+    "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
+    "training.skip_nonfinite training.log_per_step training.sample_on_training "
+    "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
+    "training.profile_steps load_from eval_only sample_only"
+).split()
+MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
+
+
+def start(config, workdir, mesh, init):
+    """The state to begin with.
+
+    Args:
+      config: the whole config.
+      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from`.
+      mesh: devices.
+      init: pure function key -> a fresh state.
+
+    Returns:
+      The state on the devices, its shardings, and the place in the data, or None where the run
+      has no checkpoint yet.
+
+    Raises:
+      ValueError: the run was made with other options, or none of its checkpoints is whole.
+    """
+    key = jax.random.key(config.training.seed)
+    shapes = jax.eval_shape(init, key)
+    shardings = sharding.by_parameter(mesh, shapes)
+    found = restore(config, workdir, sharding.with_shardings(shapes, shardings))
+    if found:
+        return found[0], shardings, found[1]
+    state = jax.jit(init, out_shardings=shardings)(key)
+    if config.load_from:
+        weights = sample.load_weights(config.load_from, shapes.params, optimizer=True)
+        state = from_weights(state, weights, shardings)
+        logging.info("starting from %s, step %d", config.load_from, weights["step"])
+    return state, shardings, None
+
+
+def save(checkpointer, state, place, config):
+    """Starts to write a checkpoint; refuses one with numbers that are not finite."""
+    train_metrics.check_finite(jax.device_get(state.sums))
+    checkpointer.save(int(state.step), **_items(state), data=place, config=config.to_dict())
+
+
+def _items(state):
+    """The trees of a checkpoint."""
+    progress = {"step": state.step, "opt_state": state.opt_state, "sums": state.sums}
+    return {"params": state.params, "ema_params": state.ema_params, "progress": progress}
+
+
+def restore(config, workdir, targets):
+    """The newest checkpoint of a run that is whole: (state, place in the data), or None.
+
+    Damaged ones are renamed, but only where an older one is whole: a file system that fails for
+    a moment must not cost a run.
+
+    Args:
+      targets: the state as `ShapeDtypeStruct` with shardings.
+    """
+    available = processes.from_writer("checkpoints", checkpoint.steps(workdir))
+    damaged = []
+    for step in reversed(available):
+        found, damage = _try_step(config, workdir, step, targets)
+        if processes.all_true(damage is None):
+            break
+        logging.warning("%s", damage or f"checkpoint {step} is damaged, says another process")
+        damaged.append(step)
+    else:
+        if not available:
+            return None
+        raise ValueError(
+            f"none of the checkpoints {available} of {workdir} can be read, see above; take them "
+            "away to begin again"
+        )
+    for old in damaged if processes.is_writer() else ():
+        logging.warning("set aside as %s", checkpoint.set_aside(workdir, old))
+    logging.info("going on from step %d", step)
+    progress = found["progress"]
+    state = targets._replace(params=found["params"], ema_params=found["ema_params"], **progress)
+    return state, found["data"]
+
+
+def _try_step(config, workdir, step, targets):
+    """Reads one checkpoint: (its items, None), or (None, what is wrong with it)."""
+    found = damage = None
+    try:
+        plain = checkpoint.read_plain(workdir, step)
+    except checkpoint.DamagedError as error:
+        plain, damage = None, error
+    if not processes.all_true(plain):
+        return None, damage
+    check_options(plain["config"], config, workdir)
+    try:
+        found = checkpoint.read_arrays(workdir, step, _items(targets))
+    except checkpoint.DamagedError as error:
+        damage = error
+    if not processes.all_true(found):
+        return None, damage
+    try:
+        checkpoint.verify(workdir, step, found, plain)
+    except checkpoint.DamagedError as error:
+        return None, error
+    return found | plain, None
+
+
+def check_options(saved, config, workdir):
+    """Compares the options of a checkpoint with those of now; says what changed.
+
+    Args:
+      saved: the options as a nested dict; one that is missing had its default.
+
+    Raises:
+      ValueError: an option changed that makes it another run; names all of them.
+    """
+    now = json.loads(json.dumps(load_config.options(config)))
+    before = json.loads(json.dumps(load_config.options(default.get_config())))
+    before |= {f"{s}.{k}": v for s, part in saved.items() if isinstance(part, dict)
+               for k, v in part.items()}  # fmt: skip
+    before |= {name: value for name, value in saved.items() if not isinstance(value, dict)}
+    changes = [name for name in now if now[name] != before[name]]
+    described = {name: f"{name} {before[name]} -> {now[name]}" for name in changes}
+    refused = [
+        described[name]
+        for name in changes
+        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_BELOW)
+    ]
+    if refused:
+        raise ValueError(
+            f"the run in {workdir} was made with other options: {', '.join(refused)}; take the "
+            "former values, or another --workdir and this run's weights: "
+            f"--config.load_from={workdir}"
+        )
+    for name in changes:
+        logging.info("changed: %s%s", described[name], _consequence(name, config))
+
+
+def _consequence(name, config):
+    if name == "training.batch_size":
+        return (
+            ": steps done keep their number and the data goes on at its place; epochs and the end "
+            "of the run count in steps of the new size; the learning rate stays as it is"
+        )
+    if name in ("training.num_epochs", "training.num_steps"):
+        if config.training.lr_schedule == "cosine":
+            return ": the learning rate falls towards the new end from here on"
+    return ""
+
+
+def from_weights(state, weights, shardings):
+    """A fresh state with the weights, the step and, where given, the Adam moments of `weights`.
+
+    Averages for which there is none begin as the first one.
+    """
+    emas = weights["ema_params"]
+    emas = [emas[min(i, len(emas) - 1)] for i in range(len(state.ema_params))]
+    opt_state = state.opt_state
+    if weights["opt_state"]:
+        opt_state = optax.tree.set(opt_state, **weights["opt_state"])
+    new = state._replace(
+        step=np.int32(weights["step"]),
+        params=weights["params"],
+        ema_params=tuple(emas),
+        opt_state=opt_state,
+    )
+    return jax.tree.map(
+        lambda x, s: x if isinstance(x, jax.Array) else sharding.place(x, s), new, shardings
+    )
