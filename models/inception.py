@@ -6,8 +6,8 @@ classes, and pixels are scaled as (x - 128) / 128. All arithmetic is float32 at 
 precision of the platform, since bfloat16 here moves the FID by whole points.
 
 The parameters are a flat dict, layer -> {kernel, bias}: 94 convolutions with their batch norms
-folded in (kernels HWIO) and `fc` (2048, 1008). The names are torchvision's. `load` reads them
-from the files that people have; it stands in models/inception_weights.py.
+folded in (kernels HWIO) and `fc` (2048, 1008). The names are torchvision's. They are
+read from the files that people have by the module `inception_weights` beside this one.
 """
 
 import functools
@@ -15,10 +15,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from models.inception_weights import digest, load
-
-__all__ = ["RESIZES", "digest", "features", "load", "resize_bilinear"]
 
 SIZE = 299
 RESIZES = ("half_pixel", "tf1")

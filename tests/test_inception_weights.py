@@ -67,10 +67,10 @@ def test_the_digest_is_that_of_the_weights_not_of_the_file(tmp_path, weights, pa
     digests = set()
     for name in ("legacy.pth", "classify_image_graph_def.pb", "inception_v3_weights_fid.pickle"):
         FORMATS[name](tmp_path / name, weights)
-        digests.add(inception.digest(inception_weights.read(tmp_path / name)))
-    assert digests == {inception.digest(params)} and len(digests.pop()) == 64
+        digests.add(inception_weights.digest(inception_weights.read(tmp_path / name)))
+    assert digests == {inception_weights.digest(params)} and len(digests.pop()) == 64
     other = params | {"fc": {"kernel": params["fc"]["kernel"], "bias": params["fc"]["bias"] + 1}}
-    assert inception.digest(other) != inception.digest(params)
+    assert inception_weights.digest(other) != inception_weights.digest(params)
 
 
 def test_gamma_counts_only_where_the_graph_uses_it(tmp_path, weights, params):
@@ -136,22 +136,22 @@ def test_a_pickle_that_carries_code_is_refused_with_advice(tmp_path):
 def test_weights_are_found_and_kept(tmp_path, monkeypatch, weights, params):
     cache = tmp_path / "cache" / "meanflow"
     with pytest.raises(FileNotFoundError) as caught:
-        inception.load()
+        inception_weights.load()
     for part in (inception_weights.PTH_NAME, inception_weights.PTH_SHA256, str(cache)):
         assert part in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="fid.inception_weights: no such file: .*none"):
-        inception.load(tmp_path / "none.pth")
+        inception_weights.load(tmp_path / "none.pth")
 
     source = tmp_path / "weights.pth"
     write_pth(source, weights)
     monkeypatch.setenv("INCEPTION_WEIGHTS", str(source))
-    first = inception.load()
+    first = inception_weights.load()
     sha = hashlib.sha256(source.read_bytes()).hexdigest()
     assert [p.name for p in cache.iterdir()] == [f"inception-{sha[:16]}.safetensors"]
     monkeypatch.setattr(inception_weights.torch_files, "load", None)  # not read a second time
-    second = inception.load()
-    for found in (first, second, inception.load(source)):
-        assert inception.digest(found) == inception.digest(params)
+    second = inception_weights.load()
+    for found in (first, second, inception_weights.load(source)):
+        assert inception_weights.digest(found) == inception_weights.digest(params)
 
     kept = next(cache.iterdir())
     monkeypatch.undo()
@@ -159,13 +159,15 @@ def test_weights_are_found_and_kept(tmp_path, monkeypatch, weights, params):
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     kept.write_bytes(kept.read_bytes()[:1000])  # damaged: made anew
     source.rename(cache / inception_weights.PTH_NAME)
-    assert inception.digest(inception.load()) == inception.digest(params)
-    assert inception.digest(inception.load(kept)) == inception.digest(params)
+    assert inception_weights.digest(inception_weights.load()) == inception_weights.digest(params)
+    assert inception_weights.digest(inception_weights.load(kept)) == inception_weights.digest(
+        params
+    )
 
 
 def test_a_cache_folder_that_cannot_be_made_is_no_error(tmp_path, monkeypatch, weights, params):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     write_pth(tmp_path / "weights.pth", weights)
-    found = inception.load(tmp_path / "weights.pth")
-    assert inception.digest(found) == inception.digest(params)
+    found = inception_weights.load(tmp_path / "weights.pth")
+    assert inception_weights.digest(found) == inception_weights.digest(params)
