@@ -143,6 +143,16 @@ def train_step(recipe, key, state, batch):
     return update(recipe, state, x, batch["label"], draws)
 
 
+def make_step(recipe, key, mesh, shardings):
+    """`train_step` compiled over the mesh, (state, batch) -> state; the state given is used up."""
+    return jax.jit(
+        partial(train_step, recipe, key),
+        in_shardings=(shardings, sharding.by_row(mesh)),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
+
+
 def update(recipe, state, x, y, draws):
     """The part of a step that is not random: x (B, h, w, c), y (B,) -> the next `TrainState`."""
     (loss, rows), grads = gradients(recipe, state.params, x, y, draws)
@@ -261,12 +271,7 @@ def train_job(config, workdir):
         observer.catch_up(int(state.step), state)
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
-    step_fn = jax.jit(
-        partial(train_step, recipe, key),
-        in_shardings=(shardings, sharding.by_row(mesh)),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
+    step_fn = make_step(recipe, key, mesh, shardings)
     with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
         state = loop(config, state, step_fn, batches, mesh, observer, checkpointer)
     observer.end(int(state.step))
