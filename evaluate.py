@@ -8,20 +8,15 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import sample
-from models import dit, inception, inception_weights, meanflow
-from utils import dataset, fid, processes, sharding
-
-SPATIAL = 2023  # features of sFID
-SPLITS = 10  # of the Inception score
+import score
+from models import dit, meanflow
+from utils import dataset, processes, sharding
 
 
 class Evaluator:

@@ -117,7 +117,7 @@ def run(sampler, params, options, num_classes, output):
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []
-    for batch in tqdm(sampler(params, labels, times), unit="batch", disable=quiet()):
+    for batch in tqdm(sampler(params, labels, times), unit="batch", disable=processes.quiet()):
         processes.check_stop()
         images.extend(batch)
     if processes.is_writer():
@@ -131,11 +131,6 @@ def run(sampler, params, options, num_classes, output):
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 image_utils.save_png(output / f"{i:06d}_class{label}.png", image)
     return output
-
-
-def quiet():
-    """Whether to show no progress bar: for tqdm, where None stands for all but a terminal."""
-    return None if processes.is_writer() else True
 
 
 # Weights --------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ def is_writer():
 # Agreeing -------------------------------------------------------------------------------------
 
 
+def quiet():
+    """Whether to show no progress bar: for tqdm, where None stands for all but a terminal."""
+    return None if is_writer() else True
+
+
 def from_writer(name, value):
     """The writer's `value`, in all processes.
 
