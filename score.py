@@ -130,9 +130,15 @@ class Scorer:
         return statistics, found["pool"] if "precision_recall" in self.options.metrics else None
 
     def starts(self, count, name):
-        """Numbers of the first images of the batches that make up `count`, with a progress bar."""
+        """Numbers of the first images of the batches that make up `count`, with a progress bar.
+
+        Raises:
+          Preempted: the job is asked to stop; a measurement is begun anew later.
+        """
         starts = range(0, count, self.batch_size)
-        return tqdm(starts, name, unit="batch", leave=False, disable=processes.quiet())
+        for start in tqdm(starts, name, unit="batch", leave=False, disable=processes.quiet()):
+            processes.check_stop()
+            yield start
 
     def read(self, read, count, name):
         """Statistics of `count` images on the host; `read(index)` gives those number (N,)."""
