@@ -31,10 +31,10 @@ def draw_noise(seed, index, shape):
 def draw_labels(seed, index, num_classes, kind):
     """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
     if kind == "balanced":
-        return index % num_classes
+        return index % max(num_classes, 1)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys)
+    return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 
 
 def generate(net, decode, params, vae_params, index, labels, times, *, seed, shape):
@@ -90,7 +90,7 @@ class Sampler:
 
 def grid_labels(num_classes):
     """Labels of a grid with a row per class: at most ten classes, spread over all."""
-    rows = min(num_classes, GRID_CLASSES)
+    rows = min(num_classes or GRID_CLASSES, GRID_CLASSES)
     classes = np.arange(rows) * num_classes // rows
     return np.repeat(classes, GRID_COLUMNS)
 
@@ -112,7 +112,7 @@ def run(sampler, params, options, num_classes, output):
     Writes grid.png (of the first images) and, by `options.format`, one PNG per image or
     samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
     """
-    classes = list(options.labels) or list(range(num_classes))
+    classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
     times = meanflow.sample_times(options.num_steps[0], options.sampling_timesteps)
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)

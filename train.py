@@ -140,7 +140,9 @@ def train_step(recipe, key, state, batch):
     key_x, key_draw = jax.random.split(jax.random.fold_in(key, state.step))
     x = vae.to_x(batch, key_x, flip=recipe.use_flip, normalisation=recipe.normalisation)
     draws = meanflow.draw(key_draw, x.shape, recipe.method)
-    return update(recipe, state, x, batch["label"], draws)
+    # Without classes every row has the null label, which is 0.
+    y = batch["label"] if recipe.num_classes else jnp.zeros_like(batch["label"])
+    return update(recipe, state, x, y, draws)
 
 
 def make_step(recipe, key, mesh, shardings):
@@ -215,7 +217,7 @@ def open_dataset(config):
     channels = data.image_channels * (2 if records.key == "moments" else 1)
     expected = {
         "shape": (data.image_size, data.image_size, channels),
-        "num_classes": data.num_classes,
+        "num_classes": data.num_classes or records.num_classes,
         "key": "image" if data.vae == "none" else "moments",
     }
     for name, value in expected.items():

@@ -20,15 +20,15 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "dataset.image_size dataset.image_channels dataset.num_classes dataset.prefetch_factor "
+    "dataset.image_size dataset.image_channels dataset.prefetch_factor "
     "model.unroll method.norm_eps training.batch_size training.learning_rate "
     "training.grad_accum_steps training.log_per_step training.checkpoint_per_epoch "
     "sampling.num_images fid.device_batch_size mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
-    "dataset.num_workers model.depth model.hidden_size model.num_heads model.patch_size "
-    "method.P_std method.P_std_r method.norm_p training.seed training.num_epochs "
+    "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
+    "model.patch_size method.P_std method.P_std_r method.norm_p training.seed training.num_epochs "
     "training.num_steps training.warmup_steps training.weight_decay training.grad_clip "
     "training.sample_per_epoch training.fid_per_epoch sampling.seed"
 ).split()
@@ -55,7 +55,7 @@ def validate(config):
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
     _validate_data_and_model(config.dataset, config.model)
-    _validate_method(config.method)
+    _validate_method(config.method, config.dataset.num_classes)
     _validate_training(config.training)
     _validate_sampling(config.sampling, config.dataset.num_classes)
     _validate_evaluation(config)
@@ -87,7 +87,12 @@ def _validate_data_and_model(dataset, model):
         )
 
 
-def _validate_method(method):
+def _validate_method(method, num_classes):
+    _require(
+        num_classes or method.guidance_eq == "none",
+        "method.guidance_eq",
+        "must be none where dataset.num_classes is 0: without classes there is no guidance",
+    )
     _require(method.kappa < 1, "method.kappa", "must be below 1: the scale is omega / (1 - kappa)")
     _require(method.kappa >= 0, "method.kappa", f"must not be negative, got {method.kappa}")
     _require(method.t_start <= method.t_end, "method.t_start", "must not be above method.t_end")

@@ -19,7 +19,7 @@ def get_config():
     dataset.root = ""  # record folder; $VARIABLES and ~ are expanded; empty: $DATA_ROOT/name
     dataset.image_size = 32  # height and width of what the network sees (latent or pixels)
     dataset.image_channels = 4  # its channels: 4 for latents, 3 or 1 for pixels
-    dataset.num_classes = 1000  # labels 0..num_classes-1; num_classes itself is the null label
+    dataset.num_classes = 1000  # labels 0..num_classes-1, null label num_classes; 0: unconditional
     dataset.vae = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
     dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean

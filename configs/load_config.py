@@ -210,9 +210,10 @@ def _is_dropped(path, value):
     if path not in DROPPED:
         return False
     accepted, reason = DROPPED[path]
-    if accepted is not None and value not in accepted:
+    if accepted is None:
+        logging.warning("%s is not used: %s", path, reason)
+    elif value not in accepted:
         raise ValueError(f"{path} can only be {' or '.join(accepted)}, not {value!r}: {reason}")
-    logging.warning("%s is not used: %s", path, reason)
     return True
 
 
