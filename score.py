@@ -79,7 +79,7 @@ def add_features(statistics, features, index, num_samples):
         spatial = fid.add_moments(spatial, features["spatial"], weight)
     if scores is not None:
         split = jnp.minimum(index, num_samples - 1) * SPLITS // num_samples
-        scores = fid.add_scores(scores, features["logits"], split, weight)
+        scores = fid.add_scores(scores, features["logits_no_bias"], split, weight)
     return Statistics(pool, spatial, scores)
 
 

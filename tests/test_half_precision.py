@@ -1,0 +1,69 @@
+"""bfloat16 products: how far loss and gradient are from float32, on a network that has learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+import train
+from models import dit, meanflow
+
+STEPS, BATCH, SHAPE = 150, 64, (8, 8, 1)
+
+
+def make_recipe(dtype):
+    net = dit.build(
+        "DiT", image_size=8, num_classes=10, dtype=dtype,
+        depth=2, hidden_size=64, num_heads=2, patch_size=2,
+    )  # fmt: skip
+    function = dit.as_function(net)
+    optimizer = optax.adamw(2e-3, b2=0.95)
+    method = meanflow.MeanFlow()
+    return net, train.Recipe(function, function, method, optimizer, (0.9,), num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Parameters after a short training in float32, and batches to compare on."""
+    digits = load_digits()
+    images = (digits.images[..., None] / 8 - 1).astype(np.float32)
+    labels = digits.target.astype(np.int32)
+
+    def batch(i):
+        rows = np.random.RandomState(i).permutation(len(images))[:BATCH]
+        draws = meanflow.draw(jax.random.key(i), (BATCH, *SHAPE), meanflow.MeanFlow())
+        return images[rows], labels[rows], draws
+
+    net, recipe = make_recipe(jnp.float32)
+    state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
+    step = jax.jit(lambda state, *batch: train.update(recipe, state, *batch))
+    errors = []
+    for i in range(STEPS):
+        before = state.sums["error_r=t"]
+        state = step(state, *batch(i))
+        errors.append(float(state.sums["error_r=t"] - before))
+    assert np.mean(errors[-10:]) < 0.6 * np.mean(errors[:10])  # it has learned
+    return state.params, [batch(STEPS + i) for i in range(4)]
+
+
+def test_gradients_in_bfloat16_point_the_same_way(trained):
+    params, batches = trained
+
+    def numbers(dtype):
+        _, recipe = make_recipe(dtype)
+        gradients = jax.jit(lambda *args: train.gradients(recipe, params, *args))
+        for batch in batches:
+            (loss, rows), grads = gradients(*batch)
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, grads)))
+            leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(grads)]
+            yield float(loss), float(rows["error"].mean()), np.concatenate(leaves)
+
+    for full, half in zip(numbers(jnp.float32), numbers(jnp.bfloat16), strict=True):
+        assert abs(half[0] / full[0] - 1) < 1e-4  # the loss, nearly one by construction
+        assert abs(half[1] / full[1] - 1) < 1e-2  # the error before the adaptive weight
+        norms = np.linalg.norm(full[2]) * np.linalg.norm(half[2])
+        cosine = full[2] @ half[2] / norms
+        assert cosine > 0.999, cosine
+        assert not np.array_equal(full[2], half[2])  # it was another precision
