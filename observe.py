@@ -48,17 +48,20 @@ class Observer:
         if config.fid.on_training:
             self.evaluator = evaluate.make_evaluator(config, mesh, net, autoencoder, records)
         self._everywhere = sharding.replicated(mesh)
-        self._pending = []  # (step, sums on the device, steps per second)
+        self._pending = []  # (step, sums on the device)
+        self._clock = None  # (step, when it was done): where the present log period begins
         self._last_result = None
 
     def begin(self, step):
         """Opens the logs of a run that has done `step` steps."""
         self.writer = metric_writer.MetricWriter(
-            self.workdir, resume_step=step, enabled=processes.is_writer()
+            self.workdir,
+            resume_step=step,
+            enabled=processes.is_writer(),
+            wandb_project=self.config.training.wandb,
         )
         self.writer.text("config", str(self.config))
         self.writer.hparams(load_config.options(self.config))
-        self._clock = (step, time.perf_counter())
 
     def due(self, step, epochs):
         """Whether something that is done every `epochs` epochs, and at the end, is due."""
@@ -80,12 +83,11 @@ class Observer:
         training = self.config.training
         if training.profile_steps:
             self._profile(step, state, *training.profile_steps)
+        if self._clock is None:  # the first step compiles, and does not count
+            jax.block_until_ready(state)
+            self._clock = (step, time.perf_counter())
         if step % training.log_per_step == 0 or step == self.total:
-            last_step, last_time = self._clock
-            now = time.perf_counter()
-            self._clock = (step, now)
-            sums = jax.tree.map(jnp.copy, state.sums)
-            self._pending.append((step, sums, (step - last_step) / (now - last_time)))
+            self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.total):
             self._write_metrics(*self._pending.pop(0))
 
@@ -105,13 +107,16 @@ class Observer:
         self._look(step, state, *processes.from_writer("catch_up", [grid, evaluation]))
 
     def _look(self, step, state, grid, evaluation):
+        if not (grid or evaluation):
+            return
+        jax.block_until_ready(state)
         looked = time.perf_counter()
         if grid:
             self._draw_grid(step, state.ema_params[0])
         if evaluation:
             self._evaluate(step, state)
-        # Looking does not count as training time.
-        self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
+        if self._clock:  # looking does not count as training time
+            self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
 
     def _is_evaluated(self, step):
         path = self.workdir / metric_writer.JSONL
@@ -122,14 +127,19 @@ class Observer:
     def _grid_path(self, step):
         return self.workdir / "samples" / f"grid_{step:08d}.png"
 
-    def _write_metrics(self, step, sums, steps_per_second):
-        sums = jax.device_get(sums)
+    def _write_metrics(self, step, sums):
+        sums = jax.device_get(sums)  # waits for the step, so that the clock is the device's
+        now, (last_step, last_time) = time.perf_counter(), self._clock
+        self._clock = (step, now)
+        steps_per_second = (step - last_step) / max(now - last_time, 1e-9)
         train_metrics.check_finite(sums)
         metrics = train_metrics.means(sums) | {
             "learning_rate": float(self.schedule(step - 1)),
-            "images_per_second": steps_per_second * self.config.training.batch_size,
             "epoch": step / self.steps_per_epoch,
         }
+        if step > last_step:
+            metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
+        metrics |= device_memory()
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.total, steps_per_second, metrics)
 
@@ -174,3 +184,14 @@ class Observer:
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
             logging.info("%s", evaluate.report(self._last_result))
+
+
+def device_memory():
+    """Memory of the fullest device of this process in GB, where its backend tells (no CPU does)."""
+    stats = [stat for device in jax.local_devices() if (stat := device.memory_stats())]
+    names = {"memory_gb/in_use": "bytes_in_use", "memory_gb/peak": "peak_bytes_in_use"}
+    return {
+        name: max(stat[key] for stat in stats) / 1e9
+        for name, key in names.items()
+        if stats and all(key in stat for stat in stats)
+    }

@@ -79,6 +79,7 @@ def get_config():
     training.sample_per_epoch = 10  # epochs between two grids
     training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
     training.fid_per_epoch = 10  # epochs between two evaluations
+    training.wandb = ""  # project of Weights & Biases (needs pip install wandb); empty: not used
     training.profile_steps = ()  # (first, last) step of a profile, first > 1; empty: none
 
     # Sampling ----------------------------------------------------------------------------------

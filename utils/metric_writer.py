@@ -31,16 +31,21 @@ class MetricWriter:
       resume_step: steps done before. Points of later steps, left by an interrupted run, are taken
         out of metrics.jsonl and hidden from TensorBoard. None: nothing is taken out.
       enabled: False on all hosts but one; every method then does nothing.
+      wandb_project: project of Weights & Biases that gets the same numbers and pictures; or empty.
+
+    Raises:
+      ValueError: a project is named, and the package wandb is not installed.
     """
 
-    def __init__(self, workdir, resume_step=None, enabled=True):
+    def __init__(self, workdir, resume_step=None, enabled=True, wandb_project=""):
         self._enabled = enabled
         self._start = resume_step or 0
         self._open_line = False
         if not enabled:
             return
-        workdir = Path(workdir)
+        workdir = Path(workdir).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
+        self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
         path = workdir / JSONL
         if path.exists():
             _cut(path, resume_step)
@@ -65,6 +70,8 @@ class MetricWriter:
         # Not summary.scalar: it would write the names r=t and r<t both as r_t.
         values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
         self._write(step, summary=Summary(value=values))
+        if self._wandb:
+            self._wandb.log(metrics, step=int(step))
 
     def image(self, step, name, image):
         """Logs a picture: uint8 (H, W, 1 or 3)."""
@@ -77,6 +84,8 @@ class MetricWriter:
             if image.shape[-1] == 1:
                 image = np.repeat(image, 3, axis=-1)
             self._write(step, summary=summary.image(name, image, dataformats="HWC"))
+            if self._wandb:
+                self._wandb.log({name: _wandb_module().Image(image)}, step=int(step))
 
     def text(self, name, text):
         """Logs a text, shown as it is (TensorBoard would take it for Markdown)."""
@@ -92,6 +101,8 @@ class MetricWriter:
             experiment, session, _ = summary.hparams(options, {})
             self._write(self._start, summary=experiment)
             self._write(self._start, summary=session)
+            if self._wandb:
+                self._wandb.config.update(options, allow_val_change=True)
 
     def progress(self, step, total_steps, steps_per_second, metrics):
         """Shows the progress: on a terminal in one line that is rewritten, else line by line."""
@@ -119,6 +130,8 @@ class MetricWriter:
         self.flush()
         self._jsonl.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()
         if self._open_line:
             print(flush=True)
         self._enabled = False
@@ -126,6 +139,26 @@ class MetricWriter:
     def _write(self, step, **content):
         self._events.write_event(Event(step=int(step), wall_time=time.time(), **content))
         self._events.flush()
+
+
+def _wandb_module():
+    try:
+        import wandb  # optional, and slow to import
+    except ImportError:
+        raise ValueError(
+            "training.wandb: the package wandb is not installed; pip install wandb, or leave the "
+            "option empty"
+        ) from None
+    return wandb
+
+
+def _start_wandb(project, workdir):
+    """The run of Weights & Biases that belongs to a workdir; its id is kept there, to resume it."""
+    wandb, path = _wandb_module(), workdir / "wandb_id.txt"
+    known = path.read_text() if path.exists() else None
+    run = wandb.init(project=project, name=workdir.name, id=known, resume="allow", dir=str(workdir))
+    path.write_text(run.id)
+    return run
 
 
 def progress_line(step, total_steps, steps_per_second, metrics):
