@@ -78,7 +78,8 @@ def add_features(statistics, features, index, num_samples):
     if spatial is not None:
         spatial = fid.add_moments(spatial, features["spatial"], weight)
     if scores is not None:
-        split = jnp.minimum(index, num_samples - 1) * SPLITS // num_samples
+        # parts [k n // SPLITS, (k + 1) n // SPLITS), as utils.fid.inception_score cuts them
+        split = ((jnp.minimum(index, num_samples - 1) + 1) * SPLITS - 1) // num_samples
         scores = fid.add_scores(scores, features["logits_no_bias"], split, weight)
     return Statistics(pool, spatial, scores)
 

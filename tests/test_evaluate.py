@@ -1,0 +1,133 @@
+"""The evaluation of a published checkpoint from end to end: VAE, Inception, metrics, devices."""
+
+import json
+
+import numpy as np
+import pytest
+from inception_writer import random_weights, write_pth
+
+import main
+from models import inception, inception_weights
+from utils import fid, processes
+
+SAMPLES = 22  # fill no batch evenly
+
+
+@pytest.fixture(scope="module")
+def weights(golden, tmp_path_factory):
+    """A file of random Inception weights."""
+    seed = json.loads((golden / "inception" / "expected.json").read_text())["weight_seed"]
+    path = tmp_path_factory.mktemp("inception") / inception_weights.PTH_NAME
+    write_pth(path, random_weights(golden / "inception").random_weights(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
+        patch.setattr(processes, "join", lambda *args: None)  # jax is already in use here
+        yield path
+
+
+@pytest.fixture(scope="module")
+def reference(golden, tmp_path_factory):
+    """Reference statistics of the golden set."""
+    with np.load(golden / "inception" / "sets.npz") as file:
+        pools = [file[name] for name in file.files if name.startswith("ref") and "pool" in name]
+        spatial = [file[name] for name in file.files if name.startswith("ref") and "spat" in name]
+    path = tmp_path_factory.mktemp("reference") / "stats.npz"
+    moments = [(a.mean(0), np.cov(a, rowvar=False)) for a in (*pools[:1], *spatial[:1])]
+    fid.save_reference(path, *moments[0], *moments[1], resize="half_pixel")
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(golden, weights, reference):
+    """Options of the evaluation; the sizes come from the golden data."""
+    model = json.loads((golden / "meanflow.json").read_text())["model"]
+    released = golden / "released_checkpoint" / "orbax"
+    options = {
+        "eval_only": True,
+        "load_from": released,
+        "dataset.image_size": model["input_size"],
+        "dataset.image_channels": model["in_channels"],
+        "dataset.num_classes": model["num_classes"],
+        "dataset.vae": golden / "vae" / "tiny",
+        "model.cls": "DiT",
+        **{f"model.{k}": model[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")},
+        "fid.cache_ref": reference,
+        "fid.inception_weights": weights,
+        "fid.num_samples": SAMPLES,
+        "fid.metrics": "fid,sfid,inception_score",
+    }
+    words = [f"--config.{name}={value}" for name, value in options.items()]
+    return ["--config=configs/load_config.py:default", *words]
+
+
+@pytest.fixture(scope="module")
+def result(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    argv = [f"--workdir={workdir}", *command, "--config.fid.device_batch_size=8"]
+    assert main.main(argv) == 0
+    (result,) = json.loads((workdir / "results.json").read_text())
+    return result
+
+
+def test_the_result_says_what_it_depends_on(result, golden, reference):
+    assert result["evaluator"] == "Inception 2015-12-05, half_pixel resize"
+    assert len(result["feature_weights_sha256"]) == 64
+    assert result["reference"] == str(reference)
+    (checkpoint,) = (golden / "released_checkpoint" / "orbax").iterdir()
+    assert result["checkpoint_step"] == int(checkpoint.name.removeprefix("checkpoint_"))
+    assert (result["num_samples"], result["seed"], result["weights"]) == (SAMPLES, 0, "ema")
+    assert result["fid"] > 0 and result["sfid"] > 0 and result["inception_score"] >= 1
+
+
+def test_two_devices_give_the_same_number(result, command, tmp_path, run_python):
+    argv = ["main.py", f"--workdir={tmp_path}", *command, "--config.fid.device_batch_size=3"]
+    run_python(argv, devices=2, timeout=600)
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    for name in ("fid", "sfid", "inception_score"):
+        assert found[name] == pytest.approx(result[name], rel=1e-4), name
+
+
+def test_the_score_is_that_of_the_images_by_hand(result, command, weights, reference, tmp_path):
+    """Samples written to disk, their features taken in one piece, two-pass float64 moments."""
+    argv = [f"--workdir={tmp_path}", *command, "--config.eval_only=False", "--config.sample_only"]
+    argv += [f"--config.sampling.num_images={SAMPLES}", "--config.sampling.format=npz"]
+    labels = expected_labels(SAMPLES, command)
+    argv += [f"--config.sampling.labels={','.join(map(str, labels))}"]
+    assert main.main(argv) == 0
+    (samples,) = (tmp_path / "samples").glob("*/samples.npz")
+    with np.load(samples) as file:
+        images = file["arr_0"]
+    params = inception_weights.load(weights)
+    features = inception.features(params, images)
+    pool = np.asarray(features["pool"], np.float64)
+    known = fid.load_reference(reference)
+    expected = fid.frechet_distance(
+        pool.mean(0), np.cov(pool, rowvar=False), known["mu"], known["sigma"]
+    )
+    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+    score, _ = fid.inception_score(np.asarray(features["logits_no_bias"]))
+    assert result["inception_score"] == pytest.approx(score, rel=1e-4)
+
+
+def expected_labels(count, command):
+    import sample
+
+    (classes,) = (int(w.split("=")[1]) for w in command if "dataset.num_classes" in w)
+    return np.asarray(sample.draw_labels(0, np.arange(count), classes, "random"))
+
+
+REFUSED = {
+    "another resize": (["--config.fid.resize=tf1"], "fid.resize is tf1"),
+    "precision without images": (["--config.fid.metrics=precision_recall"], "precision_recall"),
+    "no weights": (["--config.fid.inception_weights=nowhere.pth"], "nowhere.pth"),
+    "no vae": (["--config.dataset.vae=nowhere"], "nowhere"),
+    "no statistics": (["--config.fid.cache_ref=nowhere.npz"], "nowhere.npz"),
+    "pixel statistics": (["--config.fid.features=pixels"], "fid.metrics"),
+}
+
+
+@pytest.mark.parametrize("options, named", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(command, tmp_path, capsys, options, named):
+    assert main.main([f"--workdir={tmp_path}", *command, *options]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and named in err and "Traceback" not in err
