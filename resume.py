@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
     "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
-    "training.profile_steps load_from eval_only sample_only"
+    "training.profile_steps training.wandb load_from eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 
@@ -78,22 +78,23 @@ def restore(config, workdir, targets):
       targets: the state as `ShapeDtypeStruct` with shardings.
     """
     available = processes.from_writer("checkpoints", checkpoint.steps(workdir))
-    damaged = []
+    damaged = {}
     for step in reversed(available):
         found, damage = _try_step(config, workdir, step, targets)
         if processes.all_true(damage is None):
             break
-        logging.warning("%s", damage or f"checkpoint {step} is damaged, says another process")
-        damaged.append(step)
+        damaged[step] = damage or f"another process cannot read checkpoint {step}"
     else:
         if not available:
             return None
         raise ValueError(
-            f"none of the checkpoints {available} of {workdir} can be read, see above; take them "
-            "away to begin again"
+            f"none of the checkpoints {available} of {workdir} is whole; take them away to begin "
+            f"again: {'; '.join(map(str, damaged.values()))}"
         )
-    for old in damaged if processes.is_writer() else ():
-        logging.warning("set aside as %s", checkpoint.set_aside(workdir, old))
+    if processes.is_writer():
+        for old, damage in damaged.items():
+            path = checkpoint.set_aside(workdir, old)
+            logging.warning("%s; set aside as %s", damage, path.name)
     logging.info("going on from step %d", step)
     progress = found["progress"]
     state = targets._replace(params=found["params"], ema_params=found["ema_params"], **progress)

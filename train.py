@@ -247,9 +247,13 @@ def train_job(config, workdir):
       Preempted: asked to stop; the last step is saved.
       ValueError, OSError, FloatingPointError: in one line, what is wrong.
     """
-    workdir = pathlib.Path(workdir)
+    with processes.lock_folder(workdir):
+        return train(config, pathlib.Path(workdir))
+
+
+def train(config, workdir):
+    """`train_job`, in a folder that no other job uses."""
     training = config.training
-    lock = processes.lock_folder(workdir)
     records = open_dataset(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch("training.batch_size", training.batch_size, mesh)
@@ -277,7 +281,6 @@ def train_job(config, workdir):
     with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
         state = loop(config, state, step_fn, batches, mesh, observer, checkpointer)
     observer.end(int(state.step))
-    lock.close()
     return state
 
 

@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import sys
 import zlib
 
 import jax
@@ -107,7 +108,7 @@ class Checkpointer:
             self.wait()
             self._manager.close()
         except OSError as own:
-            if error is None or isinstance(error, Exception) and not error.args:
+            if error is None:
                 raise
             logging.warning("%s", own)
 
@@ -183,11 +184,15 @@ def read_arrays(workdir, step, targets):
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     found = {}
-    with _damage(workdir, step), ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+    reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
+    with _damage(workdir, step), contextlib.closing(reader):
         for name, target in targets.items():
             path = _path(workdir, step) / name
             if target is None:
-                tree = reader.metadata(path).item_metadata.tree
+                metadata = reader.metadata(path).item_metadata
+                if metadata is None:
+                    raise ValueError(f"no metadata of {name}")
+                tree = metadata.tree
                 numpy = ocp.RestoreArgs(restore_type=np.ndarray)
                 restore_args = jax.tree.map(lambda _, numpy=numpy: numpy, tree)
                 args = ocp.args.PyTreeRestore(restore_args=restore_args)
@@ -269,14 +274,26 @@ def _find_adam(tree):
 
 @contextlib.contextmanager
 def _damage(workdir, step):
+    """Turns whatever goes wrong into a DamagedError; keeps orbax from warning beside it."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
     try:
         yield
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
-        raise DamagedError(
-            f"{_path(workdir, step)} cannot be read ({_first_line(error)})"
-        ) from error
+        sys.unraisablehook = _quiet_hook
+        reason = _first_line(error)
+        raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
+    finally:
+        absl.setLevel(level)
+
+
+def _quiet_hook(unraisable):
+    # Each read that was still under way when the first one failed would print a traceback.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _path(workdir, step):

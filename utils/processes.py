@@ -8,6 +8,7 @@ once a second and ends too, with the same line. A process that is killed leaves 
 notice by a broken collective, or by its missing heartbeats.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -155,44 +156,49 @@ def check_same(name, value):
 # The folder of the run ------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def lock_folder(workdir):
-    """Takes a run's folder for this job alone, and makes sure that all processes see the same.
+    """Holds a run's folder for this job alone; makes sure that all processes see the same folder.
 
     The lock ends with the process that holds it, however that ends; nothing is left to remove.
-
-    Returns:
-      What holds the lock: keep it until the end.
 
     Raises:
       ValueError: another job has it, or this process does not see what the writer wrote there.
     """
-    path, file = pathlib.Path(workdir) / ".lock", None
+    path = pathlib.Path(workdir) / ".lock"
     me = f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    if is_writer():
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"--workdir {workdir} is in use: a run goes on there ({file.read().strip()}); "
-                "wait for its end, stop it, or take another folder"
-            ) from error
-        except OSError as error:
-            logging.warning("cannot lock %s (%s): start no second run there", path, error.strerror)
-        file.truncate(0)
-        file.write(me)
-        file.flush()
-    token = from_writer("lock", me)
+    with path.open("a+", encoding="utf-8") if is_writer() else contextlib.nullcontext() as file:
+        if is_writer():
+            _lock(file, workdir)
+            file.truncate(0)
+            file.write(me)
+            file.flush()
+        _check_shared(path, from_writer("lock", me))
+        yield
+
+
+def _lock(file, workdir):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"--workdir {workdir} is in use: a run goes on there ({file.read().strip()}); wait for "
+            "its end, stop it, or take another folder"
+        ) from error
+    except OSError as error:
+        logging.warning("cannot lock %s (%s): start no second run", workdir, error.strerror)
+
+
+def _check_shared(path, expected):
     until = time.monotonic() + SHARED_FOLDER_TIMEOUT
-    while not path.is_file() or path.read_text(encoding="utf-8") != token:
+    while not path.is_file() or path.read_text(encoding="utf-8") != expected:
         if time.monotonic() > until:
             raise ValueError(
                 f"process {jax.process_index()} on {socket.gethostname()} does not see what "
-                f"process 0 wrote to --workdir {workdir}: take a folder that all machines share"
+                f"process 0 wrote to {path.parent}: take a --workdir that all machines share"
             )
         time.sleep(0.2)
-    return file
 
 
 # Stopping -------------------------------------------------------------------------------------
@@ -268,6 +274,8 @@ def fail(error, status):
 def leave():
     """Ends the part of this process in a job that all processes have finished."""
     if jax.process_count() > 1:
+        # Until all are here, `_watch` still ends this process where another one fails.
+        distributed.global_state.client.wait_at_barrier("meanflow/end", 1000 * ANSWER_TIMEOUT)
         _leaving.set()
         jax.distributed.shutdown()
 
