@@ -60,8 +60,10 @@ class Observer:
             enabled=processes.is_writer(),
             wandb_project=self.config.training.wandb,
         )
-        self.writer.text("config", str(self.config))
-        self.writer.hparams(load_config.options(self.config))
+        options = load_config.options(self.config)
+        self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
+        name = metric_name(self.config.fid.weights[0], len(self.times) - 1)
+        self.writer.hparams(options, ["raw_loss/all", f"fid/{name}"])
 
     def due(self, step, epochs):
         """Whether something that is done every `epochs` epochs, and at the end, is due."""
@@ -167,8 +169,7 @@ class Observer:
         results = evaluate.run(self.evaluator, weights, decays, sampling, self.workdir)
         metrics = {}
         for result in results:
-            steps = len(result["sampling_times"]) - 1
-            name = f"{result['weights']}_{steps}step"
+            name = metric_name(result["weights"], len(result["sampling_times"]) - 1)
             metrics |= {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
         self.writer.scalars(step, metrics)
         self._last_result = results[0]
@@ -184,6 +185,11 @@ class Observer:
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
             logging.info("%s", evaluate.report(self._last_result))
+
+
+def metric_name(weights, num_steps):
+    """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
+    return f"{weights}_{num_steps}step"
 
 
 def device_memory():

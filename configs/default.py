@@ -52,10 +52,10 @@ def get_config():
     method.omega = 1.0  # guidance scale; the effective one is omega / (1 - kappa)
     method.kappa = 0.5  # share of the conditional prediction in the target (paper, appendix B.1)
     method.t_start = 0.0  # guidance holds for t_start <= t <= t_end, row by row
-    method.t_end = 1.0
+    method.t_end = 1.0  # the end of that interval
     method.tangent = (0.0, 1.0)  # (dr, dt) of the JVP, dz = v; the others of Table 1b are wrong
     method.norm_p = 1.0  # adaptive weight 1 / (error + norm_eps) ** norm_p; 0: plain squared error
-    method.norm_eps = 0.01
+    method.norm_eps = 0.01  # keeps the adaptive weight finite
 
     # Training ----------------------------------------------------------------------------------
     config.training = training = ml_collections.ConfigDict()
@@ -63,11 +63,11 @@ def get_config():
     training.batch_size = 256  # images per step, over all devices of all hosts
     training.num_epochs = 240  # an epoch is num_records // batch_size steps
     training.num_steps = 0  # length of the run in steps; 0: num_epochs decides
-    training.learning_rate = 1e-4
+    training.learning_rate = 1e-4  # of AdamW, after the warm-up
     training.lr_schedule = "const"  # const | cosine (to zero at the end of the run)
-    training.warmup_steps = 0  # linear warm-up from zero
-    training.adam_b1 = 0.9
-    training.adam_b2 = 0.95
+    training.warmup_steps = 0  # steps of linear warm-up from zero
+    training.adam_b1 = 0.9  # decay of the mean of the gradient
+    training.adam_b2 = 0.95  # decay of the mean of its square
     training.weight_decay = 0.0  # decoupled (AdamW), on every parameter
     training.grad_clip = 0.0  # largest global norm of the gradient; 0: no clipping (published)
     training.grad_accum_steps = 1  # parts in which the batch is computed, one after the other

@@ -93,12 +93,12 @@ class MetricWriter:
             indented = "".join(f"    {line}\n" for line in text.splitlines())
             self._write(self._start, summary=summary.text(name, indented))
 
-    def hparams(self, options):
-        """Logs {name: value} for TensorBoard's table of runs and their options."""
+    def hparams(self, options, metrics=()):
+        """Logs {name: value} for TensorBoard's table of runs, beside the metrics of these names."""
         if self._enabled:
             plain = (bool, int, float, str)
             options = {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}
-            experiment, session, _ = summary.hparams(options, {})
+            experiment, session, _ = summary.hparams(options, dict.fromkeys(metrics, 0))
             self._write(self._start, summary=experiment)
             self._write(self._start, summary=session)
             if self._wandb:
