@@ -67,7 +67,7 @@ class Recipe:
     """What a step is made of, all of it fixed for a run."""
 
     net: Any  # function (params, z, t, h, y) -> u
-    net_jvp: Any  # the same, in a form that has a JVP
+    net_pair: Any  # the same for two batches, of which the first has a JVP
     method: meanflow.MeanFlow
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
@@ -102,7 +102,7 @@ def gradients(recipe, params, x, y, draws):
     def loss(params, x, y, draws):
         return meanflow.loss(
             recipe.net, params, x, y, draws, recipe.method,
-            null_label=recipe.num_classes, num_equal=num_equal // parts, net_jvp=recipe.net_jvp,
+            null_label=recipe.num_classes, num_equal=num_equal // parts, net_pair=recipe.net_pair,
         )  # fmt: skip
 
     if parts == 1:
@@ -193,7 +193,7 @@ def make_recipe(config, net, total_steps):
     optimizer, schedule = make_optimizer(config.training, total_steps)
     recipe = Recipe(
         net=dit.as_function(net),
-        net_jvp=dit.as_function(net.clone(fused_attention=False)),
+        net_pair=dit.as_pair_function(net),
         method=meanflow.MeanFlow(**config.method),
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),

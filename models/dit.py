@@ -4,7 +4,8 @@
 which the velocity is averaged, and on a class label. Images are NHWC.
 
 The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
-the time to compile does not grow with the depth.
+the time to compile does not grow with the depth. Several batches can go through them side by side
+(`DiT.together`), in one pass over the parameters.
 """
 
 import flax.linen as nn
@@ -38,8 +39,10 @@ def position_embedding(hidden_size, side):
 
 
 def layer_norm(x):
-    """LayerNorm without scale and bias; statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
+    """LayerNorm without scale and bias, in float32."""
+    x = x.astype(jnp.float32)
+    mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-6)
 
 
 def modulate(x, shift, scale):
@@ -67,14 +70,13 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
-    fused: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, fused):
         B, N, D = x.shape
         qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, self.num_heads, -1), 2, 0)  # (B, N, H, d)
-        if self.fused:
+        if fused:
             x = jax.nn.dot_product_attention(q, k, v)
         else:
             scale = q.shape[-1] ** -0.5
@@ -98,22 +100,26 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block with adaLN-Zero. Returns (x, None), as `nn.scan` wants it."""
+    """One transformer block with adaLN-Zero."""
 
+    hidden_size: int
     num_heads: int
     dtype: jnp.dtype
-    fused_attention: bool
+    fused: tuple[bool, ...]  # for each batch: whether its attention may be a fused kernel
 
-    @nn.compact
-    def __call__(self, x, c):
-        D = x.shape[-1]
-        modulation = nn.Dense(6 * D, kernel_init=zeros, dtype=self.dtype, name="adaLN")(c)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        attention = Attention(self.num_heads, self.dtype, self.fused_attention, name="attn")
-        x = x + gate_a[:, None] * attention(modulate(layer_norm(x), shift_a, scale_a))
-        mlp = Mlp(self.dtype, name="mlp")
-        x = x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m))
-        return x, None
+    def setup(self):
+        self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype)
+        self.mlp = Mlp(self.dtype)
+
+    def __call__(self, xs, cs):
+        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
+        return tuple(map(self.one, xs, cs, self.fused)), None
+
+    def one(self, x, c, fused):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.adaLN(c), 6, axis=-1)
+        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), fused)
+        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -140,8 +146,8 @@ class DiT(nn.Module):
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
       dtype: of the matrix products; parameters and the residual stream stay float32.
       unroll: blocks per iteration of the scan.
-      remat: recompute each block in the backward pass.
-      fused_attention: allow a fused attention kernel; such kernels have no JVP.
+      remat: keep nothing of a block for the backward pass, and compute it there again.
+      fused_attention: allow a fused attention kernel where no JVP is taken; it has none.
     """
 
     depth: int
@@ -155,38 +161,50 @@ class DiT(nn.Module):
     remat: bool = False
     fused_attention: bool = False
 
-    @nn.compact
     def __call__(self, x, t, h, y):
         """x float32 (B, S, S, C); t, h float32 (B,) in [0, 1]; y int32 (B,) -> float32 like x."""
-        B, S, _, C = x.shape
+        return self.together((x, t, h, y), fused=(self.fused_attention,))[0]
+
+    @nn.compact
+    def together(self, *batches, fused):
+        """Batches (x, t, h, y), ... in one pass over the parameters -> a tuple (u, ...).
+
+        `fused` says for each batch whether its attention may be a fused kernel, without a JVP.
+        """
+        _, S, _, C = batches[0][0].shape
         p, D = self.patch_size, self.hidden_size
         side = S // p
 
         patch = dict(kernel_size=(p, p), strides=(p, p), padding="VALID", kernel_init=patch_init)
-        x = nn.Conv(D, **patch, dtype=self.dtype, name="x_embedder")(x)  # (B, side, side, D)
-        x = x.reshape(B, side * side, D) + position_embedding(D, side)  # (B, N, D)
-
-        times = {"t": t, "r": t - h, "h": h}
-        c = sum(TimeEmbedder(D, name=f"{name}_embedder")(times[name]) for name in self.time_cond)
-        c = c + nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")(y)
-        c = nn.silu(c)  # (B, D); each adaLN begins with it
-
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        x_embedder = nn.Conv(D, **patch, dtype=self.dtype, name="x_embedder")
+        embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
+        y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
+        # Only the products with parameters are kept for the backward pass; what lies between them
+        # (norms, activations, attention weights) takes more memory than time to compute again.
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         blocks = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
             unroll=self.unroll,
-        )(self.num_heads, self.dtype, self.fused_attention, name="blocks")
-        x, _ = blocks(x, c)
+        )(D, self.num_heads, self.dtype, fused, name="blocks")
+        final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
-        x = FinalLayer(p * p * C, self.dtype, name="final_layer")(x, c).astype(jnp.float32)
-        x = x.reshape(B, side, side, p, p, C).transpose(
-            0, 1, 3, 2, 4, 5
-        )  # (B, side, p, side, p, C)
-        return x.reshape(B, S, S, C)
+        def embed(x, t, h, y):
+            x = x_embedder(x).reshape(len(x), side * side, D)  # (B, N, D)
+            times = {"t": t, "r": t - h, "h": h}
+            c = sum(embedder(times[name]) for name, embedder in embedders.items()) + y_embedder(y)
+            return x + position_embedding(D, side), nn.silu(c)  # each adaLN begins with silu(c)
+
+        def unpatchify(x):
+            x = x.reshape(len(x), side, side, p, p, C).swapaxes(2, 3)  # (B, side, p, side, p, C)
+            return x.reshape(len(x), S, S, C).astype(jnp.float32)
+
+        xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
+        xs, _ = blocks(xs, cs)
+        return tuple(unpatchify(final_layer(x, c)) for x, c in zip(xs, cs, strict=True))
 
 
 # depth, hidden_size, num_heads
@@ -267,4 +285,24 @@ def init_params(net, key, image_shape):
 
 def as_function(net):
     """`net` as a function (params, x, t, h, y) -> u."""
-    return lambda params, *args: net.apply({"params": params}, *args)
+    return lambda params, *batch: net.apply({"params": in_dtype(net, params)}, *batch)
+
+
+def as_pair_function(net):
+    """`net` as a function (params, batch, batch) -> (u, u); the first one has a JVP.
+
+    A batch is (x, t, h, y). The two go through the blocks side by side.
+    """
+    fused = (False, net.fused_attention)
+    return lambda params, *batches: net.apply(
+        {"params": in_dtype(net, params)}, *batches, fused=fused, method="together"
+    )
+
+
+def in_dtype(net, params):
+    """The parameters of the blocks in the type of their products.
+
+    Once for all passes and blocks: in half precision their copies, the gradients of the blocks and
+    what `fsdp` exchanges take half the bytes.
+    """
+    return params | {"blocks": jax.tree.map(lambda p: p.astype(net.dtype), params["blocks"])}

@@ -151,7 +151,7 @@ def guided_velocity(v, v_u, v_c, t, drop, method):
     return jnp.where(by_row(drop), v, v_g)
 
 
-def loss(net, params, x, y, draws, method, *, null_label, num_equal, net_jvp=None):
+def loss(net, params, x, y, draws, method, *, null_label, num_equal, net_pair=None):
     """The MeanFlow loss of a batch (paper, eq. 9 and 10, algorithm 1), deterministic in `draws`.
 
     Args:
@@ -163,7 +163,8 @@ def loss(net, params, x, y, draws, method, *, null_label, num_equal, net_jvp=Non
       method: `MeanFlow`.
       null_label: the label that stands for none.
       num_equal: number of rows with r = t (static).
-      net_jvp: `net` in a form that has a JVP, where `net` itself has none.
+      net_pair: `net` for two batches at once, (params, (z, t, h, y), (z, t, h, y)) -> (u, u), of
+        which the first needs a JVP. None: two calls of `net`.
 
     Returns:
       The loss, a float32 scalar, and a dict of float32 (B,) in the order of the batch: `error`,
@@ -179,34 +180,34 @@ def loss(net, params, x, y, draws, method, *, null_label, num_equal, net_jvp=Non
     # 0: rows with r != t; 1: rows with r = t, where h = 0
     split = [split_rows(a, num_equal) for a in (z, t, r, v, drop, y, y_kept)]
     (z0, z1), (t0, t1), (r0, _), (v0, v1), (drop0, drop1), (y0, _), (y_kept0, y_kept1) = split
-    h0, h1 = t0 - r0, jnp.zeros_like(t1)
+    h0 = t0 - r0
 
-    u1 = net(params, z1, t1, h1, y_kept1)
+    guided = method.guidance_eq == "cfg" and (method.omega, method.kappa) != (1.0, 0.0)
     v_g0, v_g1 = v0, v1
-    if method.guidance_eq == "cfg" and (method.omega, method.kappa) != (1.0, 0.0):
+    if guided:
         # By the current parameters, and one batch for all that is not differentiated: v_u of all
-        # rows, v_c of the rows with r != t. In the rows with r = t, v_c is u1.
-        v_c0, v_c1 = None, None
-        z_g, t_g, y_g = z, t, y_null
+        # rows, v_c of the rows with r != t.
+        v_c0, z_g, t_g, y_g = None, z, t, y_null
         if method.kappa != 0:
             z_g, t_g, y_g = merge_rows(z0, z), merge_rows(t0, t), merge_rows(y0, y_null)
-        v_gs = stop_gradient(net(stop_gradient(params), z_g, t_g, jnp.zeros_like(t_g), y_g))
+        v_u = stop_gradient(net(stop_gradient(params), z_g, t_g, jnp.zeros_like(t_g), y_g))
         if method.kappa != 0:
-            v_c0, v_gs = split_rows(v_gs, x.shape[0])
-            v_c1 = stop_gradient(u1)
-        v_u0, v_u1 = split_rows(v_gs, num_equal)
+            v_c0, v_u = split_rows(v_u, x.shape[0])
+        v_u0, v_u1 = split_rows(v_u, num_equal)
         v_g0 = guided_velocity(v0, v_u0, v_c0, t0, drop0, method)
-        v_g1 = guided_velocity(v1, v_u1, v_c1, t1, drop1, method)
 
     # du/dt along the trajectory: d/dt u(z, t, h) with dz = v, dh = dt - dr (paper, eq. 8)
     dr, dt = method.tangent
     tangents = (v_g0, jnp.full_like(t0, dt), jnp.full_like(t0, dt - dr))
 
     def u_of(z, t, h):
-        return (net_jvp or net)(params, z, t, h, y_kept0)
+        batches = (z, t, h, y_kept0), (z1, t1, jnp.zeros_like(t1), y_kept1)
+        return net_pair(params, *batches) if net_pair else [net(params, *b) for b in batches]
 
-    u0, du_dt = jax.jvp(u_of, (z0, t0, h0), tangents)
+    (u0, u1), (du_dt, _) = jax.jvp(u_of, (z0, t0, h0), tangents)
     u_tgt0 = v_g0 - by_row(jnp.clip(h0, 0, 1)) * du_dt  # the MeanFlow identity, eq. 6
+    if guided:  # in the rows with r = t, v_c is u1
+        v_g1 = guided_velocity(v1, v_u1, stop_gradient(u1), t1, drop1, method)
 
     u = merge_rows(u0, u1)
     u_tgt = stop_gradient(merge_rows(u_tgt0, v_g1))

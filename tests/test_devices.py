@@ -23,8 +23,9 @@ def numbers(fsdp):
     net = small_net()
     function = dit.as_function(net)
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
+    pair = dit.as_pair_function(net)
     recipe = train.Recipe(
-        function, function, meanflow.MeanFlow(), optimizer, (0.9,), num_classes=CLASSES
+        function, pair, meanflow.MeanFlow(), optimizer, (0.9,), num_classes=CLASSES
     )
     state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
     # Fresh weights predict zero: all are moved, so that everything counts.
@@ -108,7 +109,8 @@ def test_gradient_accumulation_changes_nothing():
     params = moved(dit.init_params(net, jax.random.key(0), SHAPE))
 
     def gradients(parts):
-        recipe = train.Recipe(function, function, method, None, (), CLASSES, grad_accum_steps=parts)
+        pair = dit.as_pair_function(net)
+        recipe = train.Recipe(function, pair, method, None, (), CLASSES, grad_accum_steps=parts)
         return jax.jit(lambda p: train.gradients(recipe, p, x, y, draws))(params)
 
     (loss, rows), grads = gradients(1)

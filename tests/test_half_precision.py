@@ -21,7 +21,8 @@ def make_recipe(dtype):
     function = dit.as_function(net)
     optimizer = optax.adamw(2e-3, b2=0.95)
     method = meanflow.MeanFlow()
-    return net, train.Recipe(function, function, method, optimizer, (0.9,), num_classes=10)
+    pair = dit.as_pair_function(net)
+    return net, train.Recipe(function, pair, method, optimizer, (0.9,), num_classes=10)
 
 
 @pytest.fixture(scope="module")

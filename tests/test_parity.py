@@ -100,7 +100,8 @@ def test_trajectory(data):
     )
     net = dit.as_function(data.net)
     recipe = train.Recipe(
-        net, net, data.method(info, num_equal, size), adam, (info["ema_val"],),
+        net, dit.as_pair_function(data.net), data.method(info, num_equal, size), adam,
+        (info["ema_val"],),
         num_classes=data.net.num_classes,
     )  # fmt: skip
     image_shape = batches[0][0].shape[1:]
