@@ -106,7 +106,7 @@ class Observer:
         """Looks at a step that an interrupted run had saved, and not yet looked at."""
         grid = self._grid_due(step) and not self._grid_path(step).exists()
         evaluation = self._evaluation_due(step) and not self._is_evaluated(step)
-        self._look(step, state, *processes.from_writer("catch_up", [grid, evaluation]))
+        self._look(step, state, *processes.from_writer([grid, evaluation]))
 
     def _look(self, step, state, grid, evaluation):
         if not (grid or evaluation):

@@ -77,7 +77,7 @@ def restore(config, workdir, targets):
     Args:
       targets: the state as `ShapeDtypeStruct` with shardings.
     """
-    available = processes.from_writer("checkpoints", checkpoint.steps(workdir))
+    available = processes.from_writer(checkpoint.steps(workdir))
     damaged = {}
     for step in reversed(available):
         found, damage = _try_step(config, workdir, step, targets)

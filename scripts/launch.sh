@@ -6,7 +6,7 @@
 #
 # CONFIG is a file of configs/ without .yml (default run_b4). From the environment:
 #   DATA_ROOT      folder of the datasets (default ./data)
-#   LOG_DIR        logs and checkpoints go to LOG_DIR/$USER/JOB_NAME (default ./logs; or gs://...)
+#   LOG_DIR        logs and checkpoints go to LOG_DIR/$USER/JOB_NAME (default ./logs)
 #   MAX_RESTARTS   how often to start again after a preemption or a kill (default 0)
 #   RESTART_DELAY  seconds before that (default 5)
 # Relative paths in options count from the repository's folder. Ctrl-C or SIGTERM: the job saves

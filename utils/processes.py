@@ -10,6 +10,7 @@ notice by a broken collective, or by its missing heartbeats.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -118,16 +119,18 @@ def quiet():
     return None if is_writer() else True
 
 
-def from_writer(name, value):
-    """The writer's `value`, in all processes.
+_questions = itertools.count()
+
+
+def from_writer(value):
+    """The writer's `value`, in all processes, which all have to ask.
 
     Args:
-      name: names the question; each is asked once.
       value: anything that JSON can hold; that of other processes does not count.
     """
     if jax.process_count() == 1:
         return json.loads(json.dumps(value))
-    client, key = distributed.global_state.client, f"meanflow/{name}"
+    client, key = distributed.global_state.client, f"meanflow/question_{next(_questions)}"
     if is_writer():
         client.key_value_set(key, json.dumps(value))
     return json.loads(client.blocking_key_value_get(key, 1000 * ANSWER_TIMEOUT))
@@ -142,7 +145,7 @@ def all_true(value):
 
 def check_same(name, value):
     """Raises ValueError where a process has another `value`, a dict, than the writer has."""
-    expected = from_writer(name, value)
+    expected = from_writer(value)
     value = json.loads(json.dumps(value))
     names = [key for key in expected if value.get(key) != expected[key]]
     if names:
@@ -173,7 +176,7 @@ def lock_folder(workdir):
             file.truncate(0)
             file.write(me)
             file.flush()
-        _check_shared(path, from_writer("lock", me))
+        _check_shared(path, from_writer(me))
         yield
 
 
@@ -267,7 +270,8 @@ def fail(error, status):
         distributed.global_state.client.key_value_set(NOTE, note)
     except RuntimeError:
         pass  # another was first, or the coordinator is gone
-    time.sleep(GRACE)
+    if status != RESTART or is_writer():  # where it is for others to read, or to reach
+        time.sleep(GRACE)
     _exit(status)
 
 
