@@ -139,7 +139,8 @@ def add_scores(acc, logits, split, weight):
     """Add a batch; inside jit, as `add_moments`.
 
     `logits` (N, classes) float32 without the bias of the last layer; `split` (N,) int32, which
-    split each sample belongs to (sample i of n: `((i + 1) * splits - 1) // n`); `weight` (N,) 1 or 0.
+    split each sample belongs to (sample i of n: `((i + 1) * splits - 1) // n`); `weight` (N,) is
+    1 or 0.
     """
     kept = weight[:, None] > 0
     member = jax.nn.one_hot(split, len(acc.count)) * kept  # (N, splits)
