@@ -50,6 +50,7 @@ class Observer:
         self._everywhere = sharding.replicated(mesh)
         self._pending = []  # (step, sums on the device)
         self._clock = None  # (step, when it was done): where the present log period begins
+        self._profiling = False
         self._last_result = None
 
     def begin(self, step):
@@ -147,12 +148,14 @@ class Observer:
 
     def _profile(self, step, state, first, last):
         """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
-        if step == first - 1:
+        if step == first - 1 and step < self.total:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
-        elif step == last:
+            self._profiling = True
+        elif self._profiling and step in (last, self.total):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            self._profiling = False
             logging.info("profile of steps %d to %d: %s", first, last, self.workdir / "profile")
 
     def _draw_grid(self, step, params):

@@ -118,9 +118,9 @@ def _validate_training(training):
         _require(_get({"training": training}, path) < 1, path, "must be below 1")
     profile = training.profile_steps
     _require(
-        not profile or (len(profile) == 2 and 0 <= profile[0] <= profile[1]),
+        not profile or (len(profile) == 2 and 2 <= profile[0] <= profile[1]),
         "training.profile_steps",
-        f"is (first, last) or empty, got {list(profile)}",
+        f"is (first, last) with 1 < first <= last, or empty, got {list(profile)}",
     )
 
 
