@@ -291,8 +291,11 @@ def as_function(net):
 def as_pair_function(net):
     """`net` as a function (params, batch, batch) -> (u, u); the first one has a JVP.
 
-    A batch is (x, t, h, y). The two go through the blocks side by side.
+    A batch is (x, t, h, y). The two go through the blocks side by side. None for a network that is
+    no `DiT`: `meanflow.loss` then calls it twice.
     """
+    if not isinstance(net, DiT):
+        return None
     fused = (False, net.fused_attention)
     return lambda params, *batches: net.apply(
         {"params": in_dtype(net, params)}, *batches, fused=fused, method="together"
@@ -303,6 +306,8 @@ def in_dtype(net, params):
     """The parameters of the blocks in the type of their products.
 
     Once for all passes and blocks: in half precision their copies, the gradients of the blocks and
-    what `fsdp` exchanges take half the bytes.
+    what `fsdp` exchanges take half the bytes. Those of another network stay as they are.
     """
+    if not isinstance(net, DiT):
+        return params
     return params | {"blocks": jax.tree.map(lambda p: p.astype(net.dtype), params["blocks"])}
