@@ -1,0 +1,345 @@
+"""Resuming: damaged checkpoints, changed options, load_from, and numbers that go bad."""
+
+import json
+import shutil
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jobs import Jobs, metrics
+
+import resume
+import sample
+import train
+from configs import load_config
+from models import dit, meanflow, released
+from utils import checkpoint, sharding, train_metrics
+
+
+class State(typing.NamedTuple):
+    """As small as a state can be."""
+
+    step: jax.Array
+    params: typing.Any
+    ema_params: tuple
+    opt_state: typing.Any
+    sums: dict
+
+
+def state_of(step):
+    weights = {"kernel": jnp.arange(3000.0).reshape(30, 100) + step, "bias": jnp.ones(7) * step}
+    average = jax.tree.map(lambda x: x / 2, weights)
+    adam = optax.adam(0.1).init(weights)
+    return State(jnp.int32(step), weights, (average,), adam, train_metrics.zero_sums())
+
+
+def config_of(*words):
+    argv = ["--config=configs/load_config.py:digits", *[f"--config.{word}" for word in words]]
+    return load_config.from_command_line(argv)[0]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with checkpoints of steps 10, 20 and 30."""
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        for step in (10, 20, 30):
+            resume.save(checkpointer, state_of(step), {"position": step}, config_of())
+    return tmp_path
+
+
+def restored(workdir, config=None):
+    shapes = jax.eval_shape(lambda: state_of(0))
+    shardings = sharding.by_parameter(sharding.make_mesh(1), shapes)
+    targets = sharding.with_shardings(shapes, shardings)
+    return resume.restore(config or config_of(), workdir, targets)
+
+
+def assert_is_step(found, step):
+    state, place = found
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
+    assert jax.tree.structure(state) == jax.tree.structure(state_of(step))
+    assert place == {"position": step}
+
+
+# Checkpoints ----------------------------------------------------------------------------------
+
+
+def test_the_newest_comes_back_as_it_was(workdir):
+    assert_is_step(restored(workdir), 30)
+    assert restored(workdir / "elsewhere") is None
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
+    assert checkpoint.steps(workdir) == [20, 30, 40]
+
+
+def data_file(folder):
+    """The file with the arrays of an item."""
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "cut": lambda folder: data_file(folder / "params").write_bytes(b"cut"),
+    "a bit of the weights": lambda folder: flip_a_bit(data_file(folder / "params")),
+    "a bit of the averages": lambda folder: flip_a_bit(data_file(folder / "ema_params")),
+    "a bit of the optimizer": lambda folder: flip_a_bit(data_file(folder / "progress")),
+    "an item is gone": lambda folder: shutil.rmtree(folder / "ema_params"),
+    "no metadata": lambda folder: (folder / "progress" / "_METADATA").unlink(),
+    "empty metadata": lambda folder: (folder / "params" / "_METADATA").write_text(""),
+    "no manifest": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
+    "half a config": lambda folder: (folder / "config" / "metadata").write_text("{"),
+    "another place": lambda folder: (folder / "data" / "metadata").write_text('{"position": 31}'),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, kind, caplog, capfd):
+    DAMAGE[kind](workdir / "checkpoints" / "30")
+    no_weights = kind in ("a bit of the optimizer", "no metadata")
+    assert checkpoint.restore_weights(workdir)["step"] == (30 if no_weights else 20)
+    assert checkpoint.steps(workdir) == [10, 20, 30]  # only the run itself may rename
+    caplog.clear()
+    assert_is_step(restored(workdir), 20)
+    assert checkpoint.steps(workdir) == [10, 20]
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "checkpoints/30" in warning and "set aside as damaged-30" in warning
+    assert len(warning.splitlines()) == 1 and "Traceback" not in capfd.readouterr().err
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        resume.save(checkpointer, state_of(30), {"position": 30}, config_of())
+    assert_is_step(restored(workdir), 30)
+    flip_a_bit(data_file(workdir / "checkpoints" / "30" / "params"))
+    assert_is_step(restored(workdir), 20)
+    assert (workdir / "checkpoints" / "damaged-30-again").is_dir()
+
+
+def test_without_a_whole_checkpoint_nothing_is_renamed(workdir):
+    for step in (10, 20, 30):
+        DAMAGE["cut"](workdir / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[10, 20, 30\]") as error:
+        restored(workdir)
+    assert len(str(error.value).splitlines()) == 1
+    assert checkpoint.steps(workdir) == [10, 20, 30]
+    with pytest.raises(checkpoint.DamagedError, match="checkpoints/30"):
+        checkpoint.restore_weights(workdir)
+
+
+def test_what_a_killed_job_left_half_written_is_no_checkpoint(workdir):
+    unfinished = workdir / "checkpoints" / "40.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "30", unfinished)
+    assert checkpoint.steps(workdir) == [10, 20, 30]
+    assert_is_step(restored(workdir), 30)
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
+    assert checkpoint.steps(workdir) == [20, 30, 40] and not unfinished.exists()
+
+
+def test_weights_of_a_step(workdir):
+    found = checkpoint.restore_weights(workdir, 20, optimizer=True)
+    expected = state_of(20)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], expected.params)
+    jax.tree.map(np.testing.assert_array_equal, found["ema_params"], expected.ema_params)
+    assert found["opt_state"].keys() == {"count", "mu", "nu"}
+    jax.tree.map(np.testing.assert_array_equal, found["opt_state"]["mu"], expected.opt_state[0].mu)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint 15 \(found: \[10, 20, 30\]\)"):
+        checkpoint.restore_weights(workdir, 15)
+
+
+def test_checksums_see_every_bit_and_no_order():
+    rng = np.random.RandomState(0)
+    tree = {"a": rng.normal(size=(8, 5)).astype(np.float32), "b": [np.int32(-3), np.arange(4.0)]}
+    tree["b"][1] = tree["b"][1].astype(np.float32)
+    (one,) = checkpoint.checksums({"x": tree}, {}).values()
+    assert one == checkpoint.checksums({"x": jax.tree.map(jnp.asarray, tree)}, {})["x"]
+    assert one == checkpoint.checksums({"x": list(reversed(jax.tree.leaves(tree)))}, {})["x"]
+    for bit in range(0, 32, 5):
+        changed = tree["a"].copy()
+        changed.view(np.uint32)[3, 2] ^= 1 << bit
+        assert one != checkpoint.checksums({"x": tree | {"a": changed}}, {})["x"]
+
+
+# Options --------------------------------------------------------------------------------------
+
+
+def test_options_that_make_it_another_run_are_refused_together(workdir):
+    words = ["model.depth=2", "training.learning_rate=0.1", "training.batch_size=64"]
+    words += ["method.omega=2.0", "training.ema_val=0.9,0.99", "training.seed=1"]
+    with pytest.raises(ValueError) as error:
+        restored(workdir, config_of(*words))
+    line = str(error.value)
+    for change in ("model.depth 4 -> 2", "learning_rate 0.002 -> 0.1", "omega 1.0 -> 2.0",
+                   "ema_val [0.995] -> [0.9, 0.99]", "training.seed 42 -> 1"):  # fmt: skip
+        assert change in line
+    assert "batch_size" not in line and f"--config.load_from={workdir}" in line
+    assert len(line.splitlines()) == 1
+    assert checkpoint.steps(workdir) == [10, 20, 30]
+
+
+def test_harmless_changes_are_accepted_and_said(workdir, caplog):
+    caplog.set_level("INFO")
+    words = ["training.log_per_step=7", "training.num_steps=9999", "fid.num_samples=50"]
+    words += ["training.checkpoint_per_epoch=1", "sampling.num_steps=1,2", "load_from=x"]
+    assert_is_step(restored(workdir, config_of(*words)), 30)
+    assert "training.log_per_step" in caplog.text and "load_from None -> x" in caplog.text
+    assert "sampling.num_steps [1] -> [1, 2]" in caplog.text
+    caplog.clear()
+    restored(workdir, config_of("training.batch_size=64"))
+    assert "128 -> 64: steps done keep their number and the data goes on" in caplog.text
+    caplog.clear()
+    restored(workdir)
+    assert "changed" not in caplog.text
+
+
+def test_an_option_that_is_newer_than_the_checkpoint_had_its_default(workdir):
+    saved = json.loads(json.dumps(config_of().to_dict()))
+    del saved["method"]["norm_p"], saved["load_from"]
+    saved["method"]["of_old"] = 3
+    resume.check_options(saved, config_of(), workdir)
+    with pytest.raises(ValueError, match=r"norm_p 1\.0 -> 0\.5"):
+        resume.check_options(saved, config_of("method.norm_p=0.5"), workdir)
+
+
+def test_every_option_that_may_change_exists():
+    known = load_config.options(config_of())
+    assert set(resume.MAY_CHANGE) <= known.keys()
+    for prefix in resume.MAY_CHANGE_BELOW:
+        assert any(name.startswith(prefix) for name in known)
+
+
+# From other weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+def test_training_goes_on_from_a_published_checkpoint(golden):
+    """Its weights, average, step and Adam's moments: an update is the one that optax computes."""
+    path = golden / "released_checkpoint" / "msgpack"
+    weights = released.load(path)
+    kernel = weights["params"]["x_embedder"]["kernel"]
+    net = dit.DiT(
+        depth=len(weights["params"]["blocks"]["adaLN"]["bias"]),
+        hidden_size=kernel.shape[-1],
+        num_heads=1,
+        patch_size=kernel.shape[0],
+        num_classes=len(weights["params"]["y_embedder"]["embedding"]) - 1,
+    )
+    shape = (8 * kernel.shape[0], 8 * kernel.shape[0], kernel.shape[2])
+    config = config_of("training.lr_schedule=const", "training.learning_rate=0.01")
+    recipe, _ = train.make_recipe(config, net, 10)
+    fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
+    shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
+    loaded = sample.load_weights(path, fresh.params, optimizer=True)
+    state = resume.from_weights(fresh, loaded, shardings)
+
+    assert int(state.step) == weights["step"]
+    jax.tree.map(np.testing.assert_array_equal, state.params, weights["params"])
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, (weights["ema_params"],))
+    grads = jax.tree.map(lambda x: 0.01 * jnp.cos(x), state.params)
+    updates, after = recipe.optimizer.update(grads, state.opt_state, state.params)
+
+    b1, b2, count = 0.9, 0.95, int(weights["opt_state"]["count"]) + 1
+    assert count > 1, "the golden checkpoint has taken no step"
+
+    def adam(mu, nu, g):
+        mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
+        return -0.01 * (mu / (1 - b1**count)) / (np.sqrt(nu / (1 - b2**count)) + 1e-8)
+
+    moments = weights["opt_state"]
+    expected = jax.tree.map(adam, moments["mu"], moments["nu"], grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, expected)
+    counts = optax.tree_utils.tree_get_all_with_path(after, "count")
+    assert {int(value) for _, value in counts} == {count}
+
+
+def test_load_weights_takes_a_run_with_its_optimizer(workdir):
+    shapes = jax.eval_shape(lambda: state_of(0).params)
+    weights = sample.load_weights(workdir, shapes, optimizer=True)
+    state = state_of(0)
+    shardings = sharding.by_parameter(sharding.make_mesh(1), state)
+    state = resume.from_weights(state, weights, shardings)
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(30))
+    assert sample.load_weights(workdir, shapes)["opt_state"] is None
+
+
+# Numbers that go bad --------------------------------------------------------------------------
+
+
+def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path):
+    jobs = Jobs(tmp_path)
+    workdir = tmp_path / "run"
+    # The rate rises to 1e30 by and by: the first checkpoints are of finite numbers.
+    options = {"training.learning_rate": 1e30, "training.warmup_steps": 24}
+    small = {"training.learning_rate": 1e-3, "training.num_steps": 8}
+    jobs.train(workdir, small)
+    whole = checkpoint.restore_weights(workdir)
+    assert whole["step"] == 8
+    shutil.move(workdir, tmp_path / "good")
+    other = {**options, "load_from": tmp_path / "good", "training.warmup_steps": 0}
+    statuses, (text,) = jobs.run(workdir, other)
+    assert statuses == [1]
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    # Step 9 makes the weights infinite in norm; it is noticed at the next line of the log.
+    assert line.startswith("error: step 9: ") and "param_norm" in line and "not finite" in line
+    assert checkpoint.steps(workdir) == []
+    assert all(step["step"] < 9 for step in metrics(workdir))
+    skipping = {**other, "training.skip_nonfinite": True, "training.num_steps": 12}
+    jobs.train(workdir, skipping)
+    found = checkpoint.restore_weights(workdir)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], whole["params"])
+    assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 3]
+
+
+def one_step(scale=1.0, **options):
+    """A step of a network of two numbers: (state before, state after)."""
+
+    def net(params, z, t, h, y):
+        return params["a"] * z + params["b"] * t[:, None, None, None]
+
+    config = config_of(*[f"training.{name}={value}" for name, value in options.items()])
+    optimizer, _ = train.make_optimizer(config.training, 10)
+    skip = config.training.skip_nonfinite
+    method = meanflow.MeanFlow(guidance_eq="none")
+    recipe = train.Recipe(net, None, method, optimizer, (0.9,), 3, skip_nonfinite=skip)
+    params = {"a": jnp.float32(0.5 * scale), "b": jnp.float32(-0.2 * scale)}
+    opt_state = optimizer.init(params)
+    state = train.TrainState(jnp.int32(0), params, (params,), opt_state, train_metrics.zero_sums())
+    images = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 1)).astype(np.uint8)
+    batch = {"image": images, "label": np.arange(8, dtype=np.int32) % 3}
+    return state, jax.jit(lambda s: train.train_step(recipe, jax.random.key(1), s, batch))(state)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    _, free = one_step()
+    _, clipped = one_step(grad_clip=0.01)
+    norm = float(free.sums["grad_norm"])
+    assert norm > 0.1
+    assert np.isclose(clipped.sums["grad_norm"], norm)  # as it was before
+    mu, mu_free = (optax.tree.get(s.opt_state, "mu") for s in (clipped, free))
+    assert np.isclose(optax.tree.norm(mu), 0.1 * 0.01, rtol=1e-4)  # (1 - b1) times the gradient
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b * 0.01 / norm, atol=1e-9), mu, mu_free
+    )
+    _, loose = one_step(grad_clip=10 * norm)
+    jax.tree.map(np.testing.assert_array_equal, loose.params, free.params)
+
+
+def test_a_step_that_is_not_finite_is_left_out_only_where_asked():
+    before, kept = one_step(scale=1e30, skip_nonfinite=True)
+    for name in ("params", "ema_params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(kept, name), getattr(before, name))
+    assert int(kept.step) == 1 and kept.sums["skipped"] == 1 and kept.sums["steps"] == 0
+    train_metrics.check_finite(jax.device_get(kept.sums))
+    _, spoilt = one_step(scale=1e30)
+    with pytest.raises(FloatingPointError, match=r"^step 1: loss, .* not finite"):
+        train_metrics.check_finite(jax.device_get(spoilt.sums))
+    _, fine = one_step(skip_nonfinite=True)
+    _, plain = one_step()
+    jax.tree.map(np.testing.assert_array_equal, fine, plain)
