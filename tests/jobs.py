@@ -66,34 +66,37 @@ class Jobs:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def command(self, workdir, options=None, flags=()):
+    def command(self, workdir, options=None):
         """The command line of a job; `options` beside or instead of OPTIONS."""
         options = {"dataset.root": self.records, **OPTIONS, **(options or {})}
         words = [f"--config.{name}={value}" for name, value in options.items()]
         config = "--config=configs/load_config.py:digits"
-        return [sys.executable, "main.py", f"--workdir={workdir}", config, *words, *flags]
+        return [sys.executable, "main.py", f"--workdir={workdir}", config, *words]
 
-    def start(self, workdir, options=None, count=1, flags=(), env=None, parts=None):
+    def start(self, workdir, options=None, count=1, flags=(), parts=None, words=None):
         """Starts the processes of a job and returns them; their output goes to WORKDIR.log.N.
 
-        `parts`: which of the `count` processes to start, all by default.
+        `parts`: which of the `count` processes to start, all by default; `words`: what follows
+        the name of Python, instead of the command line of a job.
         """
+        words = words or self.command(workdir, options)[1:]
         address = f"localhost:{free_port()}"
         started = []
         for i in range(count) if parts is None else parts:
             several = [f"--coordinator_address={address}", f"--num_processes={count}"]
             several += [f"--process_id={i}"]
             log = Path(f"{workdir}.log.{i}").open("a")
-            command = self.command(workdir, options, [*flags, *(several if count > 1 else ())])
-            env = {**self.env, **(env or {})}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+            command = [sys.executable, *words, *flags, *(several if count > 1 else ())]
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
+            )
             log.close()
         return started
 
-    def run(self, workdir, options=None, count=1, flags=(), env=None, parts=None, timeout=120):
+    def run(self, workdir, options=None, count=1, timeout=120):
         """Runs a job to its end: (exit statuses, outputs)."""
         before = [len(text) for text in outputs(workdir, count)]
-        statuses = wait(self.start(workdir, options, count, flags, env, parts), timeout)
+        statuses = wait(self.start(workdir, options, count), timeout)
         texts = outputs(workdir, count)
         return statuses, [text[start:] for text, start in zip(texts, before, strict=True)]
 

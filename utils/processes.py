@@ -298,6 +298,8 @@ def _watch():
             continue  # there is none; or the coordinator is gone, and jax ends this process
         if _leaving.is_set():
             return
+        if is_writer():
+            time.sleep(GRACE + 2)  # as coordinator it ends last: without it the others abort
         note = json.loads(note)
         _end(f"process {note['process']} failed: {note['line']}", note["status"])
 
