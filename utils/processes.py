@@ -247,6 +247,7 @@ def check_stop():
 # Ending ---------------------------------------------------------------------------------------
 
 _leaving = threading.Event()
+_last_word = threading.Lock()  # who has it ends the process
 
 
 def fail(error, status):
@@ -262,7 +263,7 @@ def fail(error, status):
     if jax.process_count() == 1:
         print(f"error: {error}", file=sys.stderr)
         return status
-    _leaving.set()
+    _last_word.acquire()  # where `_watch` has it, it ends this process with the reason for this
     index = jax.process_index()
     print(f"error: process {index}: {error}", file=sys.stderr)
     try:
@@ -296,7 +297,7 @@ def _watch():
             note = distributed.global_state.client.key_value_try_get(NOTE)
         except RuntimeError:
             continue  # there is none; or the coordinator is gone, and jax ends this process
-        if _leaving.is_set():
+        if _leaving.is_set() or not _last_word.acquire(blocking=False):
             return
         if is_writer():
             time.sleep(GRACE + 2)  # as coordinator it ends last: without it the others abort
