@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import observe
+import sample
 import train
 from configs import load_config
 from utils import dataset, train_metrics
@@ -34,7 +35,7 @@ OPTIONS = f"""
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run: its config and its folder."""
+    """A short run: its config, its folder, and the labels of its grids."""
     folder = tmp_path_factory.mktemp("run")
     root = folder / "records"
     root.mkdir()
@@ -45,8 +46,11 @@ def run(tmp_path_factory):
     words = [f"--config.{word}" for word in [*OPTIONS, f"dataset.root={root}"]]
     config, _ = load_config.from_command_line(["--config=configs/load_config.py:digits", *words])
     (folder / "workdir").mkdir()
-    train.train_job(config, folder / "workdir")
-    return config, folder / "workdir"
+    labels, grid = [], sample.grid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "grid", lambda *a: labels.append(a[2].tolist()) or grid(*a))
+        train.train_job(config, folder / "workdir")
+    return config, folder / "workdir", labels
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +85,18 @@ def test_what_tensorboard_shows(run, events):
 
 
 def test_the_numbers_belong_to_their_steps(run):
-    config, workdir = run
+    config, workdir, _ = run
     _, schedule = train.make_optimizer(config.training, TOTAL)
     rates = column(workdir, "learning_rate")
     assert rates == pytest.approx({step: float(schedule(step - 1)) for step in (2, 4, 6, 7)})
     assert rates[2] == pytest.approx(0.01 / 4) and rates[7] < rates[6]
     assert column(workdir, "epoch") == pytest.approx({s: s / 3 for s in (2, 4, 6, 7)})
-    assert all(rate > 0 for rate in column(workdir, "images_per_second").values())
+    rates = column(workdir, "images_per_second")
+    assert list(rates) == [2, 4, 6, 7] and all(rate > 0 for rate in rates.values())
 
 
 def test_each_average_is_evaluated_by_itself(run):
-    _, workdir = run
+    _, workdir, _ = run
     ema, last, params = (column(workdir, f"fid/{n}_1step") for n in ("ema", "ema_0.0", "params"))
     assert last == params  # an average that forgets everything is the weights
     assert all(ema[step] != params[step] for step in (3, 6, 7))
@@ -100,7 +105,8 @@ def test_each_average_is_evaluated_by_itself(run):
 
 
 def test_grids_have_fixed_noise_and_labels(run, events):
-    _, workdir = run
+    _, workdir, labels = run
+    assert labels == [[0] * 10 + [1] * 10 + [2] * 10] * 3
     shown = {
         event.step: np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
         for event in events.Images("samples")
@@ -109,14 +115,14 @@ def test_grids_have_fixed_noise_and_labels(run, events):
     for step, picture in shown.items():
         file = Image.open(workdir / "samples" / f"grid_{step:08d}.png").convert("L")
         np.testing.assert_array_equal(np.asarray(file), picture)
-    # One class per row, and little changes in one step: the same noise as before.
+    # Little changes in one step: the same noise as before.
     change = np.abs(shown[7].astype(int) - shown[6]).mean()
     rows = np.abs(shown[7].astype(int) - np.roll(shown[7], shown[7].shape[1] // 10, axis=1)).mean()
     assert change < rows / 3
 
 
 def test_the_config_as_text_and_in_the_table_of_runs(run, events):
-    config, _ = run
+    config, _, _ = run
     (text,) = events.Tensors("config/text_summary")
     text = text.tensor_proto.string_val[0].decode()
     options = load_config.options(config)
