@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import re
 import sys
 import zlib
 
@@ -62,6 +63,9 @@ class Checkpointer:
     """
 
     def __init__(self, workdir):
+        # Whatever fails in the background is raised here, in one line; orbax prints it as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _quiet_hook
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -120,7 +124,7 @@ class Checkpointer:
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._saving = None
             raise OSError(
-                f"checkpoint {step} could not be written ({_first_line(error)}); the ones before "
+                f"checkpoint {step} could not be written ({_reason(error)}); the ones before "
                 "are whole: make room, and the same command goes on from there"
             ) from error
 
@@ -284,7 +288,7 @@ def _damage(workdir, step):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
         sys.unraisablehook = _quiet_hook
-        reason = _first_line(error)
+        reason = _reason(error)
         raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
     finally:
         absl.setLevel(level)
@@ -300,5 +304,7 @@ def _path(workdir, step):
     return (folder(workdir) / str(step)).absolute()
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _reason(error):
+    """What an exception says, in a line: of tensorstore's chain of causes the last."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 200 else re.sub(r" \[\w+=.*", "", line.split(": ")[-1])[-200:]
