@@ -129,14 +129,12 @@ class Checkpointer:
             ) from error
 
 
-@jax.jit
-def _sum_of_bits(tree):
-    return _add_bits(tree)
-
-
-def _add_bits(tree):
+def _sums_of_bits(tree):
     # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    return sum(x.view("uint32").sum(dtype="uint32") for x in jax.tree.leaves(tree))
+    return [x.view("uint32").sum(dtype="uint32") for x in jax.tree.leaves(tree)]
+
+
+_sums_on_device = jax.jit(_sums_of_bits)
 
 
 def checksums(arrays, plain):
@@ -147,12 +145,10 @@ def checksums(arrays, plain):
       plain: what JSON holds.
     """
     on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)
-    sums = {name: (_add_bits if on_host else _sum_of_bits)(tree) for name, tree in arrays.items()}
-    texts = {name: json.dumps(value, sort_keys=True) for name, value in plain.items()}
-    return {
-        **{name: int(value) % 2**32 for name, value in sums.items()},
-        **{name: zlib.crc32(text.encode()) for name, text in texts.items() if name in PLAIN},
-    }
+    sums_of = _sums_of_bits if on_host else _sums_on_device
+    sums = {name: sum(map(int, sums_of(tree))) % 2**32 for name, tree in arrays.items()}
+    texts = {name: json.dumps(plain[name], sort_keys=True) for name in PLAIN if name in plain}
+    return sums | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -282,12 +278,12 @@ def _damage(workdir, step):
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.ERROR)
+    sys.unraisablehook = _quiet_hook
     try:
         yield
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
-        sys.unraisablehook = _quiet_hook
         reason = _reason(error)
         raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
     finally:
