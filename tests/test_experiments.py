@@ -291,7 +291,12 @@ SMALL = """
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["dataset.num_classes=10", "method.guidance_eq=cfg"]], ids=["none", "classes"]
+    "words",
+    [
+        [],
+        ["dataset.num_classes=10", "method.guidance_eq=cfg", "training.sample_on_training=false"],
+    ],
+    ids=["none", "classes"],
 )
 def test_cifar10_trains(cifar10, monkeypatch, tmp_path, words):
     monkeypatch.setenv("DATA_ROOT", str(cifar10))
@@ -303,7 +308,8 @@ def test_cifar10_trains(cifar10, monkeypatch, tmp_path, words):
     assert state.params["y_embedder"]["embedding"].shape[0] == rows
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["raw_loss/all"]) for line in lines if "raw_loss/all" in line)
-    assert (tmp_path / "samples" / "grid_00000002.png").exists()
+    sampled = (tmp_path / "samples" / "grid_00000002.png").exists()
+    assert sampled == config.training.sample_on_training
 
 
 @pytest.mark.parametrize("num_classes", [0, 9])
