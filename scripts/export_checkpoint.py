@@ -3,8 +3,8 @@ exchanged both ways.
 
 python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format msgpack|orbax]
 
-From a run, its weights and their first average are written, beside a fresh state of Adam. From a
-published checkpoint everything is, Adam's state too: that way one form becomes the other.
+From a run, its weights, their first average and Adam's state are written. A published checkpoint is
+written as it is: that way one form becomes the other.
 """
 
 import argparse
@@ -23,8 +23,8 @@ def export(source, folder, step=None, form="msgpack"):
     if released.is_released(source):
         state = released.load(source)
     else:
-        state = checkpoint.restore_weights(source, step)
-        state |= {"ema_params": state["ema_params"][0], "opt_state": None}
+        state = checkpoint.restore_weights(source, step, optimizer=True)
+        state |= {"ema_params": state["ema_params"][0]}
     return released.export(**state, folder=folder, form=form)
 
 

@@ -303,18 +303,17 @@ def test_the_script_turns_one_published_form_into_the_other(golden, state, tmp_p
 
 
 def test_the_script_exports_a_run_of_ours(state, tmp_path):
-    checkpointer = checkpoint.Checkpointer(tmp_path / "run")
     further = jax.tree.map(lambda a: a + 1, state["ema_params"])
-    for step in (10, 20):
-        checkpointer.save(
-            step,
-            params=jax.tree.map(lambda a, step=step: a + step, state["params"]),
-            ema_params=(state["ema_params"], further),
-            progress={"step": np.asarray(step)},
-            data={},
-            config={},
-        )
-    checkpointer.close()
+    with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+        for step in (10, 20):
+            checkpointer.save(
+                step,
+                params=jax.tree.map(lambda a, step=step: a + step, state["params"]),
+                ema_params=(state["ema_params"], further),
+                progress={"step": np.int32(step), "opt_state": [state["opt_state"], None]},
+                data={},
+                config={},
+            )
     argv = ["--from", str(tmp_path / "run"), "--to", str(tmp_path / "to")]
     assert export_checkpoint.main(argv) == 0
     assert export_checkpoint.main([*argv, "--step=10"]) == 0
@@ -323,6 +322,7 @@ def test_the_script_exports_a_run_of_ours(state, tmp_path):
         assert back["step"] == step
         assert_equal(back["ema_params"], state["ema_params"])
         assert_equal(back["params"], jax.tree.map(lambda a, s=step: a + s, state["params"]))
+        assert_equal(back["opt_state"], state["opt_state"])
 
 
 def test_the_script_says_in_one_line_what_is_wrong(tmp_path, capsys, golden):

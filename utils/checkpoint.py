@@ -232,7 +232,7 @@ def restore_weights(workdir, step=None, optimizer=False):
 
     Returns:
       A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay) and, with
-      `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}.
+      `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}, or None.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -258,12 +258,12 @@ def _read_weights(workdir, step, optimizer):
     verify(workdir, step, arrays, read_plain(workdir, step))
     weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
     if optimizer:
-        weights["opt_state"] = _find_adam(arrays["progress"]["opt_state"])
+        weights["opt_state"] = _find_adam(arrays["progress"])
     return weights
 
 
 def _find_adam(tree):
-    """The part of an optimizer's state, dicts and lists, that holds the moments; or None."""
+    """The part of a tree of dicts and lists that holds the moments of Adam; or None."""
     if isinstance(tree, dict):
         if {"count", "mu", "nu"} <= tree.keys():
             return {name: tree[name] for name in ("count", "mu", "nu")}
