@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import evaluate
 import sample
 from configs import load_config
-from models import meanflow
+from models import dit, flops, meanflow
 from utils import images as image_utils
-from utils import metric_writer, processes, sharding, train_metrics
+from utils import metric_writer, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -47,7 +47,7 @@ class Observer:
             self.sampler = sample.make_sampler(config, mesh, net, autoencoder)
         if config.fid.on_training:
             self.evaluator = evaluate.make_evaluator(config, mesh, net, autoencoder, records)
-        self._everywhere = sharding.replicated(mesh)
+        self.peak_rate = peak_rate(config, net, mesh)
         self._pending = []  # (step, sums on the device)
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -142,6 +142,8 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
+            if self.peak_rate:
+                metrics["mfu"] = metrics["images_per_second"] / self.peak_rate
         metrics |= device_memory()
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.total, steps_per_second, metrics)
@@ -193,6 +195,20 @@ class Observer:
 def metric_name(weights, num_steps):
     """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
     return f"{weights}_{num_steps}step"
+
+
+def peak_rate(config, net, mesh):
+    """Images/s if the devices did nothing but the products that a step needs, at their peak.
+
+    None where the peak of the devices or the cost of the network is not known.
+    """
+    chip = flops.chip(mesh.devices.flat[0])
+    if chip is None or not isinstance(net, dit.DiT):
+        return None
+    method = meanflow.MeanFlow(**config.method)
+    passes = flops.forward_passes(method, config.training.batch_size)
+    needed = passes * flops.forward_flops(net, sample.image_shape(config))
+    return chip.peak * mesh.size / needed
 
 
 def device_memory():

@@ -17,6 +17,7 @@ import observe
 import sample
 import train
 from configs import load_config
+from models import flops
 from utils import dataset, train_metrics
 from utils.metric_writer import MetricWriter
 
@@ -48,6 +49,7 @@ def run(tmp_path_factory):
     (folder / "workdir").mkdir()
     labels, grid = [], sample.grid
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flops.CHIPS, "cpu", flops.Chip("made up", 1e9, 0))
         patch.setattr(sample, "grid", lambda *a: labels.append(a[2].tolist()) or grid(*a))
         train.train_job(config, folder / "workdir")
     return config, folder / "workdir", labels
@@ -71,7 +73,7 @@ def column(workdir, name):
 def test_what_tensorboard_shows(run, events):
     scalars = {
         "loss", "v_loss", "raw_loss/all", "raw_loss/r=t", "raw_loss/r<t", "grad_norm",
-        "update_norm", "param_norm", "learning_rate", "images_per_second", "epoch",
+        "update_norm", "param_norm", "learning_rate", "images_per_second", "mfu", "epoch",
         "fid/ema_1step", "fid/ema_0.0_1step", "fid/params_1step",
     }  # fmt: skip
     buckets = {f"raw_loss/t={i / 4:g}-{(i + 1) / 4:g}" for i in range(4)}
@@ -93,6 +95,27 @@ def test_the_numbers_belong_to_their_steps(run):
     assert column(workdir, "epoch") == pytest.approx({s: s / 3 for s in (2, 4, 6, 7)})
     rates = column(workdir, "images_per_second")
     assert list(rates) == [2, 4, 6, 7] and all(rate > 0 for rate in rates.values())
+
+
+def test_mfu(run, monkeypatch):
+    config, workdir, _ = run
+    # 4 tokens of 2 x 2 pixels, width 32, one block, 8 rows of which 6 have r = t, guided.
+    block = 4 * 12 * 32 * 32 + 2 * 4 * 4 * 32 + 6 * 32 * 32
+    rest = 2 * (256 * 32 + 32 * 32) + 2 * 4 * 4 * 32 + 2 * 32 * 32
+    needed = 4.5 * 2 * (block + rest)
+    rates, shares = column(workdir, "images_per_second"), column(workdir, "mfu")
+    assert shares == pytest.approx({step: rate * needed / 1e9 for step, rate in rates.items()})
+    # B/4: 5.6 G multiply-adds for a forward pass (paper).
+    config, _ = load_config.from_command_line(
+        ["--config=configs/load_config.py:default", "--config.dataset.root=x"]
+    )
+    chips = types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(device_kind="TPU v5 lite")] * 4), size=4
+    )
+    peak = observe.peak_rate(config, sample.make_net(config), chips)
+    assert peak == pytest.approx(4 * 197e12 / (4.5 * 2 * 5.6e9), rel=0.02)
+    chips.devices[0].device_kind = "a CPU"
+    assert observe.peak_rate(config, sample.make_net(config), chips) is None
 
 
 def test_each_average_is_evaluated_by_itself(run):
