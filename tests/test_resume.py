@@ -133,7 +133,7 @@ def test_without_a_whole_checkpoint_nothing_is_renamed(workdir):
 
 
 def test_what_a_killed_job_left_half_written_is_no_checkpoint(workdir):
-    unfinished = workdir / "checkpoints" / "40.orbax-checkpoint-tmp"
+    unfinished = workdir / "checkpoints" / "35.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "30", unfinished)
     assert checkpoint.steps(workdir) == [10, 20, 30]
     assert_is_step(restored(workdir), 30)
