@@ -145,7 +145,7 @@ def make_evaluator(config, mesh, net, autoencoder, records):
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     features = score.load_features(config.fid)
     return Evaluator(
-        dit.as_function(net),
+        dit.as_function(net, sharding.gather(mesh)),
         autoencoder,
         score.Scorer(features, mesh, config.fid, images.shape[1:], records),
         shape=shape,

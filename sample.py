@@ -199,7 +199,7 @@ def make_autoencoder(config):
 def make_sampler(config, mesh, net, autoencoder):
     """The sampler of a config."""
     return Sampler(
-        dit.as_function(net),
+        dit.as_function(net, sharding.gather(mesh)),
         autoencoder,
         mesh,
         shape=image_shape(config),

@@ -188,12 +188,16 @@ def update(recipe, state, x, y, draws):
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(config, net, total_steps):
-    """The `Recipe` that a config describes, and its learning rate as a function of the step."""
+def make_recipe(config, net, total_steps, mesh=None):
+    """The `Recipe` that a config describes, and its learning rate as a function of the step.
+
+    `mesh` is where parameters are sharded over it.
+    """
+    gather = [sharding.gather(mesh)] if mesh else []
     optimizer, schedule = make_optimizer(config.training, total_steps)
     recipe = Recipe(
-        net=dit.as_function(net),
-        net_pair=dit.as_pair_function(net),
+        net=dit.as_function(net, *gather),
+        net_pair=dit.as_pair_function(net, *gather),
         method=meanflow.MeanFlow(**config.method),
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
@@ -260,7 +264,7 @@ def train(config, workdir):
     steps_per_epoch = records.num_records // training.batch_size
     total = training.num_steps or training.num_epochs * steps_per_epoch
     net = sample.make_net(config)
-    recipe, schedule = make_recipe(config, net, total)
+    recipe, schedule = make_recipe(config, net, total, mesh)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(
         config, workdir, mesh, net, records, schedule, steps_per_epoch, total

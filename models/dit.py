@@ -283,22 +283,24 @@ def init_params(net, key, image_shape):
     return net.init(key, x, time, time, jnp.zeros(1, jnp.int32))["params"]
 
 
-def as_function(net):
-    """`net` as a function (params, x, t, h, y) -> u."""
-    return lambda params, *batch: net.apply({"params": in_dtype(net, params)}, *batch)
+def as_function(net, gather=lambda params: params):
+    """`net` as a function (params, x, t, h, y) -> u; `gather` brings parameters to the devices."""
+    return lambda params, *batch: net.apply({"params": gather(in_dtype(net, params))}, *batch)
 
 
-def as_pair_function(net):
+def as_pair_function(net, gather=lambda params: params):
     """`net` as a function (params, batch, batch) -> (u, u); the first one has a JVP.
 
     A batch is (x, t, h, y). The two go through the blocks side by side. None for a network that is
-    no `DiT`: `meanflow.loss` then calls it twice.
+    no `DiT`: `meanflow.loss` then calls it twice (docs/extending.md).
     """
     if not isinstance(net, DiT):
         return None
-    fused = (False, net.fused_attention)
     return lambda params, *batches: net.apply(
-        {"params": in_dtype(net, params)}, *batches, fused=fused, method="together"
+        {"params": gather(in_dtype(net, params))},
+        *batches,
+        fused=(False, net.fused_attention),
+        method="together",
     )
 
 

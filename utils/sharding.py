@@ -70,6 +70,28 @@ def by_parameter(mesh, shapes):
     return jax.tree.map(sharding, shapes)
 
 
+def gather(mesh):
+    """A function that brings a tree of parameters together: whole on every device.
+
+    Their gradient is split again as `by_parameter` says. Used before the products, so that these
+    are split by row alone: left to itself the compiler splits them by features too where the
+    parameters are, and sends activations back and forth.
+    """
+
+    @jax.custom_vjp
+    def whole(tree):
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def forward(tree):
+        return whole(tree), None
+
+    def backward(_, grads):
+        return (jax.lax.with_sharding_constraint(grads, by_parameter(mesh, grads)),)
+
+    whole.defvjp(forward, backward)
+    return whole
+
+
 def to_global(mesh, batch):
     """A tree of this process's rows (numpy) -> global arrays, split by row."""
     sharding = by_row(mesh)
