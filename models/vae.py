@@ -24,6 +24,12 @@ from flax import serialization, traverse_util
 # (Rombach et al., arXiv 2112.10752, appendix D.1).
 SD_SCALE = 0.18215
 REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+STABLE_DIFFUSION = {  # the fields of config.json of both
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_flax_model.msgpack")
 # What config.json may say to the Flax class; it does not know the other entries.
 CONFIG_FIELDS = (
@@ -137,8 +143,13 @@ def load(name, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder
         return Autoencoder({}, _encode_pixels, _decode_pixels, downscale=1)
     folder = find(name)
     config = _read_config(folder / "config.json")
+    params = _read_params(folder, param_shapes(config))
+    return build(config, params, dtype, normalisation)
+
+
+def build(config, params, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder:
+    """The autoencoder of a configuration (the fields of config.json) with given parameters."""
     model = _flax_autoencoder(config, dtype)
-    params = _read_params(folder, model)
     shift, scale = normalisation
 
     def encode(params, images):
@@ -226,11 +237,16 @@ def _flax_autoencoder(config, dtype):
     return FlaxAutoencoderKL(**config, dtype=dtype)
 
 
-def _read_params(folder, model):
-    """The weights in `folder` as parameters of `model`, float32, each name and shape checked."""
+def param_shapes(config):
+    """The parameters of a configuration as a nested dict of `ShapeDtypeStruct`, float32."""
+    model = _flax_autoencoder(config, jnp.float32)
     side = 2 ** len(model.block_out_channels)
     images = jax.ShapeDtypeStruct((1, model.in_channels, side, side), jnp.float32)
-    expected = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def _read_params(folder, expected):
+    """The weights in `folder` for parameters of these shapes, each name and shape checked."""
     expected = traverse_util.flatten_dict(expected, sep="/")
     path = next(folder / f for f in WEIGHT_FILES if (folder / f).exists())
     arrays = _read_weights(path)
