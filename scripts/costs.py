@@ -1,0 +1,135 @@
+"""What a train step costs: FLOPs by hand and by XLA, collectives, and what the chips offer."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sample
+import train
+from configs import load_config
+from models.flops import chip, forward_flops, forward_passes  # noqa: F401 (for the scripts)
+
+
+def config_without_data(argv):
+    """The config of a command line and the rest of it; needs no data and no reference."""
+    unneeded = ["--config.dataset.root=none", "--config.fid.on_training=false"]
+    return load_config.from_command_line([*unneeded, *argv])
+
+
+# FLOPs by XLA ---------------------------------------------------------------------------------
+
+
+def batch_shapes(config):
+    """A batch of raw records of a config, as `ShapeDtypeStruct`s."""
+    B, (h, w, c) = config.training.batch_size, sample.image_shape(config)
+    batch = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
+    if config.dataset.vae == "none":
+        return batch | {"image": jax.ShapeDtypeStruct((B, h, w, c), jnp.uint8)}
+    moments = jax.ShapeDtypeStruct((B, h, w, 2 * c), jnp.float32)
+    flipped = {"moments_flipped": moments} if config.dataset.use_flip else {}
+    return batch | {"moments": moments} | flipped
+
+
+def state_shapes(config, net, recipe):
+    """A `train.TrainState` of a config, as `ShapeDtypeStruct`s."""
+    init = partial(train.init_state, recipe, net, sample.image_shape(config))
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def counted_flops(step, state, batch):
+    """FLOPs of a step over all devices, counted by XLA in the program that is handed to it.
+
+    XLA counts the body of a loop once, so `step` must be made of a network without a loop:
+    `unrolled`.
+    """
+    return jax.jit(step).lower(state, batch).cost_analysis()["flops"]
+
+
+def unrolled(net):
+    """The network with its blocks written one after the other instead of in a loop."""
+    return net.clone(unroll=net.depth)
+
+
+# Compiled programs ----------------------------------------------------------------------------
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
+
+
+def array_bytes(text):
+    """Bytes of each array in the text of an XLA type, like `(f32[8,4]{1,0}, bf16[2])`."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text)
+    return [
+        BYTES.get(kind, 4) * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for kind, dims in arrays
+    ]
+
+
+def computations(text):
+    """The text of a compiled program -> {name of a computation: its lines}, and the main one."""
+    found, main, name = {}, None, None
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if header:
+            name = header.group(2)
+            found[name] = []
+            main = name if header.group(1) else main
+        elif line == "}":
+            name = None
+        elif name:
+            found[name].append(line)
+    return found, main
+
+
+def collectives(text):
+    """Exchanges between the devices in the text of a compiled program.
+
+    Returns:
+      {kind: (how often, bytes)} of one run, per device; bytes are those of the results. The body
+      of a loop counts as often as the loop runs.
+    """
+    found, main = computations(text)
+    totals, seen = {}, set()
+
+    def visit(name, times):
+        for line in found.get(name, []):
+            operation = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(", line)
+            if not operation:
+                continue
+            result, kind = operation.groups()
+            started = kind.endswith("-start")
+            kind = kind.removesuffix("-start")
+            # One exchange may be cut into pieces, to go on beside other work: all of one channel.
+            channel = re.search(r"channel_id=(\d+)", line)
+            known = channel and channel.group(1) in seen
+            if kind in COLLECTIVES and not known:
+                sizes = array_bytes(result)
+                count, size = totals.get(kind, (0, 0))
+                # What is started holds operand and result, and the result is not the smaller one.
+                size += times * (max(sizes) if started else sum(sizes))
+                totals[kind] = (count + times, size)
+                seen.update(channel.groups() if channel else ())
+            inner = times
+            if kind == "while":
+                inner *= trip_count(found[re.search(r"condition=%?([\w.-]+)", line).group(1)])
+            for called in re.findall(r"(?:body|calls|called_computations=\{)=?%?([\w.-]+)", line):
+                visit(called, inner)
+
+    visit(main, 1)
+    return totals
+
+
+def trip_count(condition):
+    """How often a loop with this condition runs: the bound that its counter is compared with."""
+    bounds = [int(n) for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", "\n".join(condition))]
+    return max(bounds, default=1)
+
+
+def peak_bytes(compiled):
+    """Memory per device that a compiled function needs at most, arguments and results included."""
+    m = compiled.memory_analysis()
+    results = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.argument_size_in_bytes + results + m.temp_size_in_bytes

@@ -1,0 +1,153 @@
+"""The benchmark, and the cost of a step that it counts."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sample
+import train
+from models import meanflow, vae
+from scripts import benchmark, costs, stand_ins
+from utils import sharding
+
+TINY = (
+    "--config=configs/load_config.py:digits --config.model.depth=1 --config.model.hidden_size=32 "
+    "--config.training.batch_size=8 --config.fid.device_batch_size=8"
+).split()
+
+
+def get_config(*options):
+    return costs.config_without_data(["--config=configs/load_config.py:run_b4", *options])[0]
+
+
+def count(config, plain):
+    """FLOPs of a step by XLA."""
+    net, key = costs.unrolled(sample.make_net(config)), jax.random.key(0)
+    recipe, _ = train.make_recipe(config, net, 1)
+    step = partial(train.train_step, recipe, key)
+    if plain:
+        step = partial(benchmark.plain_step, recipe, benchmark.load_plain_loss(), key)
+    state = costs.state_shapes(config, net, recipe)
+    return costs.counted_flops(step, state, costs.batch_shapes(config))
+
+
+@pytest.mark.parametrize("half_precision", ["false", "true"])
+def test_a_step_takes_three_quarters_of_the_plain_one(half_precision):
+    config = get_config(f"--config.training.half_precision={half_precision}")
+    ours, plain = count(config, plain=False), count(config, plain=True)
+    assert ours <= 0.76 * plain, ours / plain
+    by_hand = costs.forward_flops(sample.make_net(config), (32, 32, 4)) * 256
+    assert costs.forward_passes(meanflow.MeanFlow(), 256) == 4.5
+    # XLA also counts what is not a product, a few percent.
+    assert 1 < ours / (4.5 * by_hand) < 1.03
+    assert 1 < plain / (6 * by_hand) < 1.03
+
+
+@pytest.mark.parametrize(
+    "options, passes",
+    [
+        ({}, 4.5),
+        ({"kappa": 0.0, "omega": 2.0}, 4.25),
+        ({"guidance_eq": "none"}, 3.25),
+        ({"kappa": 0.0, "omega": 1.0}, 3.25),
+        ({"data_proportion": 0.0}, 6.0),
+        ({"data_proportion": 1.0}, 4.0),
+    ],
+)
+def test_forward_passes(options, passes):
+    assert costs.forward_passes(meanflow.MeanFlow(**options), 16) == passes
+
+
+def test_train_beside_the_plain_step(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    few = ["--steps=1", "--rounds=2", "--warmup=1", f"--json={file}"]
+    assert benchmark.main(["train", *TINY, "--against=plain", *few]) == 0
+    results = json.loads(file.read_text())
+    assert set(results) == {"this project", "plain", "ratio"}
+    ours, plain = results["this project"], results["plain"]
+    assert ours["images/s"] == pytest.approx(8e3 / ours["ms/step"])
+    assert ours["MFU"] is None  # of a CPU no peak is known
+    assert results["ratio"]["ms/step"] == pytest.approx(ours["ms/step"] / plain["ms/step"])
+    assert results["ratio"]["GFLOP/image, XLA"] < 1
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*results, *ours))
+
+
+def test_the_plain_step_learns_the_same():
+    """Both candidates move the parameters alike, so that a comparison means something."""
+    config = costs.config_without_data([*TINY, "--config.training.learning_rate=1"])[0]
+    net, key = sample.make_net(config), jax.random.key(0)
+    recipe, _ = train.make_recipe(config, net, 1)
+    init = partial(train.init_state, recipe, net, sample.image_shape(config))
+    state = jax.jit(init)(key)
+    batch = stand_ins.random_values(costs.batch_shapes(config))
+    ours = jax.jit(partial(train.train_step, recipe, key))(state, batch)
+    plain_step = partial(benchmark.plain_step, recipe, benchmark.load_plain_loss(), key)
+    plain = jax.jit(plain_step)(state, batch)
+    for a, b, start in zip(*map(jax.tree.leaves, (ours.ema_params, plain.ema_params, state.params)),
+                           strict=True):  # fmt: skip
+        moved = jnp.abs(a - start).max()
+        assert jnp.abs(a - b).max() <= 0.01 * moved + 1e-6
+    assert plain.step == ours.step == 1
+
+
+def test_evaluation_by_stage(tmp_path):
+    file = tmp_path / "results.json"
+    assert benchmark.main(["eval", *TINY, "--rounds=1", f"--json={file}"]) == 0
+    results = json.loads(file.read_text())
+    assert set(results) == {"sampling", "decoding", "features", "whole"}
+    assert min(results.values()) > 0
+
+
+def test_stand_ins_have_the_shapes_of_the_real_networks():
+    parts = stand_ins.evaluation(get_config(), sharding.make_mesh(1))
+    assert parts.image_shape == (256, 256, 3)
+    number = sum(x.size for x in jax.tree.leaves(parts.autoencoder.params))
+    assert number == 83_653_863  # of stabilityai/sd-vae-ft-mse
+    stages = stand_ins.stages(get_config(), parts, 2)
+    found = jax.eval_shape(*[stages["features"][0], *stages["features"][1]])
+    assert found["pool"].shape == (2, 2048)
+    assert parts.autoencoder.downscale == 8 and isinstance(parts.autoencoder, vae.Autoencoder)
+
+
+def test_a_wrong_option_is_one_line(capsys):
+    assert benchmark.main(["train", *TINY, "--config.training.batch=8"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Compiled programs ----------------------------------------------------------------------------
+
+PROGRAM = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}
+  ROOT %t = (s32[], f32[4]) tuple(%i, %y)
+}
+
+%condition (p: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %r = f32[16]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  %q = f32[16]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+  %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=2, dimensions={0}
+  %d = f32[8]{0} all-gather-done(%s)
+}
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    assert costs.collectives(PROGRAM) == {
+        "all-reduce": (1, 16 * 4),
+        "all-gather": (1 + 12, 8 * 4 + 12 * 8 * 4 * 2),
+    }
