@@ -1,0 +1,182 @@
+"""Compiles a config for a TPU slice on a machine that has none: does it fit, and what does it cost?
+
+    pip install -r requirements-tpu-compile.txt
+    python -m scripts.compile_for_tpu --config=configs/load_config.py:NAME --topology v5e:4x4
+
+Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
+step of train.py and the evaluation step, as they would run on every chip of the slice; nothing is
+run, so no time is told but the compiler's own. Topologies are named by their chips: v4:2x2x4,
+v5e:4x4, v5p:2x2x4, v6e:4x4 and so on. Exit status: 0 all fits, 1 it does not, 2 wrong options.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+# The compiler would otherwise ask the machine for its TPU.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+os.environ.update(ENVIRONMENT)
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from models import meanflow  # noqa: E402
+from scripts import costs, stand_ins  # noqa: E402
+from utils import sharding  # noqa: E402
+
+
+def slice_devices(name):
+    """The devices of a TPU slice by the name of its topology.
+
+    Raises:
+      ValueError: no libtpu, or no such topology.
+    """
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # jax and libtpu raise several kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--topology {name}: {reason} (libtpu is in requirements-tpu-compile.txt; topologies "
+            "are named like v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4)"
+        ) from error
+
+
+def train_step(config, mesh):
+    """The compiled function of training and its arguments: function, shapes, FLOPs per chip."""
+    net, key = sample.make_net(config), jax.random.key(config.training.seed)
+    sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
+    recipe, _ = train.make_recipe(config, net, 1, mesh)
+    state, batch = costs.state_shapes(config, net, recipe), costs.batch_shapes(config)
+    step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
+    unrolled, _ = train.make_recipe(config, costs.unrolled(net), total_steps=1)
+    flops = costs.counted_flops(partial(train.train_step, unrolled, key), state, batch)
+    return step, (state, batch), flops / mesh.size
+
+
+def evaluation_step(config, mesh):
+    """The same for a batch of the evaluation."""
+    parts = stand_ins.evaluation(config, mesh)
+    batch_size = config.fid.device_batch_size * mesh.size
+    function, arguments = stand_ins.stages(config, parts, batch_size)["whole"]
+    statistics, params, *weights, index, times = arguments
+    everywhere = sharding.replicated(mesh)
+    placed = (
+        jax.tree.map(lambda _: everywhere, statistics),
+        sharding.by_parameter(mesh, params),
+        *jax.tree.map(lambda _: everywhere, weights),
+        sharding.by_row(mesh),
+        everywhere,
+    )
+    step = jax.jit(function, in_shardings=placed, out_shardings=everywhere, donate_argnums=0)
+    return step, arguments, None
+
+
+def compile_step(step, arguments, flops, chip):
+    """Compiles; returns figures per chip, most of them None where it ran out of memory."""
+    lowered = step.lower(*arguments)
+    begin = time.perf_counter(), time.process_time()
+    figures = {"flops": flops, "temporaries": None, "collectives": None}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return figures | {"fits": False, "needed": needed(str(error))}
+    seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    memory = costs.peak_bytes(compiled)
+    return figures | {
+        "needed": memory,
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "fits": memory <= chip.memory,
+        "collectives": costs.collectives(compiled.as_text()),
+        "compile_seconds": seconds[0],
+        "compile_cpu_seconds": seconds[1],
+    }
+
+
+def needed(message):
+    """Bytes that the compiler says it would have needed."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
+    number, unit = [group for group in found.groups() if group] if found else ("nan", "G")
+    return float(number) * 1024 ** (1 + "KMGT".index(unit))
+
+
+def report(name, figures, chip):
+    """A step's figures for people."""
+    verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+    print(f"{name}: {verdict}, {figures['needed'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB")
+    if figures["temporaries"] is None:
+        return
+    print(f"  arguments    {figures['arguments'] / 2**30:8.2f} GiB")
+    print(f"  temporaries  {figures['temporaries'] / 2**30:8.2f} GiB")
+    if figures["flops"]:
+        least = figures["flops"] / chip.peak
+        print(f"  FLOPs        {figures['flops']:8.3g} ({1e3 * least:.1f} ms at the chip's peak)")
+    for kind, (count, size) in figures["collectives"].items():
+        print(f"  {kind:<20} {count:4d} times, {size / 2**20:.1f} MiB")
+    print(
+        f"  compiled in {figures['compile_seconds']:.0f} s "
+        f"({figures['compile_cpu_seconds']:.0f} s of CPU)"
+    )
+
+
+def run(config, topology, steps):
+    """Compiles the steps by name for a topology, prints and returns the figures."""
+    devices = slice_devices(topology)
+    chip, mesh = costs.chip(devices[0]), sharding.make_mesh(config.mesh.fsdp, devices)
+    hosts = len({device.process_index for device in devices})
+    batch = config.training.batch_size
+    print(
+        f"{config.model.cls}, batch {batch}, compiled for {topology}: {len(devices)} devices on "
+        f"{hosts} hosts, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; all per device"
+    )
+    makers = {"train": train_step, "eval": evaluation_step}
+    results = {"topology": topology, "devices": len(devices), "hosts": hosts}
+    for name in steps:
+        results[name] = compile_step(*makers[name](config, mesh), chip)
+        report(name, results[name], chip)
+    if "train" in steps:
+        passes = costs.forward_passes(meanflow.MeanFlow(**config.method), batch)
+        forward = costs.forward_flops(sample.make_net(config), sample.image_shape(config))
+        results["train"]["flops_by_hand"] = passes * forward * batch / len(devices)
+        print(f"  FLOPs needed, by hand: {results['train']['flops_by_hand']:.3g} ({passes:g} F)")
+    return results
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.compile_for_tpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--topology", required=True, help="like v5e:4x4")
+    parser.add_argument("--steps", nargs="+", choices=["train", "eval"], default=["train", "eval"])
+    parser.add_argument("--json", help="also write the figures to this file")
+    try:
+        config, rest = costs.config_without_data(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(rest)
+        results = run(config, args.topology, args.steps)
+    except (ValueError, OSError) as error:
+        print(f"compile_for_tpu: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if all(results[name]["fits"] for name in args.steps) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
