@@ -96,9 +96,11 @@ def grid_labels(num_classes):
 
 
 def picture(images, columns):
-    """Images uint8 (N, h, w, C) as one, row by row, small ones enlarged: uint8 (H, W, C)."""
+    """Images uint8 (N, h, w, C) as one, framed, small ones enlarged: uint8 (H, W, C)."""
     factor = max(1, SMALLEST_SHOWN // images.shape[1])
-    return image_utils.grid(images.repeat(factor, axis=1).repeat(factor, axis=2), columns)
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+    return image_utils.grid(images, columns)
 
 
 def grid(sampler, params, labels, times):

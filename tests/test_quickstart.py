@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_behind(finished):
         "30"
     ]
     grid = Image.open(finished / "samples" / "grid_00000030.png")
-    assert grid.size == (320, 320) and grid.mode == "L"  # ten classes, ten columns, 32 pixels each
+    assert grid.size == (360, 360) and grid.mode == "L"  # ten classes, ten columns, framed
     (result,) = json.loads((finished / "results.json").read_text())
     assert result["evaluator"] == "pixels in [0, 1]" and result["num_samples"] == 100
     assert list(finished.glob("events*"))
