@@ -8,4 +8,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(bash install.sh --dev)
-exec "$python" -m pytest "$@"
+# Two processes, as most of the time goes into compiling, on one core; a file stays with one.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
