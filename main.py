@@ -41,7 +41,9 @@ def run_job(config, flags):
             from sample import sample_job as job
         else:
             from train import train_job as job
-        job(config, open_workdir(flags.workdir))
+        workdir = open_workdir(flags.workdir)
+        keep_compiled(workdir)
+        job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
         processes.leave()
@@ -57,6 +59,18 @@ def run_job(config, flags):
         return processes.fail(error, 1)
     processes.leave()
     return 0
+
+
+def keep_compiled(workdir):
+    """Keeps compiled programs in WORKDIR/compiled, so that a restarted run need not wait for them.
+
+    A folder that the user gives jax (JAX_COMPILATION_CACHE_DIR) comes first. Not on a CPU: what is
+    compiled for one may not run on the next.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 
 
 def open_workdir(workdir):
