@@ -1,0 +1,55 @@
+"""A run that is started again does not compile its step again."""
+
+import jobs
+
+RUN = """
+import jax
+import main
+
+jax.default_backend = lambda: "tpu"  # on a CPU nothing is kept
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+status = main.main({argv})
+print("hits", hits.count("/jax/compilation_cache/cache_hits"))
+raise SystemExit(status)
+"""
+
+
+def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
+    records = jobs.write_records(tmp_path / "records")
+    looks = {"training.sample_on_training": False, "fid.on_training": False}
+
+    def run(steps):
+        options = jobs.OPTIONS | looks | {"dataset.root": records, "training.num_steps": steps}
+        argv = [f"--config.{name}={value}" for name, value in options.items()]
+        argv += [f"--workdir={tmp_path / 'run'}", "--config=configs/load_config.py:digits"]
+        done = run_python(RUN.format(argv=argv), devices=1)
+        kept = {path.name for path in (tmp_path / "run" / "compiled").glob("*-cache")}
+        return int(done.stdout.split("hits")[1]), kept
+
+    _, kept = run(2)
+    assert sum("train_step" in name for name in kept) == 1
+    hits, kept_after = run(4)
+    assert hits > 0
+    assert sum("train_step" in name for name in kept_after) == 1
+
+
+def test_the_folder_of_the_user_comes_first(tmp_path, run_python):
+    code = f"""
+import jax, main, pathlib
+before = jax.config.jax_compilation_cache_dir
+jax.default_backend = lambda: "tpu"
+main.keep_compiled(pathlib.Path("elsewhere"))
+assert jax.config.jax_compilation_cache_dir == before == {str(tmp_path)!r}
+"""
+    run_python(code, devices=1, env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)})
+
+
+def test_nothing_is_kept_on_a_cpu(run_python):
+    code = """
+import jax, main, pathlib
+main.keep_compiled(pathlib.Path("elsewhere"))
+assert jax.config.jax_compilation_cache_dir is None
+"""
+    run_python(code, devices=1)
