@@ -38,8 +38,9 @@ def test_flops_are_those_counted_by_hand(results):
 
 def test_gradients_and_shards_are_exchanged(results):
     exchanged = results["train"]["collectives"]
-    assert sum(size for _, size in exchanged.values()) > 2e6  # 1 MB of parameters, both ways
-    assert exchanged["all-gather"][0] > 2  # fsdp, in each of the two blocks
+    # 2.9 MB of parameters in float32 (fsdp), and their gradients; no activations.
+    assert 2.5e6 < exchanged["all-gather"][1] < 3.5e6
+    assert 5e6 < sum(size for _, size in exchanged.values()) < 2e7
 
 
 def test_what_does_not_fit_is_said(run_python):
