@@ -175,8 +175,8 @@ def test_options_that_make_it_another_run_are_refused_together(workdir):
     with pytest.raises(ValueError) as error:
         restored(workdir, config_of(*words))
     line = str(error.value)
-    for change in ("model.depth 4 -> 2", "learning_rate 0.002 -> 0.1", "omega 1.0 -> 2.0",
-                   "ema_val [0.995] -> [0.9, 0.99]", "training.seed 42 -> 1"):  # fmt: skip
+    for change in ("model.depth 4 -> 2", "learning_rate 0.003 -> 0.1", "omega 1.0 -> 2.0",
+                   "ema_val [0.98] -> [0.9, 0.99]", "training.seed 42 -> 1"):  # fmt: skip
         assert change in line
     assert "batch_size" not in line and f"--config.load_from={workdir}" in line
     assert len(line.splitlines()) == 1
@@ -231,7 +231,9 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
         num_classes=len(weights["params"]["y_embedder"]["embedding"]) - 1,
     )
     shape = (8 * kernel.shape[0], 8 * kernel.shape[0], kernel.shape[2])
-    config = config_of("training.lr_schedule=const", "training.learning_rate=0.01")
+    config = config_of(
+        "training.lr_schedule=const", "training.learning_rate=0.01", "training.warmup_steps=0"
+    )
     recipe, _ = train.make_recipe(config, net, 10)
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
