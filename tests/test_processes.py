@@ -194,13 +194,16 @@ def test_flags_that_do_not_fit_are_refused(flags, words):
         processes.join(*flags)
 
 
-def test_a_single_process_joins_nothing(monkeypatch):
-    for variables in ({}, {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        processes.join()
-        assert processes.is_writer() and processes.from_writer((1, None)) == [1, None]
-        assert processes.all_true(1) is True and processes.all_true([]) is False
+@pytest.mark.parametrize("variables", [{}, {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}])
+def test_a_single_process_joins_nothing(run_python, variables):
+    code = """
+from utils import processes
+
+processes.join()
+assert processes.is_writer() and processes.from_writer((1, None)) == [1, None]
+assert processes.all_true(1) is True and processes.all_true([]) is False
+"""
+    run_python(code, devices=1, env=variables)
 
 
 def test_equal_runs_are_told_from_others(alone, tmp_path):

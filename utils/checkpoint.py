@@ -63,9 +63,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir):
-        # Whatever fails in the background is raised here, in one line; orbax prints it as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        sys.unraisablehook = _quiet_hook
+        _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -274,11 +272,8 @@ def _find_adam(tree):
 
 @contextlib.contextmanager
 def _damage(workdir, step):
-    """Turns whatever goes wrong into a DamagedError; keeps orbax from warning beside it."""
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)
-    sys.unraisablehook = _quiet_hook
+    """Turns whatever goes wrong while reading into a DamagedError."""
+    _hush()
     try:
         yield
     except (PermissionError, MemoryError):
@@ -286,12 +281,16 @@ def _damage(workdir, step):
     except Exception as error:  # orbax and tensorstore raise many kinds
         reason = _reason(error)
         raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
-    finally:
-        absl.setLevel(level)
 
 
-def _quiet_hook(unraisable):
-    # Each read that was still under way when the first one failed would print a traceback.
+def _hush():
+    """Keeps orbax from printing what it raises, once for each array that it concerns."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable_hook
+
+
+def _unraisable_hook(unraisable):
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
