@@ -55,6 +55,7 @@ class Evaluator:
         scorer.reference()
         statistics, kept = scorer.empty(), []
         for start in scorer.starts(count, "evaluate"):
+            sharding.hold_back(scorer.mesh, statistics)
             statistics, pool = self._add_generated(
                 statistics, params, self._vae_params, scorer.feature_params, np.int32(start), times
             )

@@ -148,6 +148,7 @@ class Scorer:
         for start in self.starts(count, name):
             index = start + np.arange(self.batch_size, dtype=np.int32)
             images = sharding.place((read(np.minimum(index, count - 1)), index), (rows, rows))
+            sharding.hold_back(self.mesh, statistics)
             statistics, pool = self._add(statistics, self.feature_params, *images, count)
             kept.append(jax.device_get(pool))
         return statistics, kept

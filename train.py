@@ -309,6 +309,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
     first, total = int(state.step), observer.total
     batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
+        sharding.hold_back(mesh, state)
         state = step_fn(state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes

@@ -100,6 +100,14 @@ def test_the_number_of_devices_does_not_change_the_result(
         assert a["fid"] == pytest.approx(b["fid"], rel=1e-5)
 
 
+def test_several_cpu_devices_never_wait_for_each_other_for_ever(data_root, tmp_path, run_python):
+    """In long rows of steps and of batches, of which the host asks for no result."""
+    options = ["--config.training.num_steps=400", "--config.training.log_per_step=400"]
+    options += ["--config.training.checkpoint_per_epoch=100", "--config.fid.num_samples=1600"]
+    options += ["--config.training.sample_per_epoch=100", "--config.fid.device_batch_size=2"]
+    run_python(["main.py", *arguments(tmp_path, *options)], devices=2)
+
+
 def test_evaluation_needs_no_data_where_there_is_a_reference(finished, evaluated, tmp_path):
     images = load_digits().images.reshape(-1, 64)
     pixels = np.round(images * 255 / 16) / 255

@@ -114,6 +114,16 @@ def place_everywhere(mesh, tree):
     return place(tree, jax.tree.map(lambda x: replicated(mesh), tree))
 
 
+def hold_back(mesh, tree):
+    """Waits for a tree of arrays where there are several CPU devices; elsewhere does nothing.
+
+    To be called before each step of a loop: CPU devices wait for each other on the threads of one
+    small pool, which a queue of steps would fill, so that they would wait for ever.
+    """
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(tree)
+
+
 def with_shardings(shapes, shardings):
     """A tree of `ShapeDtypeStruct` -> the same with shardings, as orbax wants to restore into."""
     return jax.tree.map(
