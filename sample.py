@@ -194,8 +194,7 @@ def image_shape(config):
 def make_autoencoder(config):
     """The autoencoder that a config names, with its weights."""
     normalisation = vae.normalisation(config.dataset.latent_mean, config.dataset.latent_std)
-    dtype = jnp.bfloat16 if config.training.half_precision else jnp.float32
-    return vae.load(config.dataset.vae, dtype, normalisation)
+    return vae.load(config.dataset.vae, normalisation)
 
 
 def make_sampler(config, mesh, net, autoencoder):

@@ -129,13 +129,13 @@ class Autoencoder(NamedTuple):
     downscale: int
 
 
-def load(name, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder:
-    """The autoencoder that the option dataset.vae names. Never downloads.
+def load(name, normalisation=SD_NORMALISATION) -> Autoencoder:
+    """The autoencoder that the option dataset.vae names, in float32. Never downloads.
+
+    How exact its products are on an accelerator follows jax.default_matmul_precision.
 
     name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
         (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
-    dtype: of the products, float32 or bfloat16; group norms and results stay float32. How exact
-        float32 products are on an accelerator follows jax.default_matmul_precision.
     normalisation: the one that `to_x` was given; `decode` undoes it.
     Raises FileNotFoundError where files are missing, ValueError where they do not fit.
     """
@@ -144,12 +144,12 @@ def load(name, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder
     folder = find(name)
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
-    return build(config, params, dtype, normalisation)
+    return build(config, params, normalisation)
 
 
-def build(config, params, dtype=jnp.float32, normalisation=SD_NORMALISATION) -> Autoencoder:
+def build(config, params, normalisation=SD_NORMALISATION) -> Autoencoder:
     """The autoencoder of a configuration (the fields of config.json) with given parameters."""
-    model = _flax_autoencoder(config, dtype)
+    model = _flax_autoencoder(config)
     shift, scale = normalisation
 
     def encode(params, images):
@@ -228,18 +228,18 @@ def _read_config(path):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def _flax_autoencoder(config, dtype):
+def _flax_autoencoder(config):
     # Each layer of the class warns of its removal; the pinned version is our answer to that.
     for module in ("vae_flax", "modeling_flax_utils"):
         logging.getLogger(f"diffusers.models.{module}").setLevel(logging.ERROR)
     from diffusers.models.vae_flax import FlaxAutoencoderKL
 
-    return FlaxAutoencoderKL(**config, dtype=dtype)
+    return FlaxAutoencoderKL(**config)
 
 
 def param_shapes(config):
     """The parameters of a configuration as a nested dict of `ShapeDtypeStruct`, float32."""
-    model = _flax_autoencoder(config, jnp.float32)
+    model = _flax_autoencoder(config)
     side = 2 ** len(model.block_out_channels)
     images = jax.ShapeDtypeStruct((1, model.in_channels, side, side), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]

@@ -30,12 +30,11 @@ def evaluation(config, mesh):
     net, shape = sample.make_net(config), sample.image_shape(config)
     function = dit.as_function(net, sharding.gather(mesh))
     params = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(0), shape))
-    dtype = jnp.bfloat16 if config.training.half_precision else jnp.float32
     if config.dataset.vae in vae.REPOSITORIES:
         structure = vae.STABLE_DIFFUSION
-        autoencoder = vae.build(structure, vae.param_shapes(structure), dtype)
+        autoencoder = vae.build(structure, vae.param_shapes(structure))
     else:
-        autoencoder = vae.load(config.dataset.vae, dtype)
+        autoencoder = vae.load(config.dataset.vae)
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     if config.fid.features == "pixels":
