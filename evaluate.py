@@ -84,6 +84,8 @@ def run(evaluator, weights, decays, sampling, workdir):
             results.append(describe(evaluator, weights["step"], name, times, sampling.seed, found))
             logging.info("%s", report(results[-1]))
     save_results(workdir, results)
+    if len(results) > 1:
+        logging.info("%s", table(results))
     return results
 
 
@@ -110,6 +112,17 @@ def report(result):
         f"{numbers} ({result['weights']}, {steps}-step, {result['num_samples']} samples, "
         f"{result['evaluator']}, checkpoint {result['checkpoint_step']})"
     )
+
+
+def table(results):
+    """Several results as a table for people: a line for each set of weights and steps."""
+    metrics = [name for name, value in results[0].items() if isinstance(value, float)]
+    lines = [["weights", "steps", *metrics]]
+    for result in results:
+        steps = len(result["sampling_times"]) - 1
+        lines.append([result["weights"], str(steps), *(f"{result[name]:.4f}" for name in metrics)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def save_results(workdir, results):

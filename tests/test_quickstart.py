@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+import evaluate
 import main
 from scripts import evaluate_images, prepare_dataset
 from utils import fid, processes
@@ -80,6 +81,11 @@ def evaluated(finished, tmp_path_factory):
 
 
 def test_evaluation_gives_a_table(evaluated, finished):
+    header, *lines = evaluate.table(evaluated).splitlines()
+    assert header.split() == ["weights", "steps", "fid"]
+    assert [line.split() for line in lines] == [
+        [r["weights"], str(len(r["sampling_times"]) - 1), f"{r['fid']:.4f}"] for r in evaluated
+    ]
     keys = [(result["weights"], len(result["sampling_times"]) - 1) for result in evaluated]
     assert keys == [("ema", 1), ("ema", 2), ("params", 1), ("params", 2)]
     assert len({result["fid"] for result in evaluated}) == 4
