@@ -4,6 +4,7 @@ noise -> latents -> images -> uint8 -> features -> moments is one compiled funct
 devices. Only moments come to the host (features too, where precision and recall ask for them).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import sample
 import score
 from models import dit, meanflow
-from utils import dataset, processes, sharding
+from utils import dataset, metric_writer, processes, sharding
 
 
 class Evaluator:
@@ -114,6 +115,20 @@ def report(result):
     )
 
 
+def metric_name(weights, num_steps):
+    """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
+    return f"{weights}_{num_steps}step"
+
+
+def scalars(results):
+    """Results as the log has them: {"fid/ema_1step": 11.3, ...}."""
+    named = {}
+    for result in results:
+        name = metric_name(result["weights"], len(result["sampling_times"]) - 1)
+        named |= {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
+    return named
+
+
 def table(results):
     """Several results as a table for people: a line for each set of weights and steps."""
     metrics = [name for name, value in results[0].items() if isinstance(value, float)]
@@ -177,4 +192,12 @@ def evaluate_job(config, workdir):
     weights = sample.place_weights(weights, mesh)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluator = make_evaluator(config, mesh, net, sample.make_autoencoder(config), records)
-    run(evaluator, weights, config.training.ema_val, config.sampling, workdir)
+    results = run(evaluator, weights, config.training.ema_val, config.sampling, workdir)
+    # Beside the log of a run in the same folder, which is not to be added to.
+    writer = metric_writer.MetricWriter(
+        pathlib.Path(workdir) / "evaluation",
+        enabled=processes.is_writer(),
+        wandb_project=config.training.wandb,
+    )
+    with contextlib.closing(writer):
+        writer.scalars(weights["step"], scalars(results))

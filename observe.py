@@ -63,7 +63,7 @@ class Observer:
         )
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
-        name = metric_name(self.config.fid.weights[0], len(self.times) - 1)
+        name = evaluate.metric_name(self.config.fid.weights[0], len(self.times) - 1)
         self.writer.hparams(options, ["raw_loss/all", f"fid/{name}"])
 
     def due(self, step, epochs):
@@ -172,11 +172,7 @@ class Observer:
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         sampling = self.config.sampling
         results = evaluate.run(self.evaluator, weights, decays, sampling, self.workdir)
-        metrics = {}
-        for result in results:
-            name = metric_name(result["weights"], len(result["sampling_times"]) - 1)
-            metrics |= {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
-        self.writer.scalars(step, metrics)
+        self.writer.scalars(step, evaluate.scalars(results))
         self._last_result = results[0]
 
     def end(self, step):
@@ -190,11 +186,6 @@ class Observer:
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
             logging.info("%s", evaluate.report(self._last_result))
-
-
-def metric_name(weights, num_steps):
-    """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
-    return f"{weights}_{num_steps}step"
 
 
 def peak_rate(config, net, mesh):

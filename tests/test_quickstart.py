@@ -77,7 +77,10 @@ def test_the_same_command_says_that_it_is_finished(finished, caplog):
 def evaluated(finished, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluated")
     assert main.main(arguments(workdir, *EVAL, f"--config.load_from={finished}")) == 0
-    return json.loads((workdir / "results.json").read_text())
+    results = json.loads((workdir / "results.json").read_text())
+    (line,) = (workdir / "evaluation" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 30} | evaluate.scalars(results)
+    return results
 
 
 def test_evaluation_gives_a_table(evaluated, finished):
