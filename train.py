@@ -310,7 +310,8 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
     batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
-        state = step_fn(state, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state = step_fn(state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
