@@ -95,7 +95,7 @@ def get_config():
     config.fid = fid = ml_collections.ConfigDict()
     fid.on_training = True  # evaluate during training
     fid.num_samples = 50000  # generated images
-    fid.device_batch_size = 128  # images per device at a time
+    fid.device_batch_size = 20  # images per device at a time
     fid.cache_ref = ""  # npz with the reference mean and covariance; empty: the training images
     fid.features = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])
     fid.inception_weights = ""  # weight file; empty: $INCEPTION_WEIGHTS, then the cache folder
