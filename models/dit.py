@@ -20,11 +20,6 @@ normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
 
-def patch_init(key, shape, dtype=jnp.float32):
-    """Xavier-uniform for a patch convolution (p, p, c, D), taken as a linear map of a patch."""
-    return xavier(key, (np.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
-
-
 def position_embedding(hidden_size, side):
     """Fixed sin-cos embedding of a `side` x `side` grid, float32 (side * side, hidden_size).
 
@@ -175,8 +170,9 @@ class DiT(nn.Module):
         p, D = self.patch_size, self.hidden_size
         side = S // p
 
-        patch = dict(kernel_size=(p, p), strides=(p, p), padding="VALID", kernel_init=patch_init)
-        x_embedder = nn.Conv(D, **patch, dtype=self.dtype, name="x_embedder")
+        # The kernel has the shape of the convolution it stands for, (p, p, C, D).
+        patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
+        x_embedder = nn.DenseGeneral(D, **patch, name="x_embedder")
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
         # Only the products with parameters are kept for the backward pass; what lies between them
@@ -193,7 +189,8 @@ class DiT(nn.Module):
         final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
         def embed(x, t, h, y):
-            x = x_embedder(x).reshape(len(x), side * side, D)  # (B, N, D)
+            x = x.reshape(len(x), side, p, side, p, C).swapaxes(2, 3)  # (B, side, side, p, p, C)
+            x = x_embedder(x.reshape(len(x), side * side, p, p, C))  # (B, N, D)
             times = {"t": t, "r": t - h, "h": h}
             c = sum(embedder(times[name]) for name, embedder in embedders.items()) + y_embedder(y)
             return x + position_embedding(D, side), nn.silu(c)  # each adaLN begins with silu(c)
