@@ -30,10 +30,17 @@ class Evaluator:
       shape: (h, w, c) of what the network sees.
       num_classes: classes of the labels.
       seed: of noise and labels.
+      precision: type of the network's products, for the results alone.
     """
 
-    def __init__(self, net, autoencoder, scorer, *, shape, num_classes, seed):
+    def __init__(self, net, autoencoder, scorer, *, shape, num_classes, seed, precision):
         self.scorer, options, mesh = scorer, scorer.options, scorer.mesh
+        self.described = {
+            "num_samples": options.num_samples,
+            "labels": options.labels,
+            "seed": seed,
+            "precision": precision,
+        }
         self._vae_params = sharding.place_everywhere(mesh, autoencoder.params)
         rows = sharding.by_row(mesh)
 
@@ -82,7 +89,7 @@ def run(evaluator, weights, decays, sampling, workdir):
         for num_steps in (0,) if sampling.sampling_timesteps else sampling.num_steps:
             times = meanflow.sample_times(num_steps, sampling.sampling_timesteps)
             found = evaluator(params, times)
-            results.append(describe(evaluator, weights["step"], name, times, sampling.seed, found))
+            results.append(describe(evaluator, weights["step"], name, times, found))
             logging.info("%s", report(results[-1]))
     save_results(workdir, results)
     if len(results) > 1:
@@ -90,17 +97,15 @@ def run(evaluator, weights, decays, sampling, workdir):
     return results
 
 
-def describe(evaluator, step, weights, times, seed, metrics):
+def describe(evaluator, step, weights, times, metrics):
     """One entry of results.json: the metrics and all that they depend on."""
-    options = evaluator.scorer.options
     return {
         **metrics,
         **evaluator.scorer.describe(),
-        "num_samples": options.num_samples,
-        "labels": options.labels,
-        "seed": seed,
+        **evaluator.described,
         "weights": weights,
         "checkpoint_step": step,
+        "num_steps": len(times) - 1,
         "sampling_times": [round(float(t), 6) for t in times],
     }
 
@@ -108,10 +113,10 @@ def describe(evaluator, step, weights, times, seed, metrics):
 def report(result):
     """One result as a line for people."""
     numbers = ", ".join(f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float))
-    steps = len(result["sampling_times"]) - 1
     return (
-        f"{numbers} ({result['weights']}, {steps}-step, {result['num_samples']} samples, "
-        f"{result['evaluator']}, checkpoint {result['checkpoint_step']})"
+        f"{numbers} ({result['weights']}, {result['num_steps']}-step, "
+        f"{result['num_samples']} samples, {result['evaluator']}, "
+        f"checkpoint {result['checkpoint_step']})"
     )
 
 
@@ -124,7 +129,7 @@ def scalars(results):
     """Results as the log has them: {"fid/ema_1step": 11.3, ...}."""
     named = {}
     for result in results:
-        name = metric_name(result["weights"], len(result["sampling_times"]) - 1)
+        name = metric_name(result["weights"], result["num_steps"])
         named |= {f"{k}/{name}": v for k, v in result.items() if isinstance(v, float)}
     return named
 
@@ -134,8 +139,8 @@ def table(results):
     metrics = [name for name, value in results[0].items() if isinstance(value, float)]
     lines = [["weights", "steps", *metrics]]
     for result in results:
-        steps = len(result["sampling_times"]) - 1
-        lines.append([result["weights"], str(steps), *(f"{result[name]:.4f}" for name in metrics)])
+        steps = str(result["num_steps"])
+        lines.append([result["weights"], steps, *(f"{result[name]:.4f}" for name in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
@@ -180,6 +185,7 @@ def make_evaluator(config, mesh, net, autoencoder, records):
         shape=shape,
         num_classes=config.dataset.num_classes,
         seed=config.sampling.seed,
+        precision=sample.precision(config),
     )
 
 

@@ -182,8 +182,13 @@ def make_net(config):
         **config.model,
         image_size=config.dataset.image_size,
         num_classes=config.dataset.num_classes,
-        dtype=jnp.bfloat16 if config.training.half_precision else jnp.float32,
+        dtype=jnp.dtype(precision(config)),
     )
+
+
+def precision(config):
+    """The type of the network's products, by name."""
+    return "bfloat16" if config.training.half_precision else "float32"
 
 
 def image_shape(config):

@@ -76,6 +76,7 @@ def test_the_result_says_what_it_depends_on(result, golden, reference):
     (checkpoint,) = (golden / "released_checkpoint" / "orbax").iterdir()
     assert result["checkpoint_step"] == int(checkpoint.name.removeprefix("checkpoint_"))
     assert (result["num_samples"], result["seed"], result["weights"]) == (SAMPLES, 0, "ema")
+    assert (result["num_steps"], result["precision"]) == (1, "float32")
     assert result["fid"] > 0 and result["sfid"] > 0 and result["inception_score"] >= 1
 
 

@@ -87,9 +87,9 @@ def test_evaluation_gives_a_table(evaluated, finished):
     header, *lines = evaluate.table(evaluated).splitlines()
     assert header.split() == ["weights", "steps", "fid"]
     assert [line.split() for line in lines] == [
-        [r["weights"], str(len(r["sampling_times"]) - 1), f"{r['fid']:.4f}"] for r in evaluated
+        [r["weights"], str(r["num_steps"]), f"{r['fid']:.4f}"] for r in evaluated
     ]
-    keys = [(result["weights"], len(result["sampling_times"]) - 1) for result in evaluated]
+    keys = [(result["weights"], result["num_steps"]) for result in evaluated]
     assert keys == [("ema", 1), ("ema", 2), ("params", 1), ("params", 2)]
     assert len({result["fid"] for result in evaluated}) == 4
     (trained,) = json.loads((finished / "results.json").read_text())
