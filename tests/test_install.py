@@ -59,7 +59,7 @@ def test_the_second_installation_does_nothing(repository):
     assert repository.installed() == ["-r requirements.txt jax", "-r requirements-dev.txt"]
     start = time.monotonic()
     done = repository.run("install.sh", "--dev")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10
     assert (done.returncode, done.err) == (0, "")
     assert len(repository.installed()) == 2
     # Without an accelerator of its own a machine is content with any jax, but not the reverse.
