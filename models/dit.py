@@ -70,9 +70,11 @@ class Attention(nn.Module):
     def __call__(self, x, fused):
         B, N, D = x.shape
         qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, self.num_heads, -1), 2, 0)  # (B, N, H, d)
+        H = self.num_heads
+        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
         if fused:
-            x = jax.nn.dot_product_attention(q, k, v)
+            cudnn = jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16
+            x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else None)
         else:
             scale = q.shape[-1] ** -0.5
             logits = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, preferred_element_type=jnp.float32)

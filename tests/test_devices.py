@@ -21,9 +21,9 @@ def numbers(fsdp):
     """Losses and gradients of a few steps, and samples, on all devices."""
     mesh = sharding.make_mesh(fsdp)
     net = small_net()
-    function = dit.as_function(net)
+    function = dit.as_function(net, sharding.gather(mesh))
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
-    pair = dit.as_pair_function(net)
+    pair = dit.as_pair_function(net, sharding.gather(mesh))
     recipe = train.Recipe(
         function, pair, meanflow.MeanFlow(), optimizer, (0.9,), num_classes=CLASSES
     )
