@@ -17,7 +17,7 @@ import numpy as np
 import sample
 import score
 from models import dit, meanflow
-from utils import dataset, metric_writer, processes, sharding
+from utils import checkpoint, dataset, metric_writer, processes, sharding
 
 
 class Evaluator:
@@ -30,16 +30,16 @@ class Evaluator:
       shape: (h, w, c) of what the network sees.
       num_classes: classes of the labels.
       seed: of noise and labels.
-      precision: type of the network's products, for the results alone.
+      network_dtype: type of the network's products, for the results alone.
     """
 
-    def __init__(self, net, autoencoder, scorer, *, shape, num_classes, seed, precision):
+    def __init__(self, net, autoencoder, scorer, *, shape, num_classes, seed, network_dtype):
         self.scorer, options, mesh = scorer, scorer.options, scorer.mesh
         self.described = {
             "num_samples": options.num_samples,
             "labels": options.labels,
             "seed": seed,
-            "precision": precision,
+            "network_dtype": network_dtype,
         }
         self._vae_params = sharding.place_everywhere(mesh, autoencoder.params)
         rows = sharding.by_row(mesh)
@@ -78,7 +78,7 @@ def run(evaluator, weights, decays, sampling, workdir):
       weights: `step`, `params` and `ema_params`, as from `sample.load_weights`, on the devices.
       decays: of the averages, `training.ema_val`.
       sampling: the options `sampling`.
-      workdir: results.json is written there, added to what it holds.
+      workdir: results.json is written there, added to what it holds, result by result.
 
     Returns:
       The results, a list of dicts.
@@ -89,25 +89,27 @@ def run(evaluator, weights, decays, sampling, workdir):
         for num_steps in (0,) if sampling.sampling_timesteps else sampling.num_steps:
             times = meanflow.sample_times(num_steps, sampling.sampling_timesteps)
             found = evaluator(params, times)
-            results.append(describe(evaluator, weights["step"], name, times, found))
+            checksum = f"{checkpoint.checksums({'weights': params}, {})['weights']:08x}"
+            about = {"weights": name, "checkpoint_step": weights["step"], "checksum": checksum}
+            results.append(describe(evaluator, about, times, found))
             logging.info("%s", report(results[-1]))
-    save_results(workdir, results)
+            save_results(workdir, results[-1:])  # one that is stopped keeps what it has measured
     if len(results) > 1:
         logging.info("%s", table(results))
     return results
 
 
-def describe(evaluator, step, weights, times, metrics):
+def describe(evaluator, weights, times, metrics):
     """One entry of results.json: the metrics and all that they depend on."""
-    return {
-        **metrics,
+    described = {
         **evaluator.scorer.describe(),
         **evaluator.described,
-        "weights": weights,
-        "checkpoint_step": step,
+        **weights,
         "num_steps": len(times) - 1,
         "sampling_times": [round(float(t), 6) for t in times],
     }
+    assert not metrics.keys() & described.keys()
+    return metrics | described
 
 
 def report(result):
@@ -185,7 +187,7 @@ def make_evaluator(config, mesh, net, autoencoder, records):
         shape=shape,
         num_classes=config.dataset.num_classes,
         seed=config.sampling.seed,
-        precision=sample.precision(config),
+        network_dtype=sample.network_dtype(config),
     )
 
 

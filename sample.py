@@ -63,7 +63,8 @@ class Sampler:
     """
 
     def __init__(self, net, autoencoder, mesh, *, shape, seed, device_batch_size):
-        self.mesh, self.autoencoder = mesh, autoencoder
+        self.mesh = mesh
+        self._vae_params = sharding.place_everywhere(mesh, autoencoder.params)
         self.batch_size = device_batch_size * mesh.size
         self._generate = jax.jit(
             lambda params, vae_params, index, labels, times: generate(
@@ -84,7 +85,7 @@ class Sampler:
             batch = sharding.place(
                 (index, np.resize(labels[start : start + count], padded)), (rows, rows)
             )
-            images = self._generate(params, self.autoencoder.params, *batch, times)
+            images = self._generate(params, self._vae_params, *batch, times)
             yield np.asarray(images)[:count]
 
 
@@ -182,11 +183,11 @@ def make_net(config):
         **config.model,
         image_size=config.dataset.image_size,
         num_classes=config.dataset.num_classes,
-        dtype=jnp.dtype(precision(config)),
+        dtype=jnp.dtype(network_dtype(config)),
     )
 
 
-def precision(config):
+def network_dtype(config):
     """The type of the network's products, by name."""
     return "bfloat16" if config.training.half_precision else "float32"
 

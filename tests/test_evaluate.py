@@ -8,7 +8,7 @@ from inception_writer import random_weights, write_pth
 
 import main
 from models import inception, inception_weights
-from utils import fid, processes
+from utils import dataset, fid, processes
 
 SAMPLES = 22  # fill no batch evenly
 
@@ -76,7 +76,8 @@ def test_the_result_says_what_it_depends_on(result, golden, reference):
     (checkpoint,) = (golden / "released_checkpoint" / "orbax").iterdir()
     assert result["checkpoint_step"] == int(checkpoint.name.removeprefix("checkpoint_"))
     assert (result["num_samples"], result["seed"], result["weights"]) == (SAMPLES, 0, "ema")
-    assert (result["num_steps"], result["precision"]) == (1, "float32")
+    assert (result["num_steps"], result["network_dtype"]) == (1, "float32")
+    assert int(result["checksum"], 16) > 0
     assert result["fid"] > 0 and result["sfid"] > 0 and result["inception_score"] >= 1
 
 
@@ -88,16 +89,22 @@ def test_two_devices_give_the_same_number(result, command, tmp_path, run_python)
         assert found[name] == pytest.approx(result[name], rel=1e-4), name
 
 
-def test_the_score_is_that_of_the_images_by_hand(result, command, weights, reference, tmp_path):
-    """Samples written to disk, their features taken in one piece, two-pass float64 moments."""
-    argv = [f"--workdir={tmp_path}", *command, "--config.eval_only=False", "--config.sample_only"]
+@pytest.fixture(scope="module")
+def images(command, tmp_path_factory):
+    """The images of the evaluation, written to disk by the sampling job."""
+    workdir = tmp_path_factory.mktemp("images")
+    argv = [f"--workdir={workdir}", *command, "--config.eval_only=False", "--config.sample_only"]
     argv += [f"--config.sampling.num_images={SAMPLES}", "--config.sampling.format=npz"]
     labels = expected_labels(SAMPLES, command)
     argv += [f"--config.sampling.labels={','.join(map(str, labels))}"]
     assert main.main(argv) == 0
-    (samples,) = (tmp_path / "samples").glob("*/samples.npz")
+    (samples,) = (workdir / "samples").glob("*/samples.npz")
     with np.load(samples) as file:
-        images = file["arr_0"]
+        return file["arr_0"]
+
+
+def test_the_score_is_that_of_the_images_by_hand(result, images, weights, reference):
+    """Their features taken in one piece, two-pass float64 moments."""
     params = inception_weights.load(weights)
     features = inception.features(params, images)
     pool = np.asarray(features["pool"], np.float64)
@@ -108,6 +115,30 @@ def test_the_score_is_that_of_the_images_by_hand(result, command, weights, refer
     assert result["fid"] == pytest.approx(expected, rel=1e-4)
     score, _ = fid.inception_score(np.asarray(features["logits_no_bias"]))
     assert result["inception_score"] == pytest.approx(score, rel=1e-4)
+
+
+def test_precision_and_recall_are_those_of_the_images_by_hand(images, command, weights, tmp_path):
+    """Against the images of a dataset: here half of the samples, and as many of noise."""
+    noise = np.random.RandomState(0).randint(0, 256, images[::2].shape, np.uint8)
+    real = np.concatenate([images[::2], noise])
+    root = tmp_path / "data"
+    root.mkdir()
+    examples = ({"image": image, "label": 0} for image in real)
+    count = dataset.write_shard(dataset.shard_path(root, "train", 0, 1), examples)
+    dataset.write_metadata(root, "image", real.shape[1:], np.uint8, 1, {"train": [count]})
+    argv = [
+        f"--workdir={tmp_path}",
+        *command,
+        "--config.fid.cache_ref=",
+        f"--config.dataset.root={root}",
+    ]
+    assert main.main([*argv, "--config.fid.metrics=fid,precision_recall"]) == 0
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    params = inception_weights.load(weights)
+    pools = [np.asarray(inception.features(params, x)["pool"]) for x in (real, images)]
+    expected = fid.precision_recall(*pools)
+    assert 0 < expected[1] < 1  # else it would say little
+    assert (found["precision"], found["recall"]) == pytest.approx(expected)
 
 
 def expected_labels(count, command):
