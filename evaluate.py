@@ -40,6 +40,7 @@ class Evaluator:
             "labels": options.labels,
             "seed": seed,
             "network_dtype": network_dtype,
+            "vae_dtype": autoencoder.dtype,
         }
         self._vae_params = sharding.place_everywhere(mesh, autoencoder.params)
         rows = sharding.by_row(mesh)
@@ -71,12 +72,11 @@ class Evaluator:
         return scorer.compare(statistics, kept, count)
 
 
-def run(evaluator, weights, decays, sampling, workdir):
+def run(evaluator, weights, sampling, workdir):
     """The evaluation job: every set of weights in every number of steps, as a table and a file.
 
     Args:
-      weights: `step`, `params` and `ema_params`, as from `sample.load_weights`, on the devices.
-      decays: of the averages, `training.ema_val`.
+      weights: as from `sample.load_weights`, on the devices.
       sampling: the options `sampling`.
       workdir: results.json is written there, added to what it holds, result by result.
 
@@ -85,7 +85,7 @@ def run(evaluator, weights, decays, sampling, workdir):
     """
     results = []
     for name in evaluator.scorer.options.weights:
-        params = sample.choose_weights(weights, name, decays)
+        params = sample.choose_weights(weights, name)
         for num_steps in (0,) if sampling.sampling_timesteps else sampling.num_steps:
             times = meanflow.sample_times(num_steps, sampling.sampling_timesteps)
             found = evaluator(params, times)
@@ -200,7 +200,7 @@ def evaluate_job(config, workdir):
     weights = sample.place_weights(weights, mesh)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluator = make_evaluator(config, mesh, net, sample.make_autoencoder(config), records)
-    results = run(evaluator, weights, config.training.ema_val, config.sampling, workdir)
+    results = run(evaluator, weights, config.sampling, workdir)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
         pathlib.Path(workdir) / "evaluation",

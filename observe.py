@@ -168,10 +168,9 @@ class Observer:
             image_utils.save_png(self._grid_path(step), picture)
 
     def _evaluate(self, step, state):
-        decays = self.config.training.ema_val
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
-        sampling = self.config.sampling
-        results = evaluate.run(self.evaluator, weights, decays, sampling, self.workdir)
+        weights["ema_vals"] = self.config.training.ema_val
+        results = evaluate.run(self.evaluator, weights, self.config.sampling, self.workdir)
         self.writer.scalars(step, evaluate.scalars(results))
         self._last_result = results[0]
 

@@ -51,7 +51,7 @@ def start(config, workdir, mesh, init):
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         weights = sample.load_weights(config.load_from, shapes.params, optimizer=True)
-        state = from_weights(state, weights, shardings)
+        state = from_weights(state, weights, shardings, config.training.ema_val)
         logging.info("starting from %s, step %d", config.load_from, weights["step"])
     return state, shardings, None
 
@@ -167,13 +167,13 @@ def _consequence(name, config):
     return ""
 
 
-def from_weights(state, weights, shardings):
+def from_weights(state, weights, shardings, ema_vals):
     """A fresh state with the weights, the step and, where given, the Adam moments of `weights`.
 
-    Averages for which there is none begin as the first one.
+    Averages of a decay in `ema_vals` that `weights` do not have begin as their first one.
     """
-    emas = weights["ema_params"]
-    emas = [emas[min(i, len(emas) - 1)] for i in range(len(state.ema_params))]
+    known = dict(zip(weights["ema_vals"], weights["ema_params"], strict=False))
+    emas = [known.get(decay, weights["ema_params"][0]) for decay in ema_vals]
     opt_state = state.opt_state
     if weights["opt_state"]:
         opt_state = optax.tree.set(opt_state, **weights["opt_state"])

@@ -10,7 +10,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from models import dit, meanflow, released, vae
 from utils import checkpoint, processes, sharding
@@ -120,7 +119,8 @@ def run(sampler, params, options, num_classes, output):
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []
-    for batch in tqdm(sampler(params, labels, times), unit="batch", disable=processes.quiet()):
+    batches, count = sampler(params, labels, times), -(-len(labels) // sampler.batch_size)
+    for batch in processes.progress(batches, count, "batches", "sample", processes.is_writer()):
         processes.check_stop()
         images.extend(batch)
     if processes.is_writer():
@@ -148,27 +148,31 @@ def load_weights(path, shapes, optimizer=False):
       optimizer: whether to read Adam's moments too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay) and `opt_state`
-      ({"count", "mu", "nu"} of Adam where asked for and stored, else None).
+      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
+      decays, empty where the file does not say) and `opt_state` ({"count", "mu", "nu"} of Adam
+      where asked for and stored, else None).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model.
     """
     if checkpoint.steps(path):
         weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
+        weights["ema_vals"] = weights.pop("config").get("training", {}).get("ema_val", ())
     else:
         weights = released.load(path)
-        weights["ema_params"] = (weights["ema_params"],)
+        weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         released.check_tree(shapes, tree, f"{name} of {path}")
     return weights
 
 
-def choose_weights(weights, name, decays):
+def choose_weights(weights, name):
     """One set of weights by its name: `params`, `ema` (the first average) or `ema_DECAY`."""
     averages = weights["ema_params"]
     names = {"params": weights["params"], "ema": averages[0]}
-    names |= {f"ema_{decay}": average for decay, average in zip(decays, averages, strict=False)}
+    names |= {
+        f"ema_{decay}": ema for decay, ema in zip(weights["ema_vals"], averages, strict=False)
+    }
     if name not in names:
         raise ValueError(f"fid.weights: {name!r} is none of {', '.join(names)}")
     return names[name]
@@ -200,7 +204,7 @@ def image_shape(config):
 def make_autoencoder(config):
     """The autoencoder that a config names, with its weights."""
     normalisation = vae.normalisation(config.dataset.latent_mean, config.dataset.latent_std)
-    return vae.load(config.dataset.vae, normalisation)
+    return vae.load(config.dataset.vae, normalisation, config.sampling.vae_dtype)
 
 
 def make_sampler(config, mesh, net, autoencoder):

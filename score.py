@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from models import inception, inception_weights
 from utils import fid, processes, sharding
@@ -101,6 +100,8 @@ class Scorer:
 
     def __init__(self, features, mesh, options, image_shape, records=None):
         check_options(options, records)
+        if options.features == "pixels" and not options.cache_ref and image_shape != records.shape:
+            raise ValueError(f"images are {image_shape}, those of {records.root} {records.shape}")
         self.features, self.mesh, self.options, self.records = features, mesh, options, records
         self.batch_size = options.device_batch_size * mesh.size
         self.feature_params = sharding.place_everywhere(mesh, features.params)
@@ -136,8 +137,8 @@ class Scorer:
         Raises:
           Preempted: the job is asked to stop; a measurement is begun anew later.
         """
-        starts = range(0, count, self.batch_size)
-        for start in tqdm(starts, name, unit="batch", leave=False, disable=processes.quiet()):
+        starts, shown = range(0, count, self.batch_size), processes.is_writer()
+        for start in processes.progress(starts, len(starts), "batches", name, shown):
             processes.check_stop()
             yield start
 
@@ -210,7 +211,8 @@ def check_options(options, records):
     if "precision_recall" in options.metrics and options.cache_ref:
         raise ValueError(
             "fid.metrics: precision_recall needs the features of the reference images; "
-            "leave fid.cache_ref empty and give dataset.root"
+            "leave fid.cache_ref empty, and with eval_only let dataset.root name records of images "
+            "(scripts.prepare_dataset images --vae=none)"
         )
 
 

@@ -14,6 +14,7 @@ CHOICES = {
     "method.guidance_eq": ("cfg", "none"),
     "training.lr_schedule": ("const", "cosine"),
     "sampling.format": ("png", "npz"),
+    "sampling.vae_dtype": ("float32", "bfloat16"),
     "fid.features": ("inception", "pixels"),
     "fid.resize": ("half_pixel", "tf1"),
     "fid.labels": ("random", "balanced"),

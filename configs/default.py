@@ -90,6 +90,7 @@ def get_config():
     sampling.num_images = 64  # of a sampling job
     sampling.labels = ()  # classes of a sampling job, repeated in turn; empty: all classes
     sampling.format = "png"  # what a sampling job writes beside its grid: png | npz
+    sampling.vae_dtype = "float32"  # of the decoder's products: float32 | bfloat16, which is faster
 
     # Evaluation --------------------------------------------------------------------------------
     config.fid = fid = ml_collections.ConfigDict()

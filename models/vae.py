@@ -127,16 +127,17 @@ class Autoencoder(NamedTuple):
     encode: Callable
     decode: Callable
     downscale: int
+    dtype: str = "float32"  # of the products
 
 
-def load(name, normalisation=SD_NORMALISATION) -> Autoencoder:
-    """The autoencoder that the option dataset.vae names, in float32. Never downloads.
-
-    How exact its products are on an accelerator follows jax.default_matmul_precision.
+def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
+    """The autoencoder that the option dataset.vae names. Never downloads.
 
     name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
         (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
     normalisation: the one that `to_x` was given; `decode` undoes it.
+    dtype: of the products, float32 or bfloat16; group norms and results stay float32. How exact
+        float32 products are on an accelerator follows jax.default_matmul_precision.
     Raises FileNotFoundError where files are missing, ValueError where they do not fit.
     """
     if name == "none":
@@ -144,12 +145,12 @@ def load(name, normalisation=SD_NORMALISATION) -> Autoencoder:
     folder = find(name)
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
-    return build(config, params, normalisation)
+    return build(config, params, normalisation, dtype)
 
 
-def build(config, params, normalisation=SD_NORMALISATION) -> Autoencoder:
+def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     """The autoencoder of a configuration (the fields of config.json) with given parameters."""
-    model = _flax_autoencoder(config)
+    model = _flax_autoencoder(config, jnp.dtype(dtype))
     shift, scale = normalisation
 
     def encode(params, images):
@@ -161,7 +162,8 @@ def build(config, params, normalisation=SD_NORMALISATION) -> Autoencoder:
         z = x / jnp.asarray(scale) + jnp.asarray(shift)
         return model.apply({"params": params}, z, method=_image).astype(jnp.float32)
 
-    return Autoencoder(params, encode, decode, 2 ** (len(model.block_out_channels) - 1))
+    downscale = 2 ** (len(model.block_out_channels) - 1)
+    return Autoencoder(params, encode, decode, downscale, dtype)
 
 
 def _encode_pixels(params, images):
@@ -228,13 +230,13 @@ def _read_config(path):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def _flax_autoencoder(config):
+def _flax_autoencoder(config, dtype=jnp.float32):
     # Each layer of the class warns of its removal; the pinned version is our answer to that.
     for module in ("vae_flax", "modeling_flax_utils"):
         logging.getLogger(f"diffusers.models.{module}").setLevel(logging.ERROR)
     from diffusers.models.vae_flax import FlaxAutoencoderKL
 
-    return FlaxAutoencoderKL(**config)
+    return FlaxAutoencoderKL(**config, dtype=dtype)
 
 
 def param_shapes(config):

@@ -4,8 +4,8 @@
         --config.fid.cache_ref=STATS.npz [--config.fid.metrics=fid,sfid ...]
 
 The images are a folder of pictures of one size, or an npz with `arr_0` uint8 (N, H, W, 3), the
-format of ADM's samples. Evaluator, metrics and reference come from the options `fid` and, where
-`fid.cache_ref` is empty, from the training images of `dataset.root`.
+format of ADM's samples; a `grid.png` is left out. Evaluator, metrics and reference come from the
+options `fid` and, where `fid.cache_ref` is empty, from the training images of `dataset.root`.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def open_images(path):
     path = pathlib.Path(path)
     if path.is_dir():
         names = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in names)
+        files = [file for file in path.rglob("*") if file.suffix.lower() in names]
+        files = sorted(file for file in files if file.name != "grid.png")  # of the sampling job
         if not files:
             raise FileNotFoundError(f"--images: {path} holds no pictures ({', '.join(names)})")
         shape = read_picture(files[0]).shape
@@ -56,9 +57,12 @@ def open_images(path):
 
 
 def read_picture(path):
-    """uint8 (H, W, 3)."""
+    """uint8 (H, W, 3), or (H, W, 1) of a picture in gray."""
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
+        image = Image.open(path)
+        return (
+            np.asarray(image)[..., None] if image.mode == "L" else np.asarray(image.convert("RGB"))
+        )
     except OSError as error:
         raise ValueError(f"{path}: unreadable picture ({error})") from error
 
@@ -82,7 +86,7 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="python -m scripts.evaluate_images", description=__doc__)
     parser.add_argument("--images", required=True, help="folder of pictures, or npz with arr_0")
     try:
-        config, rest = load_config.from_command_line(argv)
+        config, rest = load_config.from_command_line([*argv, "--config.eval_only=True"])
         print(json.dumps(evaluate(config, parser.parse_args(rest).images), indent=1))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

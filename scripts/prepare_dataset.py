@@ -7,6 +7,7 @@ python -m scripts.prepare_dataset tfds --name cifar10 --output DIR
 """
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -39,9 +40,13 @@ def prepare_digits(args):
         dataset.write_metadata(
             unfinished, "image", images.shape[1:], np.uint8, classes, {"train": [count]}
         )
-        if output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"{output} holds something else; name a new folder")
         unfinished.replace(output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not dataset.is_dataset(output):
+            raise ValueError(f"{output} holds something else; name a new folder") from error
+        return print(f"{output} is there already; another process was faster")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{count} images of {len(classes)} classes -> {output}")
@@ -118,10 +123,12 @@ def parse(argv):
     images.set_defaults(run=prepare_images)
     images.add_argument("--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/")
     images.add_argument("--splits", type=_words, default=(), help="train,val; default: all there")
-    images.add_argument("--image_size", type=int, default=256, help="pixels, after ADM's crop")
+    images.add_argument(
+        "--image_size", type=_positive, default=256, help="pixels, after ADM's crop"
+    )
     images.add_argument("--vae", default="mse", help="mse, ema, a folder, or none for pixels")
     images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
-    images.add_argument("--device_batch_size", type=int, default=32)
+    images.add_argument("--device_batch_size", type=_positive, default=32)
     images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
     images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
     images.add_argument("--compute_fid", type=_bool, default=False, help="write FID statistics")
@@ -148,13 +155,19 @@ def parse(argv):
         command.add_argument("--store", choices=stores, default=stores[0], help="of latents")
     for command in (images, latents, named):
         command.add_argument("--output", required=True, help="folder of the records")
-        command.add_argument("--records_per_shard", type=int, default=4096)
+        command.add_argument("--records_per_shard", type=_positive, default=4096)
         command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
         command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
         command.add_argument("--num_processes", type=int, default=1, help="that share the work")
         command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
     return parser.parse_args(argv)
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number above 0")
+    return int(text)
 
 
 def _words(text):
@@ -176,6 +189,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"prepare_dataset: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare_dataset: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

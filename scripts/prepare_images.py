@@ -83,17 +83,18 @@ class BadImages:
     """What to do about unreadable images: "fail" at the first, or "skip" and count."""
 
     def __init__(self, policy):
-        self.policy, self.count = policy, 0
+        self.policy, self.problems = policy, set()
 
     def add(self, problem):
         if self.policy == "fail":
             raise ValueError(f"{problem}; --on_bad_image=skip leaves such images out")
-        self.count += 1
-        print(f"left out: {problem}", flush=True)
+        if problem not in self.problems:  # the statistics read them a second time
+            print(f"left out: {problem}", flush=True)
+        self.problems.add(problem)
 
     def report(self):
-        if self.count:
-            print(f"{self.count} unreadable images were left out", flush=True)
+        if self.problems:
+            print(f"{len(self.problems)} unreadable images were left out", flush=True)
 
 
 def decoded(items, root, size, workers, bad):

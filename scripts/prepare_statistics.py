@@ -10,7 +10,7 @@ import numpy as np
 
 from models import inception, inception_weights
 from scripts import write_shards
-from utils import fid, sharding
+from utils import fid, processes, sharding
 
 DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
@@ -56,7 +56,7 @@ def moments(args, stream, total):
 
     acc = {key: fid.init_moments(dim) for key, dim in DIMENSIONS.items()}
     acc = jax.device_put(acc, sharding.replicated(mesh))
-    stream = iter(write_shards.progress(stream, total))
+    stream = iter(processes.progress(stream, total, "images"))
     while rows := list(itertools.islice(stream, batch_size)):
         batch = np.zeros((batch_size, args.image_size, args.image_size, 3), np.uint8)
         weight = np.zeros(batch_size, np.float32)

@@ -30,11 +30,12 @@ def evaluation(config, mesh):
     net, shape = sample.make_net(config), sample.image_shape(config)
     function = dit.as_function(net, sharding.gather(mesh))
     params = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(0), shape))
+    dtype = config.sampling.vae_dtype
     if config.dataset.vae in vae.REPOSITORIES:
         structure = vae.STABLE_DIFFUSION
-        autoencoder = vae.build(structure, vae.param_shapes(structure))
+        autoencoder = vae.build(structure, vae.param_shapes(structure), dtype=dtype)
     else:
-        autoencoder = vae.load(config.dataset.vae)
+        autoencoder = vae.load(config.dataset.vae, dtype=dtype)
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     if config.fid.features == "pixels":

@@ -9,15 +9,13 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from utils import dataset
+from utils import dataset, processes
 
 PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
 
@@ -79,10 +77,10 @@ def write(job, examples, process_index=0, process_count=1):
         for path in job.output.glob(f"unfinished-{shard.path.name}-*"):
             path.unlink()
     items = [item for s in mine for item in job.items[s.split][s.start : s.stop]]
-    stream = iter(progress(examples(items), len(items)))
+    stream = iter(processes.progress(examples(items), len(items), "images"))
     for shard in mine:
         part = itertools.islice(stream, shard.stop - shard.start)
-        dataset.write_shard(shard.path, (example for example in part if example is not None))
+        dataset.write_shard(shard.path, _those_there_are(part, shard))
     next(stream, None)  # lets the bar reach its end
     missing = sum(not shard.path.exists() for shard in every)
     if missing:
@@ -92,10 +90,17 @@ def write(job, examples, process_index=0, process_count=1):
     return True
 
 
-def progress(iterable, total):
-    """A bar with images/s and the time left; in a log file a line every half minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(iterable, total=total, unit=" images", mininterval=interval, smoothing=0.05)
+def _those_there_are(examples, shard):
+    """Leaves out what is None; an end before the shard's is an error, not a short shard."""
+    count = 0
+    for example in examples:
+        count += 1
+        if example is not None:
+            yield example
+    if count != shard.stop - shard.start:
+        raise ValueError(
+            f"{shard.path.name}: {count} examples came for {shard.stop - shard.start} items"
+        )
 
 
 def remove(output):

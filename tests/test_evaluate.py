@@ -85,6 +85,7 @@ def test_two_devices_give_the_same_number(result, command, tmp_path, run_python)
     argv = ["main.py", f"--workdir={tmp_path}", *command, "--config.fid.device_batch_size=3"]
     run_python(argv, devices=2, timeout=600)
     (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert found["vae_dtype"] == "float32"
     for name in ("fid", "sfid", "inception_score"):
         assert found[name] == pytest.approx(result[name], rel=1e-4), name
 

@@ -144,11 +144,22 @@ def test_sampling_draws_the_classes_asked_for(finished, tmp_path, capsys):
         np.testing.assert_array_equal(
             file["arr_0"][0], np.array(Image.open(folder / names[0]))[..., None]
         )
-    # one channel is not what a folder of pictures gives; the npz is scored as it is
     scored = ["--config=configs/load_config.py:digits", f"--images={folder / 'samples.npz'}"]
     capsys.readouterr()
     assert evaluate_images.main(scored) == 0
-    assert json.loads(capsys.readouterr().out)["num_samples"] == 7
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_samples"] == 7
+    # So is the folder of the job's pictures, its grid left out, and with statistics without data.
+    scored[1] = f"--images={folder}"
+    assert evaluate_images.main(scored) == 0
+    assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(result["fid"])
+    stats = tmp_path / "stats.npz"
+    fid.save_reference(stats, np.zeros(64), np.eye(64))
+    scored += [f"--config.fid.cache_ref={stats}", "--config.dataset.root=YOUR_DATA_ROOT"]
+    assert evaluate_images.main(scored) == 0
+    Image.new("RGB", (8, 8)).save(folder / "colour.png")
+    assert evaluate_images.main(scored) == 1
+    assert "colour.png is (8, 8, 3)" in capsys.readouterr().err
 
 
 BAD = {

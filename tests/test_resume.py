@@ -261,7 +261,7 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
     loaded = sample.load_weights(path, fresh.params, optimizer=True)
-    state = resume.from_weights(fresh, loaded, shardings)
+    state = resume.from_weights(fresh, loaded, shardings, config.training.ema_val)
 
     assert int(state.step) == weights["step"]
     jax.tree.map(np.testing.assert_array_equal, state.params, weights["params"])
@@ -288,9 +288,29 @@ def test_load_weights_takes_a_run_with_its_optimizer(workdir):
     weights = sample.load_weights(workdir, shapes, optimizer=True)
     state = state_of(0)
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
-    state = resume.from_weights(state, weights, shardings)
+    state = resume.from_weights(state, weights, shardings, config_of().training.ema_val)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(30))
     assert sample.load_weights(workdir, shapes)["opt_state"] is None
+
+
+def test_averages_are_known_by_their_decays():
+    emas = ({"kernel": jnp.ones(3)}, {"kernel": jnp.zeros(3)})
+    weights = {"step": 1, "params": emas[0], "ema_params": emas, "ema_vals": [0.999, 0.9999]}
+    assert sample.choose_weights(weights, "ema_0.9999") is emas[1]
+    with pytest.raises(ValueError, match=r"'ema_0.5' is none of params, ema, ema_0.999, ema_0.9"):
+        sample.choose_weights(weights, "ema_0.5")
+    state = State(jnp.int32(0), emas[0], (emas[0],) * 3, (), {})
+    shardings = sharding.by_parameter(sharding.make_mesh(1), state)
+    found = resume.from_weights(
+        state, weights | {"opt_state": None}, shardings, (0.9999, 0.5, 0.999)
+    ).ema_params
+    assert [float(ema["kernel"][0]) for ema in found] == [0, 1, 1]
+
+
+def test_the_decays_are_those_of_the_run(workdir):
+    shapes = jax.eval_shape(lambda: state_of(0).params)
+    weights = sample.load_weights(workdir, shapes)
+    assert tuple(weights["ema_vals"]) == tuple(config_of().training.ema_val)
 
 
 # Numbers that go bad --------------------------------------------------------------------------

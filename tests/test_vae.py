@@ -184,6 +184,16 @@ def test_decode_undoes_a_normalisation_by_channel(golden, io):
 
 
 @pytest.mark.parity
+def test_bfloat16_stays_near_float32(golden, io):
+    """Measured on the tiny network: 1.0 % of the images' standard deviation on average."""
+    ours = vae.load(str(golden / "vae" / STYLES[0]), dtype="bfloat16")
+    images = jax.jit(ours.decode)(ours.params, io["latents"] * vae.SD_SCALE)
+    assert images.dtype == jnp.float32
+    error = np.abs(images - io["decoded"]).mean() / io["decoded"].std()
+    assert 1e-4 < error < 0.05, "above: too coarse; below: not bfloat16 at all"
+
+
+@pytest.mark.parity
 def test_flax_msgpack_and_1x1_convolutions_hold_the_same_weights(golden, autoencoders, tmp_path):
     expected = traverse_util.flatten_dict(autoencoders[STYLES[0]].params, sep="/")
     config = golden / "vae" / STYLES[0] / "config.json"

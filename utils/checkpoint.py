@@ -230,8 +230,8 @@ def restore_weights(workdir, step=None, optimizer=False):
       optimizer: whether to read the moments of Adam too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay) and, with
-      `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}, or None.
+      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config` and,
+      with `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}, or None.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -253,9 +253,10 @@ def restore_weights(workdir, step=None, optimizer=False):
 
 def _read_weights(workdir, step, optimizer):
     names = ARRAYS if optimizer else ("params", "ema_params")
-    arrays = read_arrays(workdir, step, dict.fromkeys(names))
-    verify(workdir, step, arrays, read_plain(workdir, step))
+    arrays, plain = read_arrays(workdir, step, dict.fromkeys(names)), read_plain(workdir, step)
+    verify(workdir, step, arrays, plain)
     weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
+    weights["config"] = plain["config"]
     if optimizer:
         weights["opt_state"] = _find_adam(arrays["progress"])
     return weights

@@ -15,6 +15,7 @@ then one hash check and one copy.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -50,13 +51,25 @@ def write_shard(path, examples):
     try:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE_OPTIONS)
         for example in examples:
-            writer.write(_serialise(example))
+            record = _serialise(example)
+            with _writing(path):
+                writer.write(record)
             count += 1
-        writer.close()
+        with _writing(path):
+            writer.close()
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return count
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except RuntimeError as error:  # of ArrayRecord, whatever the system said
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({reason}); make room, and go on") from error
 
 
 def is_dataset(root):

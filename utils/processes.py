@@ -27,6 +27,7 @@ import numpy as np
 # jax has no public name for its key-value store; orbax reaches it this way too.
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 RESTART = 75  # exit status (EX_TEMPFAIL): start the same command again, and the job goes on
 HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
@@ -114,9 +115,13 @@ def is_writer():
 # Agreeing -------------------------------------------------------------------------------------
 
 
-def quiet():
-    """Whether to show no progress bar: for tqdm, where None stands for all but a terminal."""
-    return None if is_writer() else True
+def progress(iterable, total, unit, name=None, shown=True):
+    """A bar with speed and time left; in a log file a line every half minute."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        iterable, name, total, unit=f" {unit}", smoothing=0.05, leave=name is None,
+        mininterval=0.5 if terminal else 30, delay=0 if terminal else 30, disable=not shown,
+    )  # fmt: skip
 
 
 _questions = itertools.count()

@@ -1,0 +1,61 @@
+"""The backbone: two batches side by side, and its attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plain_meanflow
+import pytest
+
+from models import dit, meanflow
+from models.meanflow import MeanFlow
+
+CLASSES, SHAPE = 3, (4, 4, 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("guidance", [dict(guidance_eq="none"), dict(omega=2.0), dict(kappa=0.0)])
+def test_two_batches_side_by_side_are_equal_to_the_plain_transcription(share, guidance):
+    """With the DiT itself, also where one of the two batches is empty."""
+    method = MeanFlow(data_proportion=share, **guidance)
+    net = dit.DiT(depth=2, hidden_size=16, num_heads=2, patch_size=2, num_classes=CLASSES)
+    params = dit.init_params(net, jax.random.key(0), SHAPE)
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    x = jax.random.normal(jax.random.key(2), (8, *SHAPE))
+    y = jnp.arange(8) % CLASSES
+    draws = meanflow.draw(jax.random.key(3), x.shape, method)
+
+    def ours(params):
+        return meanflow.loss(
+            dit.as_function(net), params, x, y, draws, method, null_label=CLASSES,
+            num_equal=meanflow.equal_count(8, share), net_pair=dit.as_pair_function(net),
+        )[0]  # fmt: skip
+
+    def plain(params):
+        return plain_meanflow.loss(
+            dit.as_function(net), params, x, y, draws.t, draws.r, draws.noise, draws.drop, method,
+            CLASSES,
+        )[0]  # fmt: skip
+
+    found, grads = jax.jit(jax.value_and_grad(ours))(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain))(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    scale = optax.tree.norm(expected_grads)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * scale)
+
+
+def test_fused_attention_is_asked_for_where_there_is_a_kernel(monkeypatch):
+    """cuDNN has one in half precision; elsewhere XLA's own is taken."""
+    asked = []
+
+    def attention(q, k, v, implementation):
+        asked.append(implementation)
+        return v
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    for backend, dtype in (("gpu", jnp.bfloat16), ("gpu", jnp.float32), ("tpu", jnp.bfloat16)):
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        layer = dit.Attention(num_heads=2, dtype=dtype)
+        jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.zeros((1, 4, 16)), True)
+    assert asked == ["cudnn", None, None]

@@ -1,0 +1,62 @@
+"""Preparing datasets: what goes wrong, and what happens at the same time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts import prepare_dataset, write_shards
+from utils import dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    """The system refuses files of more than 20 kB."""
+    command = f"ulimit -f 20; exec {sys.executable} -m scripts.prepare_dataset digits --output"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {tmp_path / 'data'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_of_two_processes_the_slower_takes_the_faster_ones_digits(tmp_path, monkeypatch, capsys):
+    write = dataset.write_metadata
+    output = tmp_path / "data"
+
+    def slowly(root, *arguments):
+        monkeypatch.setattr(dataset, "write_metadata", write)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        assert prepare_dataset.main(["digits", f"--output={output}"]) == 0
+        write(root, *arguments)
+
+    monkeypatch.setattr(dataset, "write_metadata", slowly)
+    assert prepare_dataset.main(["digits", f"--output={output}"]) == 0
+    assert "another process was faster" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (output / "dataset_info.json").unlink()
+    assert prepare_dataset.main(["digits", f"--output={output}"]) == 1
+    assert "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["device_batch_size", "records_per_shard", "workers"])
+def test_zero_is_refused(tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        prepare_dataset.main(["images", "--input=.", f"--output={tmp_path}", f"--{option}=0"])
+    assert f"--{option}: a number above 0" in capsys.readouterr().err
+
+
+def test_a_stream_that_ends_early_makes_no_shard(tmp_path):
+    example = {"image": np.zeros((2, 2, 3), np.uint8), "label": 0}
+    job = write_shards.Job(
+        tmp_path, "image", (2, 2, 3), np.uint8, 1, False, {"train": [0, 1]}, {"train": ["a", "b"]},
+        records_per_shard=2, settings={},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="1 examples came for 2 items"):
+        write_shards.write(job, lambda items: [example])
+    assert not list(tmp_path.glob("*array_record*")) and not dataset.is_dataset(tmp_path)
