@@ -13,8 +13,10 @@ from models.meanflow import MeanFlow
 CLASSES, SHAPE = 3, (4, 4, 2)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
-@pytest.mark.parametrize("guidance", [dict(guidance_eq="none"), dict(omega=2.0), dict(kappa=0.0)])
+@pytest.mark.parametrize(
+    "share, guidance",
+    [(0.0, {}), (0.75, {}), (1.0, {}), (0.75, {"kappa": 0.0, "omega": 2.0}), (1.0, {"kappa": 0.0})],
+)
 def test_two_batches_side_by_side_are_equal_to_the_plain_transcription(share, guidance):
     """With the DiT itself, also where one of the two batches is empty."""
     method = MeanFlow(data_proportion=share, **guidance)
