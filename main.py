@@ -46,6 +46,7 @@ def run_job(config, flags):
         job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
+        processes.ignore_signals()
         processes.leave()
         return processes.RESTART
     except KeyboardInterrupt:

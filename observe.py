@@ -84,7 +84,7 @@ class Observer:
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
         training = self.config.training
-        if training.profile_steps:
+        if training.profile_steps and processes.is_writer():  # one trace, and one folder for it
             self._profile(step, state, *training.profile_steps)
         if self._clock is None:  # the first step compiles, and does not count
             jax.block_until_ready(state)
@@ -112,6 +112,7 @@ class Observer:
     def _look(self, step, state, grid, evaluation):
         if not (grid or evaluation):
             return
+        self.flush()  # the log never steps back: W&B would leave out what does
         jax.block_until_ready(state)
         looked = time.perf_counter()
         if grid:

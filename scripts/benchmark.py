@@ -9,7 +9,6 @@ writes what is printed. Times on busy or shared processors mean little; ratios o
 """
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -94,7 +93,7 @@ class Candidate:
         for _ in range(steps):
             self.state = self.step(self.state, self.batch)
         jax.block_until_ready(self.state)
-        self.seconds.append((time.perf_counter() - begin) / steps)
+        self.seconds.append((time.perf_counter() - begin) / max(steps, 1))
 
 
 def run_train(config, args):
@@ -174,16 +173,18 @@ def main(argv=None):
     benchmark_data.add_arguments(commands.add_parser("data", help="the data iterator"))
     try:
         if argv[:1] == ["data"]:
-            benchmark_data.run(parser.parse_args(argv))
+            args = parser.parse_args(argv)
+            costs.check_writable(args.json)
+            costs.write_json(args.json, benchmark_data.run(args))
             return 0
         config, rest = costs.config_without_data(argv)
         args = parser.parse_args(rest)
+        costs.check_writable(args.json)
         results = (run_train if args.command == "train" else benchmark_eval.run)(config, args)
+        costs.write_json(args.json, results)
     except (ValueError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

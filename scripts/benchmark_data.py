@@ -8,7 +8,6 @@ files of the published code, which are read in a shuffled order by a pool of thr
 """
 
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import struct
@@ -42,6 +41,10 @@ def add_arguments(parser):
 
 def run(args):
     """Makes the data, measures, prints a table; returns the results as a dict."""
+    if args.num_records < args.batch_size:
+        raise ValueError(
+            f"--num_records={args.num_records} is less than a batch of {args.batch_size}"
+        )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
         print("writing synthetic latents ...", file=sys.stderr)
@@ -66,8 +69,6 @@ def run(args):
             "options": {k: v for k, v in vars(args).items() if isinstance(v, (int, float))},
         }
     report(results)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 

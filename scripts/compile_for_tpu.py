@@ -10,13 +10,11 @@ v5e:4x4, v5p:2x2x4, v6e:4x4 and so on. Exit status: 0 all fits, 1 it does not, 2
 """
 
 import argparse
-import json
 import os
 import re
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 # The compiler would otherwise ask the machine for its TPU.
 ENVIRONMENT = {
@@ -139,6 +137,11 @@ def run(config, topology, steps):
     """Compiles the steps by name for a topology, prints and returns the figures."""
     devices = slice_devices(topology)
     chip, mesh = costs.chip(devices[0]), sharding.make_mesh(config.mesh.fsdp, devices)
+    if chip is None:
+        raise ValueError(
+            f"--topology {topology}: the memory of a {devices[0].device_kind} is not known here "
+            "(models/flops.py: TPU v4, v5e, v5p, v6e)"
+        )
     share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
     chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
     hosts = len({device.process_index for device in devices})
@@ -172,12 +175,12 @@ def main(argv=None):
     try:
         config, rest = costs.config_without_data(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(rest)
+        costs.check_writable(args.json)
         results = run(config, args.topology, args.steps)
+        costs.write_json(args.json, results)
     except (ValueError, OSError) as error:
         print(f"compile_for_tpu: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(results[name]["fits"] for name in args.steps) else 1
 
 

@@ -1,7 +1,9 @@
 """What a train step costs: FLOPs by hand and by XLA, collectives, and what the chips offer."""
 
+import json
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +135,15 @@ def peak_bytes(compiled):
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     return m.argument_size_in_bytes + results + m.temp_size_in_bytes
+
+
+def check_writable(path):
+    """Raises OSError, before anything is measured, where `path` (or None) cannot be written."""
+    if path:
+        Path(path).open("a").close()
+
+
+def write_json(path, results):
+    """Writes the figures to `path`, or nowhere for None."""
+    if path:
+        Path(path).write_text(json.dumps(results, indent=1) + "\n")

@@ -82,14 +82,15 @@ def join_processes(args):
     if args.coordinator_address:
         import jax
 
-        options = {"shutdown_timeout_seconds": DAY}  # until the slowest has finished
-        if args.coordinator_address != "auto":
-            options |= {
-                "coordinator_address": args.coordinator_address,
-                "num_processes": args.num_processes,
-                "process_id": args.process_id,
-            }
-        jax.distributed.initialize(**options)
+        from utils import processes
+
+        given = (args.coordinator_address, args.num_processes, args.process_id)
+        if args.coordinator_address == "auto":
+            given = (None, None, None)
+        elif args.num_processes < 2:
+            raise ValueError("--coordinator_address HOST:PORT needs --num_processes, 2 or more")
+        # The first may have to wait long for the slowest.
+        processes.join(*given, timeout=args.join_timeout, shutdown_timeout=DAY)
         args.process_id, args.num_processes = jax.process_index(), jax.process_count()
     if not 0 <= args.process_id < args.num_processes:
         raise ValueError(f"--process_id={args.process_id} is not below --num_processes")
@@ -161,6 +162,7 @@ def parse(argv):
         command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
         command.add_argument("--num_processes", type=int, default=1, help="that share the work")
         command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
+        command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
     return parser.parse_args(argv)
 
 

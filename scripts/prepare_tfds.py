@@ -6,6 +6,7 @@ encode PNGs. A set that TFDS has prepared already in ArrayRecord is read as it i
 
 import contextlib
 import functools
+import glob
 import importlib.util
 import io
 import sys
@@ -136,10 +137,18 @@ def _without_tensorflow(builder):
                 exists=lambda path: epath.Path(path).exists(),
                 isdir=lambda path: epath.Path(path).is_dir(),
                 listdir=listdir,
+                glob=glob.glob,
             )
         )
     )
     try:
         yield
+    except AttributeError as error:
+        if "SimpleNamespace" not in str(error):
+            raise
+        raise ValueError(
+            f"'{builder.name}' can only be generated with TensorFlow ({error}): pip install "
+            "tensorflow where it is prepared; nothing else needs it"
+        ) from error
     finally:
         module.tf = theirs

@@ -114,8 +114,16 @@ def test_stand_ins_have_the_shapes_of_the_real_networks():
     assert parts.autoencoder.downscale == 8 and isinstance(parts.autoencoder, vae.Autoencoder)
 
 
-def test_a_wrong_option_is_one_line(capsys):
-    assert benchmark.main(["train", *TINY, "--config.training.batch=8"]) == 1
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", *TINY, "--config.training.batch=8"],
+        ["train", *TINY, "--json=no/such/folder/file"],
+        ["data", "--num_records=10"],
+    ],
+)
+def test_a_wrong_option_is_one_line(words, capsys):
+    assert benchmark.main(words) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -54,6 +54,7 @@ def test_what_does_not_fit_is_said(run_python):
     "topology, options, word",
     [
         ("v5e:3x7", [], "--topology v5e:3x7"),
+        ("v3:2x2", [], "TPU v3 is not known"),
         ("v5e:2x2", ["--config.mesh.fsdp=3"], "mesh.fsdp"),
         ("v5e:2x2", ["--config.training.batch_size=30"], "training.batch_size"),
     ],

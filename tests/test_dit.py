@@ -47,6 +47,43 @@ def test_two_batches_side_by_side_are_equal_to_the_plain_transcription(share, gu
         np.testing.assert_allclose(a, b, atol=2e-5 * scale)
 
 
+@pytest.mark.parametrize("share", [0.75, 1.0])
+def test_training_with_an_attention_that_has_no_jvp(monkeypatch, share):
+    """As the fused kernels have none; with `remat` too."""
+    plain_attention = jax.nn.dot_product_attention
+
+    @jax.custom_vjp
+    def kernel(q, k, v):
+        return plain_attention(q, k, v)
+
+    kernel.defvjp(
+        lambda *qkv: (kernel(*qkv), qkv),
+        lambda qkv, cotangent: jax.vjp(plain_attention, *qkv)[1](cotangent),
+    )
+    fused = lambda q, k, v, implementation: kernel(q, k, v)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    method = MeanFlow(data_proportion=share)
+    x = jax.random.normal(jax.random.key(2), (8, *SHAPE))
+    draws = meanflow.draw(jax.random.key(3), x.shape, method)
+
+    def value_and_grad(**options):
+        net = dit.DiT(2, 16, 2, patch_size=2, num_classes=CLASSES, **options)
+        params = dit.init_params(net, jax.random.key(0), SHAPE)
+        params = jax.tree.map(
+            lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), params
+        )
+        loss = lambda params: meanflow.loss(  # noqa: E731
+            dit.as_function(net), params, x, jnp.arange(8) % CLASSES, draws, method,
+            null_label=CLASSES, num_equal=int(8 * share), net_pair=dit.as_pair_function(net),
+        )[0]  # fmt: skip
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    found, expected = value_and_grad(fused_attention=True, remat=True), value_and_grad()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected
+    )
+
+
 def test_fused_attention_is_asked_for_where_there_is_a_kernel(monkeypatch):
     """cuDNN has one in half precision; elsewhere XLA's own is taken."""
     asked = []

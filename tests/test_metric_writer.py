@@ -44,10 +44,10 @@ def test_scalars_are_on_disk_without_a_close(tmp_path):
 
 def test_a_resumed_run_takes_back_what_came_after(tmp_path):
     # Killed at 50 and resumed from 30, killed at 50 and resumed from 40; never closed.
-    for resume_step, steps in ((None, (10, 20, 30, 40, 50)), (30, (40, 50)), (40, (50, 60))):
+    for resume_step, steps in ((0, (10, 20, 30, 40, 50)), (30, (40, 50)), (40, (50, 60))):
         writer = MetricWriter(tmp_path, resume_step=resume_step)
         for step in steps:
-            writer.scalars(step, {"loss": step + (resume_step or 0)})
+            writer.scalars(step, {"loss": step + resume_step})
     want = [(10, 10), (20, 20), (30, 30), (40, 70), (50, 90), (60, 100)]
     assert [(line["step"], line["loss"]) for line in read_jsonl(tmp_path)] == want
     assert points(tmp_path) == want
@@ -86,7 +86,9 @@ def test_half_written_files_are_tolerated(tmp_path):
 def test_without_a_resume_step_nothing_is_taken_back(tmp_path):
     MetricWriter(tmp_path).scalars(10, {"loss": 1})
     MetricWriter(tmp_path).scalars(20, {"loss": 2})
-    assert [line["step"] for line in read_jsonl(tmp_path)] == [10, 20]
+    MetricWriter(tmp_path).scalars(10, {"loss": 3})
+    assert [line["step"] for line in read_jsonl(tmp_path)] == [10, 20, 10]
+    assert points(tmp_path) == [(10, 1), (20, 2), (10, 3)]
 
 
 def test_a_failing_cut_leaves_the_old_file(tmp_path, monkeypatch):

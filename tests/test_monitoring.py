@@ -18,7 +18,7 @@ import sample
 import train
 from configs import load_config
 from models import flops
-from utils import dataset, train_metrics
+from utils import dataset, processes, train_metrics
 from utils.metric_writer import MetricWriter
 
 RECORDS, BATCH, TOTAL, LOG = 24, 8, 7, 2  # 3 steps per epoch; the last line has one step
@@ -220,6 +220,29 @@ def test_memory_where_the_backend_tells(monkeypatch):
     assert observe.device_memory() == {"memory_gb/in_use": 3.0, "memory_gb/peak": 5.0}
     devices({"bytes_in_use": 2e9})
     assert observe.device_memory() == {"memory_gb/in_use": 2.0}
+
+
+def test_the_log_comes_before_what_is_looked_at(monkeypatch):
+    """Weights & Biases leaves out what steps back."""
+    observer, calls = observe.Observer.__new__(observe.Observer), []
+    observer.flush = lambda: calls.append("flush")
+    observer._draw_grid = lambda *_: calls.append("grid")
+    observer._clock = None
+    observer._look(5, types.SimpleNamespace(ema_params=[None]), grid=True, evaluation=False)
+    assert calls == ["flush", "grid"]
+
+
+@pytest.mark.parametrize("writer", [True, False])
+def test_one_process_takes_the_profile(monkeypatch, writer):
+    """Several would write into one folder, and jax refuses one with two traces."""
+    observer, calls = observe.Observer.__new__(observe.Observer), []
+    training = types.SimpleNamespace(profile_steps=(2, 3), log_per_step=10)
+    observer.config = types.SimpleNamespace(training=training)
+    observer._pending, observer._clock, observer.total = [], (0, 0.0), 9
+    observer._profile = lambda *_: calls.append("profile")
+    monkeypatch.setattr(processes, "is_writer", lambda: writer)
+    observer.log(1, None)
+    assert calls == ["profile"] * writer
 
 
 # Weights & Biases ------------------------------------------------------------------------------

@@ -51,6 +51,28 @@ def test_zero_is_refused(tmp_path, option, capsys):
     assert f"--{option}: a number above 0" in capsys.readouterr().err
 
 
+ADDRESS = "--coordinator_address=localhost:1"
+PEER = ["--num_processes=2", "--process_id=1"]
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([ADDRESS], "needs --num_processes"),
+        ([ADDRESS, *PEER, "--join_timeout=3"], "waited 3 s at localhost:1"),
+        (["--coordinator_address=host", "--num_processes=2"], "expected HOST:PORT"),
+    ],
+)
+def test_processes_that_do_not_come_together_are_told_in_one_line(tmp_path, words, told):
+    command = [sys.executable, "-m", "scripts.prepare_dataset", "pt", f"--input={tmp_path}"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path / 'new'}", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode != 0 and told in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "rror" in line or told in line]) == 1
+
+
 def test_a_stream_that_ends_early_makes_no_shard(tmp_path):
     example = {"image": np.zeros((2, 2, 3), np.uint8), "label": 0}
     job = write_shards.Job(

@@ -4,13 +4,15 @@ import os
 import pickle
 import shutil
 import sys
+import types
 from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
-from scripts import prepare_dataset
+from scripts import prepare_dataset, prepare_tfds
 from utils import dataset
 
 
@@ -96,6 +98,36 @@ def test_cifar10_is_downloaded_and_generated_without_tensorflow(tmp_path, monkey
     expected = np.concatenate([written[name] for name in files[:5]]).transpose(0, 2, 3, 1)
     np.testing.assert_array_equal(batch["image"], expected)
     np.testing.assert_array_equal(batch["label"], np.tile(np.arange(4), 5))
+
+
+def imagenette(tmp_path):
+    """Prepares it from made-up pictures; returns the exit status."""
+    for split in ("train", "val"):
+        for label in ("n01440764", "n03888257"):
+            folder = tmp_path / "extracted" / "imagenette2-160" / split / label
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (200, 160), (40 * i, 0, 0)).save(folder / f"{i}.JPEG")
+    argv = ["tfds", "--name=imagenette/160px-v2", f"--output={tmp_path / 'set'}", "--image_size=32"]
+    with mock.patch(
+        "tensorflow_datasets.core.download.DownloadManager.download_and_extract",
+        lambda manager, url: tmp_path / "extracted",
+    ):
+        return prepare_dataset.main([*argv, f"--data_dir={tmp_path / 'tfds'}"])
+
+
+def test_a_set_of_files_is_generated_without_tensorflow(tmp_path):
+    assert imagenette(tmp_path) == 0
+    records = dataset.open_records(tmp_path / "set")
+    assert (records.shape, records.num_records, records.num_classes) == ((32, 32, 3), 4, 10)
+
+
+def test_what_only_tensorflow_can_generate_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    missing = types.SimpleNamespace(glob=lambda _: types.SimpleNamespace().data)
+    monkeypatch.setattr(prepare_tfds, "glob", missing)
+    assert imagenette(tmp_path) == 1
+    error = capsys.readouterr().err.strip()
+    assert "can only be generated with TensorFlow" in error and len(error.splitlines()) == 1
 
 
 def test_a_set_that_tfds_has_prepared(tmp_path):

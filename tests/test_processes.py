@@ -131,6 +131,18 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
             assert abs(value - b[key]) <= 1e-4 * abs(value), (a["step"], key)
 
 
+def test_a_signal_that_comes_twice_at_once_counts_once(jobs):
+    """A scheduler sends it to every process, and launch.sh passes it on. Later it would kill."""
+    workdir = jobs.folder / "twice"
+    started = jobs.start(workdir, {**ENDLESS, "fid.on_training": False})
+    until(lambda: "step 5/" in outputs(workdir)[0], started)
+    for _ in range(20):  # while the job saves and leaves
+        started[0].terminate()
+        time.sleep(0.02)
+    assert wait(started) == [processes.RESTART], outputs(workdir)
+    assert checkpoint.steps(workdir)[-1] >= 5
+
+
 # Process 1 alone finds a shard damaged, after a few batches.
 DAMAGED = """
 import sys, time

@@ -53,11 +53,11 @@ class MetricWriter:
         # The files are read in the order of their names, which begin with the second: without the
         # nanoseconds a run restarted within one would overwrite its own file.
         self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns() % 10**9:09d}")
-        # Each START hides what the files before it hold from its step on. The first one of a run
-        # hides nothing, but has to be there for the second to count.
-        start = 0 if resume_step is None else resume_step + 1
-        self._write(start, file_version="brain.Event:2")
-        self._write(start, session_log=SessionLog(status=SessionLog.START))
+        self._write(self._start, file_version="brain.Event:2")
+        if resume_step is not None:
+            # Each START hides what the files before it hold from its step on. The first one of a
+            # run hides nothing, but has to be there for the second to count.
+            self._write(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step, metrics):
         """Logs {name: number} at a step. In metrics.jsonl a number that is not finite is null."""

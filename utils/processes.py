@@ -33,6 +33,7 @@ RESTART = 75  # exit status (EX_TEMPFAIL): start the same command again, and the
 HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
 ANSWER_TIMEOUT = 600  # seconds in which the writer has to answer the others
 GRACE = 3.0  # seconds in which the others read the note of a process that fails
+SAME_SIGNAL = 2.0  # seconds in which a second signal counts as the first
 SHARED_FOLDER_TIMEOUT = 20.0  # seconds in which a new file must be seen by all processes
 NOTE = "meanflow/failure"
 LOST_PEER = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection closed", "coordination service")
@@ -45,7 +46,13 @@ class Preempted(Exception):
 # Joining --------------------------------------------------------------------------------------
 
 
-def join(coordinator_address=None, num_processes=None, process_id=None, timeout=300):
+def join(
+    coordinator_address=None,
+    num_processes=None,
+    process_id=None,
+    timeout=300,
+    shutdown_timeout=HEARTBEAT_TIMEOUT,
+):
     """Joins the processes of this job, where there are several; before any other use of jax.
 
     Without arguments jax finds a TPU slice, SLURM or Open MPI by itself; elsewhere there is
@@ -57,6 +64,7 @@ def join(coordinator_address=None, num_processes=None, process_id=None, timeout=
       process_id: the number of this one, 0 <= process_id < num_processes.
       timeout: seconds to wait for the others. When they are over, the process ends with one line
         and the exit status `RESTART`: jax itself would abort with a stack trace.
+      shutdown_timeout: seconds in which the others may come to their end after this process.
 
     Raises:
       ValueError: only some of the three are given, or they do not fit together.
@@ -78,7 +86,7 @@ def join(coordinator_address=None, num_processes=None, process_id=None, timeout=
             *given,
             initialization_timeout=timeout + 60,  # the alarm comes first
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=shutdown_timeout,
         )
     except ValueError as error:
         if given == (None,) * 3 and "coordinator_address" in str(error):
@@ -211,25 +219,35 @@ def _check_shared(path, expected):
 
 # Stopping -------------------------------------------------------------------------------------
 
-_asked = False  # a signal has come (single process)
+_asked = None  # when the first signal came (single process)
 _stopping = False  # and all processes have agreed to stop
 _calls = 0
 
 
 def listen():
-    """From here on SIGTERM and Ctrl-C ask the job to stop; a second one ends it at once.
+    """From here on SIGTERM and Ctrl-C ask the job to stop; a second one later ends it at once.
 
+    One signal may come twice: from a scheduler that sends it to every process, and from launch.sh.
     Of several processes jax listens to SIGTERM in each, and tells the others.
     """
 
     def ask(number, frame):
         global _asked
-        _asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if _asked is None:
+            _asked = time.monotonic()
+        elif time.monotonic() - _asked > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, ask)
         signal.signal(signal.SIGINT, ask)
+
+
+def ignore_signals():
+    """What is saved and about to exit need not be told again, and must not die of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stop_requested():
@@ -237,7 +255,7 @@ def stop_requested():
     global _stopping, _calls
     _calls += 1
     if jax.process_count() == 1:
-        _stopping = _asked
+        _stopping = _asked is not None
     elif not _stopping:
         _stopping = multihost_utils.reached_preemption_sync_point(_calls)
     return _stopping
