@@ -80,6 +80,20 @@ def test_the_life_of_a_run(jobs, unbroken):
     assert_equal_runs(unbroken, workdir)
 
 
+def test_killed_between_two_results_of_an_evaluation(jobs):
+    options = {"fid.weights": "ema,params", "fid.num_samples": 4000, "training.num_steps": 8}
+    whole, killed = jobs.folder / "evaluated", jobs.folder / "killed_in_evaluation"
+    jobs.train(whole, options)
+    (process,) = jobs.start(killed, options)
+    until(lambda: (killed / "results.json").exists(), process)
+    process.kill()
+    wait([process])
+    assert [result["weights"] for result in results(killed)] == ["ema"]
+    jobs.train(killed, options)
+    assert_equal_runs(whole, killed)
+    assert [result["weights"] for result in results(killed)] == ["ema", "params"]
+
+
 def test_an_evaluation_that_is_repeated_takes_the_place_of_the_first(tmp_path):
     result = {"fid": 1.0, "weights": "ema", "checkpoint_step": 8, "sampling_times": [1.0, 0.0]}
     evaluate.save_results(tmp_path, [result, {**result, "weights": "params"}])
