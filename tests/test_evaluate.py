@@ -77,7 +77,7 @@ def test_the_result_says_what_it_depends_on(result, golden, reference):
     assert result["checkpoint_step"] == int(checkpoint.name.removeprefix("checkpoint_"))
     assert (result["num_samples"], result["seed"], result["weights"]) == (SAMPLES, 0, "ema")
     assert (result["num_steps"], result["network_dtype"]) == (1, "float32")
-    assert int(result["checksum"], 16) > 0
+    assert int(result["weights_checksum"], 16) > 0
     assert result["fid"] > 0 and result["sfid"] > 0 and result["inception_score"] >= 1
 
 

@@ -98,7 +98,7 @@ def test_an_evaluation_that_is_repeated_takes_the_place_of_the_first(tmp_path):
     result = {"fid": 1.0, "weights": "ema", "checkpoint_step": 8, "sampling_times": [1.0, 0.0]}
     evaluate.save_results(tmp_path, [result, {**result, "weights": "params"}])
     evaluate.save_results(tmp_path, [{**result, "fid": 2.0}, {**result, "checkpoint_step": 16}])
-    evaluate.save_results(tmp_path, [{**result, "fid": 3.0, "checksum": "of other weights"}])
+    evaluate.save_results(tmp_path, [{**result, "fid": 3.0, "weights_checksum": "of others"}])
     found = [(r["weights"], r["checkpoint_step"], r["fid"]) for r in results(tmp_path)]
     assert found == [("params", 8, 1.0), ("ema", 8, 2.0), ("ema", 16, 1.0), ("ema", 8, 3.0)]
 
