@@ -23,8 +23,9 @@ def export(source, folder, step=None, form="msgpack"):
     if released.is_released(source):
         state = released.load(source)
     else:
-        state = checkpoint.restore_weights(source, step, optimizer=True)
-        state |= {"ema_params": state["ema_params"][0]}
+        found = checkpoint.restore_weights(source, step, optimizer=True)
+        state = {name: found[name] for name in ("step", "params", "opt_state")}
+        state["ema_params"] = found["ema_params"][0]
     return released.export(**state, folder=folder, form=form)
 
 

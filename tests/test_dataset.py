@@ -1,6 +1,5 @@
 """The record format and its iterator."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from scripts import benchmark_data
+from scripts import benchmark, benchmark_data
 from utils import dataset, torch_files
 
 SHAPE = (4, 4, 8)
@@ -313,11 +312,9 @@ def test_close_ends_the_threads(records):
 
 
 def test_benchmark(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    benchmark_data.add_arguments(parser)
     words = "--num_records=64 --pt_files=20 --latent_size=4 --batch_size=16 --rounds=1".split()
     words += ["--seconds=0.02", f"--folder={tmp_path}", f"--json={tmp_path / 'out.json'}"]
-    benchmark_data.run(parser.parse_args(words))
+    assert benchmark.main(["data", *words]) == 0
     results = json.loads((tmp_path / "out.json").read_text())
     names = ["records, float32", "records, float16", ".pt files"]
     assert list(results["latents_per_second"]) == names
