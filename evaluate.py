@@ -86,14 +86,14 @@ def run(evaluator, weights, sampling, workdir):
     results = []
     for name in evaluator.scorer.options.weights:
         params = sample.choose_weights(weights, name)
+        about = {
+            "weights": name,
+            "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
+            "checkpoint_step": weights["step"],
+        }
         for num_steps in (0,) if sampling.sampling_timesteps else sampling.num_steps:
             times = meanflow.sample_times(num_steps, sampling.sampling_timesteps)
             found = evaluator(params, times)
-            about = {
-                "weights": name,
-                "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
-                "checkpoint_step": weights["step"],
-            }
             results.append(describe(evaluator, about, times, found))
             logging.info("%s", report(results[-1]))
             save_results(workdir, results[-1:])  # one that is stopped keeps what it has measured

@@ -166,7 +166,7 @@ def update(recipe, state, x, y, draws):
     )
     norms = {
         "grad_norm": optax.tree.norm(grads),
-        # Not of `updates`: XLA would read the moments twice to have them (2 GB for DiT-B on TPU).
+        # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
         "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
         "param_norm": optax.tree.norm(params),
     }

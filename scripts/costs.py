@@ -1,6 +1,7 @@
 """What a train step costs: FLOPs by hand and by XLA, collectives, and what the chips offer."""
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -139,8 +140,8 @@ def peak_bytes(compiled):
 
 def check_writable(path):
     """Raises OSError, before anything is measured, where `path` (or None) cannot be written."""
-    if path:
-        Path(path).open("a").close()
+    if path and not os.access(Path(path).parent, os.W_OK):
+        raise OSError(f"--json={path}: there is no such folder, or it cannot be written to")
 
 
 def write_json(path, results):
