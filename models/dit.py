@@ -1,7 +1,7 @@
 """The backbone: a Diffusion Transformer (Peebles & Xie, arXiv 2212.09748) with two times.
 
-`u(x, t, h, y)` is conditioned on the time `t`, on the length `h = t - r` of the interval over
-which the velocity is averaged, and on a class label. Images are NHWC.
+`u(z, t, h, y)` is conditioned on the time `t`, on the length `h = t - r` of the interval over
+which the velocity is averaged, and on a class label. Images are NHWC. Builds on models/network.py.
 
 The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
 the time to compile does not grow with the depth. Several batches can go through them side by side
@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from models.network import Network, Velocity
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
@@ -31,6 +33,20 @@ def position_embedding(hidden_size, side):
     column = np.tile(line, (side, 1))
     row = np.repeat(line, side, axis=0)
     return np.concatenate([column, row], axis=1).astype(np.float32)
+
+
+def patchify(x, p):
+    """(B, S, S, C) -> (B, N, p, p, C), row by row."""
+    B, S, _, C = x.shape
+    x = x.reshape(B, S // p, p, S // p, p, C).swapaxes(2, 3)  # (B, side, side, p, p, C)
+    return x.reshape(B, (S // p) ** 2, p, p, C)
+
+
+def unpatchify(x, p, C):
+    """(B, N, p p C) -> (B, S, S, C), the inverse."""
+    B, side = len(x), round(x.shape[1] ** 0.5)
+    x = x.reshape(B, side, side, p, p, C).swapaxes(2, 3)  # (B, side, p, side, p, C)
+    return x.reshape(B, side * p, side * p, C)
 
 
 def layer_norm(x):
@@ -134,8 +150,8 @@ class FinalLayer(nn.Module):
         return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
 
 
-class DiT(nn.Module):
-    """The average velocity u(x, t, h, y).
+class DiT(Network):
+    """The average velocity u(z, t, h, y).
 
     Attributes:
       depth, hidden_size, num_heads, patch_size: the size of the transformer.
@@ -158,16 +174,11 @@ class DiT(nn.Module):
     remat: bool = False
     fused_attention: bool = False
 
-    def __call__(self, x, t, h, y):
-        """x float32 (B, S, S, C); t, h float32 (B,) in [0, 1]; y int32 (B,) -> float32 like x."""
-        return self.together((x, t, h, y), fused=(self.fused_attention,))[0]
+    def __call__(self, z, c):
+        return self.together((z, c))[0]
 
     @nn.compact
-    def together(self, *batches, fused):
-        """Batches (x, t, h, y), ... in one pass over the parameters -> a tuple (u, ...).
-
-        `fused` says for each batch whether its attention may be a fused kernel, without a JVP.
-        """
+    def together(self, *batches, jvp=None):
         _, S, _, C = batches[0][0].shape
         p, D = self.patch_size, self.hidden_size
         side = S // p
@@ -177,6 +188,7 @@ class DiT(nn.Module):
         x_embedder = nn.DenseGeneral(D, **patch, name="x_embedder")
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
+        fused = tuple(self.fused_attention and i != jvp for i in range(len(batches)))
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -190,20 +202,37 @@ class DiT(nn.Module):
         )(D, self.num_heads, self.dtype, fused, name="blocks")
         final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
-        def embed(x, t, h, y):
-            x = x.reshape(len(x), side, p, side, p, C).swapaxes(2, 3)  # (B, side, side, p, p, C)
-            x = x_embedder(x.reshape(len(x), side * side, p, p, C))  # (B, N, D)
-            times = {"t": t, "r": t - h, "h": h}
-            c = sum(embedder(times[name]) for name, embedder in embedders.items()) + y_embedder(y)
-            return x + position_embedding(D, side), nn.silu(c)  # each adaLN begins with silu(c)
-
-        def unpatchify(x):
-            x = x.reshape(len(x), side, side, p, p, C).swapaxes(2, 3)  # (B, side, p, side, p, C)
-            return x.reshape(len(x), S, S, C).astype(jnp.float32)
+        def embed(z, c):
+            x = x_embedder(patchify(z, p))  # (B, N, D)
+            times = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"]}
+            vector = sum(embedder(times[name]) for name, embedder in embedders.items())
+            vector = vector + y_embedder(c["y"])  # (B, D)
+            # each adaLN begins with silu
+            return x + position_embedding(D, side), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         xs, _ = blocks(xs, cs)
-        return tuple(unpatchify(final_layer(x, c)) for x, c in zip(xs, cs, strict=True))
+        outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
+        return tuple(Velocity(unpatchify(x, p, C).astype(jnp.float32)) for x in outs)
+
+    def cast(self, params):
+        """The blocks in the type of their products.
+
+        In half precision their copies, the gradients of the blocks and what `fsdp` exchanges take
+        half the bytes.
+        """
+        return params | {"blocks": jax.tree.map(lambda p: p.astype(self.dtype), params["blocks"])}
+
+    def flops(self, image_shape):
+        height, width, channels = image_shape
+        tokens = height * width // self.patch_size**2
+        D, patch = self.hidden_size, self.patch_size**2 * channels
+        block = tokens * (4 + 8) * D * D + 2 * tokens * tokens * D + 6 * D * D
+        times = len(self.time_cond) * (FREQUENCIES * D + D * D)
+        return 2 * (self.depth * block + times + 2 * tokens * patch * D + 2 * D * D)
+
+    def unrolled(self):
+        return self.clone(unroll=self.depth)
 
 
 # depth, hidden_size, num_heads
@@ -214,101 +243,44 @@ SIZES = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-PATCHES = (2, 4, 8)
 NAMES = {
     f"DiT_{size}_{p}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
     for size, (depth, width, heads) in SIZES.items()
-    for p in PATCHES
+    for p in (2, 4, 8)
 }
+NAMES["DiT"] = {}  # all four sizes are options
+SIZE_OPTIONS = ("depth", "hidden_size", "num_heads", "patch_size")
+OPTIONS = (*SIZE_OPTIONS, "time_cond", "unroll", "remat", "fused_attention")
 
 
-def build(
-    cls,
-    *,
-    image_size,
-    num_classes,
-    time_cond="t,h",
-    dtype=jnp.float32,
-    unroll=1,
-    remat=False,
-    fused_attention=False,
-    **sizes,
-):
+def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
     """A `DiT` by name.
 
     Args:
-      cls: `DiT_{S,B,M,L,XL}_{2,4,8}`, or `DiT`, for which all four sizes must be given.
-      image_size: height and width of x; a multiple of the patch size.
-      sizes: depth, hidden_size, num_heads, patch_size; one that is not 0 replaces that of `cls`.
+      cls: of NAMES.
+      image_shape: (h, w, c) of z; h and w a multiple of the patch size.
+      options: the others of OPTIONS; a size that is 0 is that of `cls`.
 
     Raises:
-      ValueError: an unknown name, a missing size, or sizes that do not fit together.
+      ValueError: a missing size, or sizes that do not fit together.
     """
-    if cls != "DiT" and cls not in NAMES:
-        raise ValueError(f"model.cls: unknown network {cls!r}; known: DiT, {', '.join(NAMES)}")
-    sizes = NAMES.get(cls, {}) | {name: size for name, size in sizes.items() if size}
-    missing = {"depth", "hidden_size", "num_heads", "patch_size"} - set(sizes)
+    options |= {name: size for name, size in NAMES[cls].items() if not options[name]}
+    missing = [f"model.{name}" for name in SIZE_OPTIONS if not options[name]]
     if missing:
-        raise ValueError(f"model.cls: DiT needs model.{', model.'.join(sorted(missing))}")
-    if image_size % sizes["patch_size"]:
+        raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
+    _, D, heads, patch = (options[name] for name in SIZE_OPTIONS)
+    if image_shape[0] % patch:
         raise ValueError(
-            f"dataset.image_size {image_size} is not a multiple of the patch size "
-            f"{sizes['patch_size']} of {cls}"
+            f"dataset.image_size ({image_shape[0]}) must be a multiple of the patch size {patch} "
+            f"of model.cls {cls}"
         )
-    if sizes["hidden_size"] % sizes["num_heads"] or sizes["hidden_size"] % 4:
+    if D % heads or D % 4:
         raise ValueError(
-            f"model.hidden_size {sizes['hidden_size']} must be a multiple of 4 and of "
-            f"model.num_heads {sizes['num_heads']}"
+            f"model.hidden_size ({D}) must be a multiple of 4 and of model.num_heads ({heads})"
         )
     time_cond = tuple(name.strip() for name in time_cond.split(","))
     if time_cond not in (("t", "r"), ("t", "h"), ("t", "r", "h"), ("h",)):
         raise ValueError(
-            f"model.time_cond: {','.join(time_cond)!r} is none of t,r | t,h | t,r,h | h"
+            f"model.time_cond is one of t,r | t,h | t,r,h | h, not {','.join(time_cond)!r}"
         )
-    return DiT(
-        **sizes,
-        num_classes=num_classes,
-        time_cond=time_cond,
-        dtype=dtype,
-        unroll=unroll,
-        remat=remat,
-        fused_attention=fused_attention,
-    )
-
-
-def init_params(net, key, image_shape):
-    """Fresh parameters of `net` for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
-    x, time = jnp.zeros((1, *image_shape)), jnp.zeros(1)
-    return net.init(key, x, time, time, jnp.zeros(1, jnp.int32))["params"]
-
-
-def as_function(net, gather=lambda params: params):
-    """`net` as a function (params, x, t, h, y) -> u; `gather` brings parameters to the devices."""
-    return lambda params, *batch: net.apply({"params": gather(in_dtype(net, params))}, *batch)
-
-
-def as_pair_function(net, gather=lambda params: params):
-    """`net` as a function (params, batch, batch) -> (u, u); the first one has a JVP.
-
-    A batch is (x, t, h, y). The two go through the blocks side by side. None for a network that is
-    no `DiT`: `meanflow.loss` then calls it twice (docs/extending.md).
-    """
-    if not isinstance(net, DiT):
-        return None
-    return lambda params, *batches: net.apply(
-        {"params": gather(in_dtype(net, params))},
-        *batches,
-        fused=(False, net.fused_attention),
-        method="together",
-    )
-
-
-def in_dtype(net, params):
-    """The parameters of the blocks in the type of their products.
-
-    Once for all passes and blocks: in half precision their copies, the gradients of the blocks and
-    what `fsdp` exchanges take half the bytes. Those of another network stay as they are.
-    """
-    if not isinstance(net, DiT):
-        return params
-    return params | {"blocks": jax.tree.map(lambda p: p.astype(net.dtype), params["blocks"])}
+    return DiT(**options, num_classes=num_classes, time_cond=time_cond, dtype=dtype)

@@ -1,0 +1,101 @@
+"""What a backbone is, and how everything else calls one.
+
+A backbone is a Flax module that derives from `Network` and answers one call,
+`module(z, c) -> Velocity`. What depends on the kind of network (how several batches share a pass,
+which parameters may be rounded, what a pass costs) it overrides here, so nobody else has to ask
+which one it is.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Velocity(NamedTuple):
+    """What a network predicts; each float32 (B, H, W, C), like z."""
+
+    u: jax.Array  # the average velocity over [r, t]
+    v: jax.Array | None = None  # the instantaneous one, by a head of its own, where there is one
+
+
+class Network(nn.Module):
+    """Base of all backbones. A subclass has `__call__`, and overrides what it does better.
+
+    `conditions` names what it takes of `c` beside `t`, `h` and `y`: an objective that needs more
+    of a network is refused when it is built (`parts.py`).
+    """
+
+    conditions = ()
+
+    def __call__(self, z, c):
+        """Predicts the velocity.
+
+        Args:
+          z: what goes into the network, float32 (B, H, W, C).
+          c: conditions by row: `t`, `h` float32 (B,) in [0, 1] with h = t - r; `y` int32 (B,),
+            whose last value stands for no label; and what the objective or the data add.
+
+        Returns:
+          `Velocity`.
+        """
+        raise NotImplementedError
+
+    def together(self, *batches, jvp=None):
+        """Several batches (z, c) in one pass over the parameters -> a `Velocity` for each.
+
+        Args:
+          jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
+            forward-mode derivative; None for none.
+        """
+        return tuple(self(*batch) for batch in batches)
+
+    def cast(self, params):
+        """The parameters in the type of their products, once for all passes of a step."""
+        return params
+
+    def flops(self, image_shape):
+        """FLOPs of the matrix products of one pass on an image (h, w, c); None: not known."""
+        return None
+
+    def unrolled(self):
+        """The same network without a loop, for counting: XLA counts the body of a loop once."""
+        return self
+
+    def parameter_groups(self):
+        """Names of parts for people -> the parameters' first names; all others are `other`."""
+        return {}
+
+
+def init_params(module, key, image_shape):
+    """Fresh parameters for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
+    zero = jnp.zeros(1)
+    c = {"t": zero, "h": zero, "y": jnp.zeros(1, jnp.int32)}
+    c |= {name: zero for name in module.conditions}
+    return module.init(key, jnp.zeros((1, *image_shape)), c)["params"]
+
+
+def param_shapes(module, image_shape):
+    """The tree of `init_params` as `ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0), image_shape))
+
+
+def function(module, gather=lambda params: params):
+    """A module as the function that objectives and the sampler call.
+
+    Args:
+      module: `Network`.
+      gather: brings parameters to the devices, see `utils.sharding.gather`.
+
+    Returns:
+      `net(params, *batches, jvp=None, key=None) -> (Velocity, ...)`; a batch is (z, c), see
+      `Network`; a key turns dropout on, the same for all batches of the call.
+    """
+
+    def net(params, *batches, jvp=None, key=None):
+        params = gather(module.cast(params))
+        rngs = {} if key is None else {"rngs": {"dropout": key}}
+        return module.apply({"params": params}, *batches, jvp=jvp, method="together", **rngs)
+
+    return net

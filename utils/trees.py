@@ -1,0 +1,52 @@
+"""Strict comparison of what weights should be with what a file holds."""
+
+import numpy as np
+from flax import traverse_util
+
+MAX_NAMED = 20  # entries in an error line; the rest is counted
+
+
+def flatten(tree):
+    """A nested dict -> {"a/b/c": leaf}; {} for anything else."""
+    return traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
+
+
+def unflatten(arrays):
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def check_shapes(shapes, arrays, where):
+    """Holds {name: array} against {name: shape}.
+
+    Raises:
+      ValueError: names missing or left over, or arrays of another shape; `where` opens the line.
+    """
+    raise_problems(
+        where,
+        missing=sorted(shapes.keys() - arrays.keys()),
+        left_over=sorted(arrays.keys() - shapes.keys()),
+        misfits=[
+            f"{name} {np.shape(arrays[name])} instead of {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in arrays and np.shape(arrays[name]) != tuple(shape)
+        ],
+    )
+
+
+def check_tree(expected, tree, where):
+    """`check_shapes` for nested dicts; `expected` has anything with a shape as leaves."""
+    shapes = {name: leaf.shape for name, leaf in flatten(expected).items()}
+    check_shapes(shapes, flatten(tree), where)
+
+
+def raise_problems(where, missing=(), left_over=(), misfits=()):
+    """Raises ValueError with one line where any of the lists of names is not empty."""
+    problems = {"missing": missing, "left over": left_over, "of another shape": misfits}
+    parts = []
+    for kind, names in problems.items():
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        if names:
+            parts.append(f"{kind}: {', '.join(names[:MAX_NAMED])}{more}")
+    if parts:
+        raise ValueError(f"{where}: {'; '.join(parts)}")
