@@ -8,6 +8,8 @@ the time to compile does not grow with the depth. Several batches can go through
 (`DiT.together`), in one pass over the parameters.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,13 +67,14 @@ class TimeEmbedder(nn.Module):
     """A time in [0, 1], (B,) -> (B, D). In float32: its derivative enters the JVP."""
 
     hidden_size: int
+    kernel_init: Callable = normal
 
     @nn.compact
     def __call__(self, t):
         half = FREQUENCIES // 2
         angle = t[:, None] * MAX_PERIOD ** -(np.arange(half, dtype=np.float32) / half)
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # (B, 256)
-        dense = dict(features=self.hidden_size, kernel_init=normal, precision="highest")
+        dense = dict(features=self.hidden_size, kernel_init=self.kernel_init, precision="highest")
         x = nn.Dense(**dense, name="fc1")(x)
         return nn.Dense(**dense, name="fc2")(nn.silu(x))
 
