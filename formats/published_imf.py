@@ -23,6 +23,9 @@ from utils import files, trees
 FREQUENCIES = 256  # of the scalars' sinusoidal embeddings
 LABEL_TABLE = "y_embedder/embedding_table/_flax_embedding/embedding"
 NAME = re.compile(r"checkpoint_(\d+)$")
+# Of its latents, per channel, before the network; not the factor 0.18215.
+LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 PREFIX = {"class": 8, "omega": 4, "t_min": 2, "t_max": 2, "time": 4}  # learned tokens
 STACKS = {"blocks": "shared_blocks_{}", "u_blocks": "u_heads_{}", "v_blocks": "v_heads_{}"}
 EMBEDDERS = {
@@ -60,12 +63,12 @@ def find(path):
     return found[max(found)] if found else None
 
 
-def load(path, averages_only=False):
+def load(path, optimizer=True):
     """Reads a published checkpoint.
 
     Args:
       path: from `find`.
-      averages_only: read `ema_params` alone, a quarter of the bytes.
+      optimizer: whether to read the moments of Adam too, half of the bytes.
 
     Returns:
       {"step": int, "params", "ema_params": trees as in models/imf_dit.py, float32 numpy arrays,
@@ -77,7 +80,7 @@ def load(path, averages_only=False):
         type that does not fit.
     """
     path = Path(path).absolute()
-    state = _restore(path, ("ema_params",) if averages_only else None)
+    state = _restore(path, leave_out=() if optimizer else ("opt_state",))
     trees.raise_problems(
         path,
         missing=sorted({"ema_params"} - state.keys()),
@@ -92,14 +95,12 @@ def load(path, averages_only=False):
     }
 
 
-def _restore(path, names):
-    """The state as nested dicts of numpy arrays; of its entries those of `names`, None: all."""
+def _restore(path, leave_out):
+    """The state as nested dicts of numpy arrays, without the entries `leave_out`."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            if names is None:
-                return checkpointer.restore(path)
             tree = checkpointer.metadata(path).item_metadata.tree
-            item = {name: tree[name] for name in names if name in tree}
+            item = {name: tree[name] for name in tree if name not in leave_out}
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
             return checkpointer.restore(
                 path,

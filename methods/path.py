@@ -44,6 +44,8 @@ class Objective:
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
     conditions = ()  # what its network has to take beside t, h and y
+    needs_v = False  # whether its network has to predict the instantaneous velocity too
+    instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
 
     def draw(self, key, shape, step):
@@ -94,6 +96,10 @@ class Objective:
     def passes(self, batch_size):
         """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""
         raise NotImplementedError
+
+    def passes_of_both(self, batch_size):
+        """Those of them that predict both velocities; all others predict one."""
+        return 0.0
 
 
 def by_row(s):

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.dit import FREQUENCIES, MAX_PERIOD, TimeEmbedder, patchify, unpatchify, xavier, zeros
+from models.dit import (
+    FREQUENCIES,
+    MAX_PERIOD,
+    TimeEmbedder,
+    guidance_numbers,
+    patchify,
+    unpatchify,
+    xavier,
+    zeros,
+)
 from models.network import Network, Velocity
 
 ones = nn.initializers.ones_init()
@@ -79,10 +88,12 @@ class Embedding(nn.Module):
         }
 
     def __call__(self, z, c):
-        given = {name: c.get(name, jnp.full_like(c["h"], v)) for name, v in CONSTANTS.items()}
+        given = guidance_numbers(
+            {name: c.get(name, jnp.full_like(c["h"], value)) for name, value in CONSTANTS.items()}
+        )
         vectors = {
             "class": self.y_embedder(c["y"]),
-            "omega": self.omega_embedder(1 - 1 / given["omega"]),
+            "omega": self.omega_embedder(given["omega"]),
             "t_min": self.t_min_embedder(given["t_min"]),
             "t_max": self.t_max_embedder(given["t_max"]),
             "time": self.h_embedder(c["h"]),
@@ -185,7 +196,7 @@ class ImfDiT(Network):
         crosses `depth` blocks.
       aux_head_depth: blocks of each head.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
-      v_head: whether fresh parameters have a head of v.
+      predicts_v: whether fresh parameters have a head of v.
       dtype, unroll, remat, fused_attention: as in models/dit.py.
     """
 
@@ -195,13 +206,15 @@ class ImfDiT(Network):
     patch_size: int
     aux_head_depth: int
     num_classes: int
-    v_head: bool = True
+    predicts_v: bool = True
     dtype: jnp.dtype = jnp.float32
     unroll: int = 1
     remat: bool = False
     fused_attention: bool = False
 
     conditions = tuple(CONSTANTS)
+    only_for_training = ("v_blocks", "v_final_layer")
+    takes_t = False
 
     def __call__(self, z, c):
         return self.together((z, c))[0]
@@ -233,9 +246,12 @@ class ImfDiT(Network):
         xs = tuple(embed(*batch) for batch in batches)
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
         us, vs = head("u", xs), [None] * len(xs)
-        if self.v_head and self.is_initializing() or self.has_variable("params", "v_blocks"):
+        if self.predicts_v and self.is_initializing() or self.has_variable("params", "v_blocks"):
             vs = head("v", xs)
         return tuple(map(Velocity, us, vs))
+
+    def serving(self, conditions, v):
+        return self.clone(predicts_v=v)
 
     def cast(self, params):
         """The kernels of the blocks in the type of their products, see models/dit.py."""
@@ -246,14 +262,15 @@ class ImfDiT(Network):
         stacks = {name: params[name] for name in params if name.endswith("blocks")}
         return params | jax.tree_util.tree_map_with_path(cast, stacks)
 
-    def flops(self, image_shape):
+    def flops(self, image_shape, both=False):
         height, width, channels = image_shape
         patches = height * width // self.patch_size**2
         tokens = NUM_PREFIX + patches
         D, patch = self.hidden_size, self.patch_size**2 * channels
         block = tokens * (4 * D + 3 * mlp_size(D)) * D + 2 * tokens * tokens * D
         scalars = 4 * (FREQUENCIES * D + D * D)
-        return 2 * (self.depth * block + scalars + 2 * patches * patch * D)
+        blocks = self.depth + (self.aux_head_depth if both else 0)
+        return 2 * (blocks * block + scalars + (2 + both) * patches * patch * D)
 
     def unrolled(self):
         return self.clone(unroll=self.depth)

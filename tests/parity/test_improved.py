@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import types
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
 from formats import published_imf
 from methods import improved, path
-from models import imf_dit, network
+from models import codec, imf_dit, network
 from utils import trees
 
 pytestmark = pytest.mark.parity
@@ -241,6 +243,55 @@ def test_sampler(data):
         found = sample(path.sample_times(case["num_steps"]), guidance)
         close(found, data.arrays[f"sampler/{name}/samples"])
     assert sample._cache_size() == len({case["num_steps"] for case in cases.values()})
+
+
+def test_latents(data, monkeypatch):
+    a = data.below("latents")
+    mean, std = published_imf.LATENT_MEAN, published_imf.LATENT_STD
+    normalisation = codec.normalisation(mean, std, len(mean))
+    batch = {"moments": a["moments"], "label": np.zeros(len(a["moments"]), np.int32)}
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.random, "normal", lambda key, shape, dtype: a["noise"])
+        x, _ = codec.Codec(normalisation).encode(batch, jax.random.key(0))
+    close(x, a["latents"])
+    close(normalisation.undo(a["latents"]), a["unscaled"])
+
+
+def test_trajectory(data):
+    """Some steps of training: losses, learning rates, and where the weights and averages went."""
+    info = INFO["trajectory"]
+    batches = [data.batch(data.below(f"trajectory/batch_{i}"), data.below(f"trajectory/batch_{i}"))
+               for i in range(info["steps"])]  # fmt: skip
+    (x, _, _, num_equal, _) = batches[0]
+    options = {name: info[name] for name in ("learning_rate", "warmup_steps", "weight_decay")}
+    options |= {"adam_b1": info["adam_b1"], "adam_b2": info["adam_b2"], "warmup_epochs": 0}
+    training = types.SimpleNamespace(**options, lr_schedule="const", grad_clip=0.0)
+    optimizer, schedule = train.make_optimizer(training, info["steps"])
+    recipe = train.Recipe(
+        net=network.function(data.net),
+        method=objective(info["norm_p"], info["norm_eps"], num_equal, len(x)),
+        codec=codec.Codec(),
+        optimizer=optimizer,
+        ema_vals=(info["ema_val"],),
+        log_per_step=1,
+    )
+    state = train.init_state(recipe, data.net, x.shape[1:], jax.random.key(0))
+    state = state._replace(params=data.params, ema_params=(data.params,))
+    step = jax.jit(functools.partial(train.update, recipe))
+    for i, (x, y, draws, _, _) in enumerate(batches):
+        np.testing.assert_allclose(schedule(i), data.arrays["trajectory/lr"][i], rtol=1e-6)
+        state = step(state, x, {"y": y}, draws, jax.random.key(0))
+        for name in ("loss", "loss_u", "loss_v"):
+            expected = data.arrays[f"trajectory/{name}"][i]
+            np.testing.assert_allclose(state.sums[name], expected, rtol=1e-5, err_msg=name)
+    start = flat(data.params)
+    for tree, name in ((state.params, "final_params"), (state.ema_params[0], "final_ema_params")):
+        found, expected = flat(tree), data.below(f"trajectory/{name}")
+        assert found.keys() == expected.keys()
+        for key in found:
+            moved = np.linalg.norm(expected[key] - start[key])
+            error = np.linalg.norm(found[key] - expected[key])
+            assert error <= 1e-3 * moved + 1e-7, (name, key)
 
 
 def test_fresh_parameters(data):
