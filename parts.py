@@ -40,7 +40,7 @@ class Parts(NamedTuple):
         return network.param_shapes(self.module, self.image_shape)
 
     def step_flops(self, batch_size):
-        """FLOPs of the products that a step needs, by image; None where the network's are unknown."""
+        """FLOPs of the products that a step needs, by image; None: not known."""
         if self.module.flops(self.image_shape) is None:
             return None
         both = self.method.passes_of_both(batch_size)

@@ -44,7 +44,7 @@ def _dataset(dataset):
 
 
 def _model(model):
-    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT: sizes below
+    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT: see below
     model.depth = 0  # number of blocks; 0: that of cls
     model.hidden_size = 0  # width; 0: that of cls
     model.num_heads = 0  # attention heads; 0: that of cls
