@@ -49,7 +49,7 @@ def _model(model):
     model.hidden_size = 0  # width; 0: that of cls
     model.num_heads = 0  # attention heads; 0: that of cls
     model.patch_size = 0  # side of a patch; 0: that of cls
-    model.aux_head_depth = 0  # imfDiT: blocks of each head, of which depth counts one; 0: of cls
+    model.aux_head_depth = 0  # imfDiT: blocks of each head (depth counts one head); 0: that of cls
     model.time_cond = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
     model.unroll = 1  # blocks per iteration of the scan over the blocks; depth: no loop at all
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
