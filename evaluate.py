@@ -127,6 +127,10 @@ class Evaluation:
                     save_result(workdir, results[-1])  # one that is stopped keeps what it has
         if len(results) > 1:
             logging.info("%s", table(results))
+        compared = [result for result in results if "fid" in result]
+        if len(compared) > 1:
+            best = min(compared, key=lambda result: result["fid"])
+            logging.info("best: %s", report(best))
         return results
 
     def measure(self, params, about, times, guidance):

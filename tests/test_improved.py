@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import make
 import numpy as np
+import optax
 import pytest
 from jobs import Jobs, assert_equal_runs, results, wait
 from test_benchmark import count
@@ -172,9 +173,9 @@ def test_remat_and_any_size():
 
     def gradient(module):
         net = network.function(module)
-        return jax.jit(
-            jax.grad(lambda p: model.method.loss(net, p, x, {"y": y}, draws, {})[0])
-        )(params)
+        return jax.jit(jax.grad(lambda p: model.method.loss(net, p, x, {"y": y}, draws, {})[0]))(
+            params
+        )
 
     a, b = flatten(gradient(model.module)), flatten(gradient(model.module.clone(remat=True)))
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
@@ -202,8 +203,6 @@ def numbers(fsdp):
     """Losses and gradients of some steps on all devices."""
     model = model_of(mesh=sharding.make_mesh(fsdp))
     params, x, _ = batch_of(model)
-    import optax
-
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
     recipe = train.Recipe(model.net, model.method, codec.Codec(), optimizer, (0.9,))
     state = train.init_state(recipe, model.module, model.image_shape, jax.random.key(0))
