@@ -30,11 +30,11 @@ def loss(net, params, x, y, draws, method):
     v_g = jnp.where(drop.reshape(column), v_t, v_g)
     y = jnp.where(drop, null, y)
 
-    def predict(z, h):
+    def predict(z, t, h):
         c = {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max, "y": y}
         return tuple(net(params, (z, c))[0])
 
-    (u, v), (du_dt, _) = jax.jvp(predict, (z, t - r), (tangent, one))
+    (u, v), (du_dt, _) = jax.jvp(predict, (z, t, t - r), (tangent, one, one))
     V = u + (t - r).reshape(column) * jax.lax.stop_gradient(du_dt)
     errors = [((field - v_g) ** 2).sum((1, 2, 3)) for field in (V, v)]
     weighted = [
