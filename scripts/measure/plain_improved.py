@@ -32,7 +32,7 @@ def loss(net, params, x, y, draws, method):
 
     def predict(z, t, h):
         c = {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max, "y": y}
-        return tuple(net(params, (z, c))[0])
+        return tuple(net(params, (z, c), jvp=0)[0])
 
     (u, v), (du_dt, _) = jax.jvp(predict, (z, t, t - r), (tangent, one, one))
     V = u + (t - r).reshape(column) * jax.lax.stop_gradient(du_dt)
