@@ -105,6 +105,13 @@ def check(config):
             f"sampling.omega: the guidance of method.name {config.method.name} is trained in "
             "(method.omega); leave it empty"
         )
+    if "omega" in method.conditions:  # the guidance is an input of the network
+        if sampling.channels:
+            raise ValueError(
+                f"sampling.channels: method.name {config.method.name} guides all channels; leave it 0"
+            )
+        if min(sampling.omega, default=1) <= 0:
+            raise ValueError(f"sampling.omega must be above 0, got {list(sampling.omega)}")
     scorer.check_options(config.fid)
 
 

@@ -158,6 +158,8 @@ def test_imf_dit_serves_mean_flow():
         (["model.num_heads=3"], "model.hidden_size"),
         (["model.patch_size=3"], "patch size 3"),
         (["model.time_cond=t,r"], "model.time_cond is no option of model.cls imfDiT"),
+        (["sampling.channels=1"], "guides all channels"),
+        (["sampling.omega=1,0"], "sampling.omega must be above 0"),
         (["method.kappa=0.2"], "method.kappa is no option of method.name improved"),
     ],
 )
