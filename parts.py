@@ -108,7 +108,7 @@ def check(config):
     if "omega" in method.conditions:  # the guidance is an input of the network
         if sampling.channels:
             raise ValueError(
-                f"sampling.channels: method.name {config.method.name} guides all channels; leave it 0"
+                f"sampling.channels: method.name {config.method.name} guides all channels: leave 0"
             )
         if min(sampling.omega, default=1) <= 0:
             raise ValueError(f"sampling.omega must be above 0, got {list(sampling.omega)}")
