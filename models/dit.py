@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import layers
+from models.attention import attention
 from models.network import Network, Velocity
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
@@ -76,26 +78,43 @@ class TimeEmbedder(nn.Module):
         return nn.Dense(**dense, name="fc2")(nn.silu(x))
 
 
+class Qkv(nn.Module):
+    """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
+
+    So none of them has to be copied out of a product of all three. The parameters are those of
+    `nn.Dense(3 * D)`.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        D = x.shape[-1]
+        kernel = self.param("kernel", xavier, (D, 3 * D)).astype(self.dtype)
+        bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
+        return [x @ w + b for w, b in zip(kernels, biases, strict=True)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D). The softmax is in float32."""
 
     num_heads: int
     dtype: jnp.dtype
+    fused: bool
 
     @nn.compact
-    def __call__(self, x, fused):
+    def __call__(self, x, tangent):
         B, N, D = x.shape
-        qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
         H = self.num_heads
-        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
-        if fused:
-            cudnn = jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16
-            x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else None)
+        if self.dtype == jnp.float32:
+            qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+            q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
+            tangent = False  # plain differentiation
         else:
-            scale = q.shape[-1] ** -0.5
-            logits = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, preferred_element_type=jnp.float32)
-            weights = nn.softmax(logits).astype(self.dtype)
-            x = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+            q, k, v = (a.reshape(B, N, H, D // H) for a in Qkv(self.dtype, name="qkv")(x))
+        x = attention(q, k, v, fused=self.fused, tangent=tangent)
         return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x.reshape(B, N, D))
 
 
@@ -108,7 +127,7 @@ class Mlp(nn.Module):
     def __call__(self, x):
         D = x.shape[-1]
         x = nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=True)
+        x = nn.gelu(x, approximate=True) if self.dtype == jnp.float32 else layers.gelu(x)
         return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
 
 
@@ -118,21 +137,33 @@ class Block(nn.Module):
     hidden_size: int
     num_heads: int
     dtype: jnp.dtype
-    fused: tuple[bool, ...]  # for each batch: whether its attention may be a fused kernel
+    fused: bool
+    jvp: int | None  # which of the batches is inside of a `jax.jvp`
 
     def setup(self):
         self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
-        self.attn = Attention(self.num_heads, self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype, self.fused)
         self.mlp = Mlp(self.dtype)
 
     def __call__(self, xs, cs):
         """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
-        return tuple(map(self.one, xs, cs, self.fused)), None
+        tangents = [i == self.jvp for i in range(len(xs))]
+        return tuple(map(self.one, xs, cs, tangents)), None
 
-    def one(self, x, c, fused):
+    def one(self, x, c, tangent):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.adaLN(c), 6, axis=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), fused)
-        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+        x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
+        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent)))
+
+    def norm(self, x, shift, scale, tangent):
+        if self.dtype == jnp.float32:
+            return modulate(layer_norm(x), shift, scale)
+        return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
+
+    def add(self, x, gate, branch):
+        """x + gate * branch in float32, kept in the type of x."""
+        gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
+        return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)
 
 
 class FinalLayer(nn.Module):
@@ -157,10 +188,13 @@ class DiT(Network):
       depth, hidden_size, num_heads, patch_size: the size of the transformer.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
-      dtype: of the matrix products; parameters and the residual stream stay float32.
+      dtype: of the matrix products; parameters stay float32. In float32 every operation is the
+        plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
+        in a JVP (`together`) is not differentiated any further.
       unroll: blocks per iteration of the scan.
       remat: keep nothing of a block for the backward pass, and compute it there again.
-      fused_attention: allow a fused attention kernel where no JVP is taken; it has none.
+      fused_attention: the attention kernels of an NVIDIA card, for bfloat16.
+      half_residual: keep the residual stream in `dtype` too, not in float32.
     """
 
     depth: int
@@ -173,6 +207,7 @@ class DiT(Network):
     unroll: int = 1
     remat: bool = False
     fused_attention: bool = False
+    half_residual: bool = False
 
     def __call__(self, z, c):
         return self.together((z, c))[0]
@@ -188,7 +223,6 @@ class DiT(Network):
         x_embedder = nn.DenseGeneral(D, **patch, name="x_embedder")
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
-        fused = tuple(self.fused_attention and i != jvp for i in range(len(batches)))
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -199,7 +233,8 @@ class DiT(Network):
             in_axes=nn.broadcast,
             length=self.depth,
             unroll=self.unroll,
-        )(D, self.num_heads, self.dtype, fused, name="blocks")
+        )(D, self.num_heads, self.dtype, self.fused_attention, jvp, name="blocks")
+        residual = self.dtype if self.half_residual else jnp.float32
         final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
         def embed(z, c):
@@ -207,8 +242,9 @@ class DiT(Network):
             times = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"]}
             vector = sum(embedder(times[name]) for name, embedder in embedders.items())
             vector = vector + y_embedder(c["y"])  # (B, D)
+            x = x + position_embedding(D, side)
             # each adaLN begins with silu
-            return x + position_embedding(D, side), nn.silu(vector)
+            return x.astype(residual), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         xs, _ = blocks(xs, cs)

@@ -218,7 +218,7 @@ def test_order_depends_on_the_seed_alone(records):
     assert [tuple(b["label"]) for b in first] != [tuple(b["label"]) for b in other]
     # Neither is the next epoch of one seed an epoch of another.
     orders = {
-        tuple(dataset.shuffled_indices(12 * epoch, 12 * epoch + 12, 12, seed))
+        tuple(order.shuffled_indices(12 * epoch, 12 * epoch + 12, 12, seed))
         for seed in range(3)
         for epoch in range(3)
     }
@@ -226,10 +226,10 @@ def test_order_depends_on_the_seed_alone(records):
 
 
 def test_order_is_well_mixed():
-    order = dataset.shuffled_indices(0, 5000, 5000, seed=0)
+    order = order.shuffled_indices(0, 5000, 5000, seed=0)
     assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.05
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
-    later = dataset.shuffled_indices(5000, 10000, 5000, seed=0)
+    later = order.shuffled_indices(5000, 10000, 5000, seed=0)
     assert abs(np.corrcoef(order, later)[0, 1]) < 0.05
 
 
