@@ -319,7 +319,7 @@ def test_an_image_changes_kind_from_epoch_to_epoch():
     kinds = []
     for epoch in range(4):
         start = epoch * num_records
-        index = order.shuffled_indices(start, start + num_records, num_records, seed=0)
+        index = dataset.shuffled_indices(start, start + num_records, num_records, seed=0)
         assert sorted(index) == list(range(num_records))
         num_equal = meanflow.equal_count(batch_size, 0.75)
         place = np.asarray(meanflow.split_rows(jnp.arange(batch_size), num_equal)[1])
