@@ -8,12 +8,15 @@ the time to compile does not grow with the depth. Several batches can go through
 (`DiT.together`), in one pass over the parameters.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from models import layers
+from models import card, layers
 from models.attention import attention
 from models.network import Network, Velocity
 
@@ -22,6 +25,8 @@ MAX_PERIOD = 10000.0
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
+KEPT = "product"
+keep = partial(checkpoint_name, name=KEPT)
 
 
 def position_embedding(hidden_size, side):
@@ -94,7 +99,7 @@ class Qkv(nn.Module):
         bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
         x = x.astype(self.dtype)
         kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-        return [x @ w + b for w, b in zip(kernels, biases, strict=True)]
+        return [keep(x @ w + b) for w, b in zip(kernels, biases, strict=True)]
 
 
 class Attention(nn.Module):
@@ -115,7 +120,8 @@ class Attention(nn.Module):
         else:
             q, k, v = (a.reshape(B, N, H, D // H) for a in Qkv(self.dtype, name="qkv")(x))
         x = attention(q, k, v, fused=self.fused, tangent=tangent)
-        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x.reshape(B, N, D))
+        x = x.reshape(B, N, D)
+        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
 
 
 class Mlp(nn.Module):
@@ -126,9 +132,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
-        x = nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
         x = nn.gelu(x, approximate=True) if self.dtype == jnp.float32 else layers.gelu(x)
-        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
 
 
 class Block(nn.Module):
@@ -151,7 +157,8 @@ class Block(nn.Module):
         return tuple(map(self.one, xs, cs, tangents)), None
 
     def one(self, x, c, tangent):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.adaLN(c), 6, axis=-1)
+        modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
         return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent)))
 
@@ -191,9 +198,9 @@ class DiT(Network):
       dtype: of the matrix products; parameters stay float32. In float32 every operation is the
         plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
         in a JVP (`together`) is not differentiated any further.
-      unroll: blocks per iteration of the scan.
+      unroll: blocks per iteration of the scan; 0: as is best for the card (models/card.py).
       remat: keep nothing of a block for the backward pass, and compute it there again.
-      fused_attention: the attention kernels of an NVIDIA card, for bfloat16.
+      fused_attention: the attention kernels of an NVIDIA card, for bfloat16; None: where they are.
       half_residual: keep the residual stream in `dtype` too, not in float32.
     """
 
@@ -206,7 +213,7 @@ class DiT(Network):
     dtype: jnp.dtype = jnp.float32
     unroll: int = 1
     remat: bool = False
-    fused_attention: bool = False
+    fused_attention: bool | None = False
     half_residual: bool = False
 
     def __call__(self, z, c):
@@ -225,15 +232,23 @@ class DiT(Network):
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        unroll, fused = self.unroll, self.fused_attention
+        if unroll == 0:
+            unroll = card.unroll(self.depth, D, differentiated=jvp is not None)
+        if fused is None:
+            fused = card.fused_attention(self.dtype)
+        policies = jax.checkpoint_policies
+        kept = policies.dots_with_no_batch_dims_saveable
+        if self.dtype != jnp.float32:
+            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
-            unroll=self.unroll,
-        )(D, self.num_heads, self.dtype, self.fused_attention, jvp, name="blocks")
+            unroll=unroll,
+        )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
         residual = self.dtype if self.half_residual else jnp.float32
         final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
@@ -268,7 +283,7 @@ class DiT(Network):
         return 2 * (self.depth * block + times + 2 * tokens * patch * D + 2 * D * D)
 
     def unrolled(self):
-        return self.clone(unroll=self.depth)
+        return self.clone(unroll=self.depth, fused_attention=False)
 
 
 # depth, hidden_size, num_heads
@@ -286,7 +301,8 @@ NAMES = {
 }
 NAMES["DiT"] = {}  # all four sizes are options
 SIZE_OPTIONS = ("depth", "hidden_size", "num_heads", "patch_size")
-OPTIONS = (*SIZE_OPTIONS, "time_cond", "unroll", "remat", "fused_attention")
+KERNEL_OPTIONS = ("unroll", "remat", "fused_attention", "half_residual")
+OPTIONS = (*SIZE_OPTIONS, "time_cond", *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
@@ -319,4 +335,6 @@ def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
         raise ValueError(
             f"model.time_cond is one of t,r | t,h | t,r,h | h, not {','.join(time_cond)!r}"
         )
+    if options["half_residual"] is None:
+        options["half_residual"] = dtype == jnp.bfloat16
     return DiT(**options, num_classes=num_classes, time_cond=time_cond, dtype=dtype)
