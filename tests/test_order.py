@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from utils import dataset, order
+from utils import order
+from utils.iterator import RecordIterator
 
 
 def epoch_of(number, count, seed=0, keyed=True):
@@ -56,14 +57,14 @@ def test_order_is_well_mixed():
 def test_a_run_goes_on_in_the_order_it_began_with(monkeypatch):
     """A place that was saved before large sets had an order of their own says nothing of it."""
     records = type("Records", (), dict(num_records=12, read=lambda self, i, flipped: i))()
-    before = dataset.RecordIterator(records, 4, seed=1, num_workers=0)
+    before = RecordIterator(records, 4, seed=1, num_workers=0)
     old = [next(before) for _ in range(6)]
     monkeypatch.setattr(order, "LARGE", 10)
-    fresh = dataset.RecordIterator(records, 4, seed=1, num_workers=0)
+    fresh = RecordIterator(records, 4, seed=1, num_workers=0)
     new = [next(fresh) for _ in range(6)]
     assert not np.array_equal(old, new)
     place = json.loads(json.dumps(fresh.get_state()))
-    again = dataset.RecordIterator(records, 4, seed=1, num_workers=0)
+    again = RecordIterator(records, 4, seed=1, num_workers=0)
     again.set_state({"position": 8, "seed": 1, "num_records": 12})
     np.testing.assert_array_equal([next(again) for _ in range(4)], old[2:])
     assert "keyed" not in again.get_state()
