@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-<<<<<<< HEAD
-from scripts import benchmark, benchmark_data
-from utils import dataset, torch_files
-=======
 from formats import torch_files
 from scripts.measure import __main__ as measure
 from scripts.measure import data as measure_data
 from utils import dataset
 from utils.iterator import RecordIterator, shuffled_indices
->>>>>>> main
 
 SHAPE = (4, 4, 8)
 
