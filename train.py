@@ -21,13 +21,8 @@ import observe
 import parts
 import resume
 from methods import path
-<<<<<<< HEAD
 from models import card, codec, network
-from utils import checkpoint, dataset, processes, sharding, train_metrics
-=======
-from models import codec, network
 from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
->>>>>>> main
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 

@@ -11,9 +11,15 @@ ROOMY = 100e9  # bytes of a card on which the largest networks are unrolled too
 NARROW = 24 * 1024  # blocks times width of those that are unrolled on any card
 
 
-def fused_attention(dtype):
-    """Whether attention takes the kernels of an NVIDIA card: they are for half precision."""
-    return dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+def fused_attention(wanted, dtype):
+    """Whether attention takes the kernels of an NVIDIA card, which are for half precision.
+
+    Args:
+      wanted: True, or None where it is left open.
+    """
+    if wanted is None:
+        wanted = jax.default_backend() == "gpu"
+    return wanted and dtype == jnp.bfloat16
 
 
 def unroll(depth, hidden_size, differentiated):

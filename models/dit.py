@@ -232,11 +232,8 @@ class DiT(Network):
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
-        unroll, fused = self.unroll, self.fused_attention
-        if unroll == 0:
-            unroll = card.unroll(self.depth, D, differentiated=jvp is not None)
-        if fused is None:
-            fused = card.fused_attention(self.dtype)
+        fused = card.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or card.unroll(self.depth, D, differentiated=jvp is not None)
         policies = jax.checkpoint_policies
         kept = policies.dots_with_no_batch_dims_saveable
         if self.dtype != jnp.float32:
