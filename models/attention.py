@@ -39,7 +39,15 @@ def attention(q, k, v, *, fused=False, tangent=False):
 
 def weights(q, k):
     """softmax(q k' / sqrt(d)), float32 (B, H, N, M)."""
-    return jax.nn.softmax(_products(q * q.shape[-1] ** -0.5, k))
+    return jax.nn.softmax(_scores(q, k))
+
+
+def _scores(q, k):
+    """q k' / sqrt(d) in float32; in half precision scaled when it is float32 already."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == jnp.float32:
+        return _products(q * scale, k)
+    return _products(q, k) * scale
 
 
 def _products(q, k):
@@ -82,8 +90,7 @@ def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
 
 def _block_of_tangent(q, dq, k, v, dk, dv):
     """dO of some queries: q, dq (B, n, H, d); the others (B, N, H, d)."""
-    scale = q.shape[-1] ** -0.5
     p = weights(q, k)  # (B, H, n, N)
-    ds = _products(dq * scale, k) + _products(q * scale, dk)
+    ds = _scores(dq, k) + _scores(q, dk)
     dp = p * (ds - jnp.sum(p * ds, axis=-1, keepdims=True))
     return sum(jnp.einsum("bhnm,bmhd->bnhd", a.astype(b.dtype), b) for a, b in ((dp, v), (p, dv)))

@@ -13,6 +13,7 @@ import time
 
 import jax
 
+import parts
 from scripts.measure import costs, evaluation, stand_ins, train
 from scripts.measure.train import Candidate
 from utils import sharding
@@ -58,7 +59,11 @@ def run(args):
         candidate = Candidate(read(config, VARIANTS[variant]), mesh, count=False)
         waiting[pool.submit(candidate.compile)] = name
         said(begin, f"lowered {name}")
-    stages = evaluation_stages(args.evaluation, pool) if args.evaluation else {}
+    stages = {}
+    if args.evaluation:
+        evaluator = evaluator_of(args.evaluation)
+        for name, stage in stand_ins.stages(evaluator).items():
+            stages[name] = pool.submit(evaluation.Stage, *stage)
     left = args.compile_seconds - (time.perf_counter() - begin)
     concurrent.futures.wait([*waiting, *stages.values()], timeout=max(left, 0))
     said(begin, "compiled")
@@ -69,7 +74,8 @@ def run(args):
         costs.write_json(args.json, results)
         print(line(name, figures), flush=True)
     if stages:
-        results["evaluation"] = evaluated(stages, args)
+        done = {name: future.result() for name, future in stages.items() if future.done()}
+        results["evaluation"] = evaluation.rates(done, evaluator.score.batch_size, args.rounds)
         costs.write_json(args.json, results)
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in results["evaluation"].items())
         print(f"evaluation of {args.evaluation}, images/s: {rates}", flush=True)
@@ -115,24 +121,7 @@ def line(name, figures):
     )
 
 
-def evaluation_stages(name, pool):
-    """{stage: future of a compiled stage} of the evaluation of a config."""
-    parts_of = stand_ins.evaluator(*with_model(read(name, EVALUATION)))
-    return {
-        stage: pool.submit(evaluation.Stage, *of, parts_of.score.batch_size)
-        for stage, of in stand_ins.stages(parts_of).items()
-    }
-
-
-def with_model(config):
-    """The config and its parts."""
-    import parts
-
-    return config, parts.make(config)
-
-
-def evaluated(stages, args):
-    """Images per second of each compiled stage."""
-    return {
-        name: future.result().rate(args.rounds) for name, future in stages.items() if future.done()
-    }
+def evaluator_of(name):
+    """The evaluator of a config, without weight files."""
+    config = read(name, EVALUATION)
+    return stand_ins.evaluator(config, parts.make(config))

@@ -45,7 +45,7 @@ def plain_step(recipe, key, state, batch):
 class Candidate:
     """A step to be measured: `compile`, then `place` a state and a batch, then `run`."""
 
-    def __init__(self, config, mesh, is_plain=False):
+    def __init__(self, config, mesh, is_plain=False, count=True):
         key = jax.random.key(0)
         if is_plain:
             config = config.copy_and_resolve_references()
@@ -58,9 +58,11 @@ class Candidate:
         shapes = costs.state_shapes(model, self.recipe), costs.batch_shapes(config)
         self.shapes = shapes
         self.shardings = sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh)
-        counted = dataclasses.replace(self.recipe, net=costs.countable(model))
-        step = plain_step if is_plain else train.train_step
-        self.flops = costs.counted_flops(partial(step, counted, key), *shapes)
+        self.flops = None
+        if count:
+            counted = dataclasses.replace(self.recipe, net=costs.countable(model))
+            step = plain_step if is_plain else train.train_step
+            self.flops = costs.counted_flops(partial(step, counted, key), *shapes)
         if is_plain:
             jitted = jax.jit(
                 partial(plain_step, self.recipe, key),
@@ -83,9 +85,7 @@ class Candidate:
     def place(self):
         """Puts a state and a batch on the devices."""
         of_state, of_rows = self.shardings
-        init = partial(
-            train.init_state, self.recipe, self.model.module, self.model.image_shape
-        )  # fmt: skip
+        init = partial(train.init_state, self.recipe, self.model.module, self.model.image_shape)
         self.state = jax.jit(init, out_shardings=of_state)(jax.random.key(0))
         rng = np.random.RandomState(0)
         batch = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), self.shapes[1])
