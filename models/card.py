@@ -30,9 +30,12 @@ def unroll(depth, hidden_size, differentiated):
     """
     if not differentiated or jax.default_backend() != "gpu":
         return 1
-    if depth * hidden_size <= NARROW or memory() >= ROOMY:
-        return depth
-    return 1
+    return blocks_at_once(depth, hidden_size, memory())
+
+
+def blocks_at_once(depth, hidden_size, memory):
+    """The same on a GPU of so many bytes."""
+    return depth if depth * hidden_size <= NARROW or memory >= ROOMY else 1
 
 
 def memory():
