@@ -29,10 +29,16 @@ def tangent(q, k, v, dq, dk, dv):
     return _by_rows(q, k, v, dq, dk, dv)
 
 
-def call(q, k, v, dq, dk, dv, interpret=False):
-    """The kernel itself. `interpret`: compute it without a card."""
+def call(q, k, v, dq, dk, dv, *, warps=None, interpret=False):
+    """The kernel itself.
+
+    Args:
+      warps: of a program; None: as many as its sums need for their registers.
+      interpret: compute it without a card.
+    """
     B, N, H, d = q.shape
     width = pl.next_power_of_2(d)
+    warps = warps or (4 if width <= 64 else 8)
     block = pl.BlockSpec((None, SIDE, None, width), lambda i, b, h: (b, i, h, 0))
     whole = pl.BlockSpec((None, N, None, width), lambda i, b, h: (b, 0, h, 0))
     return pl.pallas_call(
@@ -41,7 +47,7 @@ def call(q, k, v, dq, dk, dv, interpret=False):
         in_specs=[block, whole, whole, block, whole, whole],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name="attention_tangent",
     )(q, k, v, dq, dk, dv)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import parts
-from models import attention, card, network
+from models import attention, attention_kernel, card, network
 from scripts.measure import costs
 
 SHAPES = ((16, 64, 12, 64), (8, 256, 16, 72), (2, 1024, 12, 64))  # (B, N, H, d): B/4, XL/2, 512 px
@@ -88,10 +88,11 @@ def attention_errors(shape, fused, seed):
 
 
 def tangent_times(shape, seed):
-    """Seconds of the tangent, by kernel and by XLA, and of the values with their kernel."""
+    """Seconds of the tangent, by its kernel and by XLA, and of the values by theirs."""
     arrays = inputs(shape, seed, 6)
     functions = {
-        "kernel": lambda *a: attention.tangent_of(*a, fused=True),
+        "4 warps": lambda *a: attention_kernel.call(*a, warps=4),
+        "8 warps": lambda *a: attention_kernel.call(*a, warps=8),
         "XLA": lambda *a: attention.tangent_of(*a, fused=False),
         "values": lambda q, k, v, *_: attention.attention(q, k, v, fused=True),
     }

@@ -80,20 +80,22 @@ class Candidate:
         self.step = self.lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
         self.bytes = costs.peak_bytes(self.step)
+        init = partial(train.init_state, self.recipe, self.model.module, self.model.image_shape)
+        init = jax.jit(init, out_shardings=self.shardings[0])
+        self.init = init.lower(jax.random.key(0)).compile()
         return self
 
     def place(self):
         """Puts a state and a batch on the devices."""
-        of_state, of_rows = self.shardings
-        init = partial(train.init_state, self.recipe, self.model.module, self.model.image_shape)
-        self.state = jax.jit(init, out_shardings=of_state)(jax.random.key(0))
+        of_rows = self.shardings[1]
+        self.state = self.init(jax.random.key(0))
         rng = np.random.RandomState(0)
         batch = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), self.shapes[1])
         self.batch = sharding.place(batch, jax.tree.map(lambda _: of_rows, batch))
 
     def free(self):
         """Gives the memory on the devices back."""
-        self.state = self.batch = self.step = self.lowered = None
+        self.state = self.batch = self.step = self.init = self.lowered = None
 
     def run(self, steps):
         """Takes `steps` steps and notes the seconds per step."""
