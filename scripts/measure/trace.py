@@ -49,6 +49,7 @@ def kernels(folder):
         for line in plane.lines
         for event in line.events
         if any(key == "hlo_op" for key, _ in event.stats)
+        and not re.match(r"while|call|conditional", event.name)  # what they run stands beside them
     ]
     if not found:
         raise ValueError(f"{files[-1]} tells nothing of a device")
