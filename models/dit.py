@@ -8,25 +8,20 @@ the time to compile does not grow with the depth. Several batches can go through
 (`DiT.together`), in one pass over the parameters.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from models import card, layers
-from models.attention import attention
+from models import card
+from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
-xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
-zeros = nn.initializers.zeros_init()
-KEPT = "product"
-keep = partial(checkpoint_name, name=KEPT)
 
 
 def position_embedding(hidden_size, side):
@@ -56,121 +51,31 @@ def unpatchify(x, p, C):
     return x.reshape(B, side * p, side * p, C)
 
 
-def layer_norm(x):
-    """LayerNorm without scale and bias, in float32."""
-    x = x.astype(jnp.float32)
-    mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(var + 1e-6)
-
-
-def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class TimeEmbedder(nn.Module):
     """A time in [0, 1], (B,) -> (B, D). In float32: its derivative enters the JVP."""
 
     hidden_size: int
+    kernel_init: Callable = normal
 
     @nn.compact
     def __call__(self, t):
         half = FREQUENCIES // 2
         angle = t[:, None] * MAX_PERIOD ** -(np.arange(half, dtype=np.float32) / half)
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # (B, 256)
-        dense = dict(features=self.hidden_size, kernel_init=normal, precision="highest")
+        dense = dict(features=self.hidden_size, kernel_init=self.kernel_init, precision="highest")
         x = nn.Dense(**dense, name="fc1")(x)
         return nn.Dense(**dense, name="fc2")(nn.silu(x))
 
 
-class Qkv(nn.Module):
-    """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
-
-    So none of them has to be copied out of a product of all three. The parameters are those of
-    `nn.Dense(3 * D)`.
-    """
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        D = x.shape[-1]
-        kernel = self.param("kernel", xavier, (D, 3 * D)).astype(self.dtype)
-        bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-        return [keep(x @ w + b) for w, b in zip(kernels, biases, strict=True)]
+GUIDANCE = ("omega", "t_min", "t_max")
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). The softmax is in float32."""
-
-    num_heads: int
-    dtype: jnp.dtype
-    fused: bool
-
-    @nn.compact
-    def __call__(self, x, tangent):
-        B, N, D = x.shape
-        H = self.num_heads
-        if self.dtype == jnp.float32:
-            qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-            q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
-            tangent = False  # plain differentiation
-        else:
-            q, k, v = (a.reshape(B, N, H, D // H) for a in Qkv(self.dtype, name="qkv")(x))
-        x = attention(q, k, v, fused=self.fused, tangent=tangent)
-        x = x.reshape(B, N, D)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
-
-
-class Mlp(nn.Module):
-    """(B, N, D) -> (B, N, D) through 4 D features."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        D = x.shape[-1]
-        x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
-        x = nn.gelu(x, approximate=True) if self.dtype == jnp.float32 else layers.gelu(x)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
-
-
-class Block(nn.Module):
-    """One transformer block with adaLN-Zero."""
-
-    hidden_size: int
-    num_heads: int
-    dtype: jnp.dtype
-    fused: bool
-    jvp: int | None  # which of the batches is inside of a `jax.jvp`
-
-    def setup(self):
-        self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
-        self.attn = Attention(self.num_heads, self.dtype, self.fused)
-        self.mlp = Mlp(self.dtype)
-
-    def __call__(self, xs, cs):
-        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
-        tangents = [i == self.jvp for i in range(len(xs))]
-        return tuple(map(self.one, xs, cs, tangents)), None
-
-    def one(self, x, c, tangent):
-        modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
-        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent)))
-
-    def norm(self, x, shift, scale, tangent):
-        if self.dtype == jnp.float32:
-            return modulate(layer_norm(x), shift, scale)
-        return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
-
-    def add(self, x, gate, branch):
-        """x + gate * branch in float32, kept in the type of x."""
-        gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
-        return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)
+def guidance_numbers(c):
+    """What is embedded of the guidance in the conditions c (arXiv 2512.02012): name -> (B,)."""
+    numbers = {name: c[name] for name in GUIDANCE if name in c}
+    if "omega" in c:
+        numbers["omega"] = 1 - 1 / c["omega"]
+    return numbers
 
 
 class FinalLayer(nn.Module):
@@ -195,6 +100,9 @@ class DiT(Network):
       depth, hidden_size, num_heads, patch_size: the size of the transformer.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
+      conditions: what is embedded beside them, of GUIDANCE.
+      predicts_v: a second final layer, which gives the instantaneous velocity; where parameters
+        hold none, v is None.
       dtype: of the matrix products; parameters stay float32. In float32 every operation is the
         plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
         in a JVP (`together`) is not differentiated any further.
@@ -215,6 +123,10 @@ class DiT(Network):
     remat: bool = False
     fused_attention: bool | None = False
     half_residual: bool = False
+    conditions: tuple[str, ...] = ()
+    predicts_v: bool = False
+
+    only_for_training = ("v_final_layer",)
 
     def __call__(self, z, c):
         return self.together((z, c))[0]
@@ -228,7 +140,8 @@ class DiT(Network):
         # The kernel has the shape of the convolution it stands for, (p, p, C, D).
         patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
         x_embedder = nn.DenseGeneral(D, **patch, name="x_embedder")
-        embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
+        embedded = (*self.time_cond, *self.conditions)
+        embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
@@ -247,12 +160,11 @@ class DiT(Network):
             unroll=unroll,
         )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
         residual = self.dtype if self.half_residual else jnp.float32
-        final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
         def embed(z, c):
             x = x_embedder(patchify(z, p))  # (B, N, D)
-            times = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"]}
-            vector = sum(embedder(times[name]) for name, embedder in embedders.items())
+            numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
+            vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
             vector = vector + y_embedder(c["y"])  # (B, D)
             x = x + position_embedding(D, side)
             # each adaLN begins with silu
@@ -260,8 +172,24 @@ class DiT(Network):
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         xs, _ = blocks(xs, cs)
-        outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
-        return tuple(Velocity(unpatchify(x, p, C).astype(jnp.float32)) for x in outs)
+
+        def images(name):
+            final_layer = FinalLayer(p * p * C, self.dtype, name=name)
+            outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
+            return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
+
+        us, vs = images("final_layer"), [None] * len(xs)
+        if (
+            self.predicts_v
+            and self.is_initializing()
+            or self.has_variable("params", "v_final_layer")
+        ):
+            vs = images("v_final_layer")
+        return tuple(map(Velocity, us, vs))
+
+    def serving(self, conditions, v):
+        known = tuple(name for name in conditions if name in GUIDANCE)
+        return self.clone(conditions=known, predicts_v=v)
 
     def cast(self, params):
         """The blocks in the type of their products.
@@ -271,13 +199,18 @@ class DiT(Network):
         """
         return params | {"blocks": jax.tree.map(lambda p: p.astype(self.dtype), params["blocks"])}
 
-    def flops(self, image_shape):
+    @property
+    def takes_t(self):
+        return self.time_cond != ("h",)
+
+    def flops(self, image_shape, both=False):
         height, width, channels = image_shape
         tokens = height * width // self.patch_size**2
         D, patch = self.hidden_size, self.patch_size**2 * channels
         block = tokens * (4 + 8) * D * D + 2 * tokens * tokens * D + 6 * D * D
-        times = len(self.time_cond) * (FREQUENCIES * D + D * D)
-        return 2 * (self.depth * block + times + 2 * tokens * patch * D + 2 * D * D)
+        times = len(self.time_cond + self.conditions) * (FREQUENCIES * D + D * D)
+        final = tokens * patch * D + 2 * D * D
+        return 2 * (self.depth * block + times + tokens * patch * D + (1 + both) * final)
 
     def unrolled(self):
         return self.clone(unroll=self.depth, fused_attention=False)

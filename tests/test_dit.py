@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from models import card, dit, network
+from models import blocks, card, dit, network
 from scripts.measure import plain
 
 CLASSES, SHAPE = 3, (4, 4, 2)
@@ -93,11 +93,11 @@ def test_what_is_best_for_a_card(monkeypatch):
         assert card.fused_attention(None, dtype) == (backend == "gpu" and dtype == jnp.bfloat16)
         assert not card.fused_attention(False, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for memory, depth, width, blocks in (
+    for memory, depth, width, expected in (
         (60e9, 12, 768, 12), (60e9, 28, 1152, 1), (110e9, 28, 1152, 28),
     ):  # fmt: skip
         monkeypatch.setattr(card, "memory", lambda memory=memory: memory)
-        assert card.unroll(depth, width, differentiated=True) == blocks
+        assert card.unroll(depth, width, differentiated=True) == expected
         assert card.unroll(depth, width, differentiated=False) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert card.unroll(12, 768, differentiated=True) == 1
@@ -106,8 +106,8 @@ def test_what_is_best_for_a_card(monkeypatch):
 def test_three_products_have_the_parameters_of_one():
     """q, k and v by parts of one kernel: the same weights, from the same key, and numbers."""
     x = jax.random.normal(jax.random.key(0), (2, 4, 16))
-    dense = nn.Dense(48, kernel_init=dit.xavier, name="qkv")
+    dense = nn.Dense(48, kernel_init=blocks.xavier, name="qkv")
     expected, params = dense.init_with_output(jax.random.key(1), x)
-    found, same = dit.Qkv(jnp.float32, name="qkv").init_with_output(jax.random.key(1), x)
+    found, same = blocks.Qkv(jnp.float32, name="qkv").init_with_output(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, same)
     np.testing.assert_allclose(jnp.concatenate(found, axis=-1), expected, rtol=1e-5, atol=1e-6)

@@ -194,7 +194,7 @@ def run(config, args):
         report(name, results[name], chip)
     if "train" in steps:
         of_train, passes = results["train"], model.method.passes(batch)
-        needed = passes * model.module.flops(model.image_shape) * batch / len(devices)
+        needed = model.step_flops(batch) * batch / len(devices)
         of_train["flops_by_hand"] = needed
         print(f"  FLOPs needed, by hand: {needed:.3g} ({passes:g} F)")
         if of_train["kernels"]:

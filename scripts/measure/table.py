@@ -99,7 +99,8 @@ def row(future, name, mesh, args):
         candidate = future.result()
         candidate.place()
         train.measure([candidate], args)
-        figures = train.figures(candidate, train.needed_flops(candidate), mesh)
+        needed = candidate.model.step_flops(candidate.batch_size)
+        figures = train.figures(candidate, needed, mesh)
         if args.profile:
             print(f"\n{name}")
             figures["kernels"] = train.profile(candidate, 3)

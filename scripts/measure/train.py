@@ -71,7 +71,6 @@ class Candidate:
         else:
             jitted = train.make_step(self.recipe, key, mesh, self.shardings[0])
         self.lowered = jitted.lower(*shapes)
-        self.needed = None if is_plain else model.module.flops(model.image_shape)
         self.seconds = []
 
     def compile(self):
@@ -116,7 +115,7 @@ def run(config, args):
         candidate.compile().place()
     measure(candidates.values(), args)
     ours = candidates["this project"]
-    needed = needed_flops(ours)
+    needed = ours.model.step_flops(ours.batch_size)
     results = {name: figures(c, needed, mesh) for name, c in candidates.items()}
     if len(results) > 1:
         first, plain = results.values()
@@ -142,11 +141,6 @@ def measure(candidates, args):
             candidate.run(args.steps)
 
 
-def needed_flops(candidate):
-    """FLOPs of an image by hand: passes of this project's step, products only."""
-    return candidate.model.method.passes(candidate.batch_size) * candidate.needed
-
-
 def figures(candidate, needed, mesh):
     """What was measured, under the names of the table; `needed`: FLOPs of an image by hand."""
     seconds, batch = float(np.median(candidate.seconds)), candidate.batch_size
@@ -158,8 +152,8 @@ def figures(candidate, needed, mesh):
         "ms/step": 1e3 * seconds,
         "images/s": batch / seconds,
         "GFLOP/image, XLA": counted / batch / 1e9 if counted else None,
-        "GFLOP/image, needed": needed / 1e9,
-        "MFU": batch * needed / seconds / (chip.peak * mesh.size) if chip else None,
+        "GFLOP/image, needed": needed / 1e9 if needed else None,
+        "MFU": batch * needed / seconds / (chip.peak * mesh.size) if chip and needed else None,
         "GB/device, compiler": memory / 1e9 if memory else None,
         "GB/device, peak of the process": in_use / 1e9 if in_use else None,
         "compile s": candidate.compile_seconds,
