@@ -50,7 +50,7 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
-        shards.remove(args.output)
+        shards.begin_overwriting(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
 

@@ -145,7 +145,7 @@ def write_records(args, classes, items, decode):
         records_per_shard=args.records_per_shard,
         settings=settings,
     )
-    shards.write(job, make, args.process_id, args.num_processes)
+    shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
     if key == "moments":
         encode.report()
 

@@ -33,7 +33,7 @@ def run(args):
         settings={"source": "pt", "store": args.store, "num_classes": args.num_classes},
     )
     read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers)
-    shards.write(job, read, args.process_id, args.num_processes)
+    shards.write(job, read, args.process_id, args.num_processes, args.overwrite)
 
 
 def list_files(root):
