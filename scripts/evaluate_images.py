@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from configs import load_config
+from utils import signals
 
 
 def open_images(path):
@@ -98,4 +99,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main(sys.argv[1:]))

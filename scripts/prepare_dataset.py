@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from scripts.prepare import shards
+from utils import signals
 
 DAY = 24 * 3600  # seconds
 
@@ -50,6 +50,8 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
+        from scripts.prepare import shards
+
         shards.begin_overwriting(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
@@ -142,4 +144,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())

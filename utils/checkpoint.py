@@ -276,7 +276,7 @@ def _find_adam(tree):
 
 @contextlib.contextmanager
 def _damage(workdir, step):
-    """Turns whatever goes wrong while reading into a DamagedError, or an OSError of the system's."""
+    """Turns what goes wrong while reading into a DamagedError, or the system's OSError."""
     _hush()
     try:
         yield
