@@ -79,6 +79,9 @@ def parse(argv):
     images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
     images.add_argument("--device_batch_size", type=_positive, default=32)
     images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
+    images.add_argument(
+        "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
+    )
     images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
     images.add_argument("--compute_fid", type=_bool, default=False, help="write FID statistics")
     images.add_argument("--fid_stats", help="default: OUTPUT/imagenet_SIZE_fid_stats.npz")
