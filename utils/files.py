@@ -30,18 +30,27 @@ def complete(path):
     path = Path(path)
     unfinished = path.with_name(f"unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        reason = system_reason(error)
-        if not reason or str(path) in str(error) or error.filename not in (None, str(unfinished)):
-            raise  # said already, or of another file
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        with writing(path):
+            yield unfinished
+            os.replace(unfinished, path)
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         else:
             unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Names `path` in what the system says in the block (a full disk), where it names no file."""
+    try:
+        yield
+    except OSError as error:
+        reason = system_reason(error)
+        named = error.filename is not None and f"unfinished-{Path(path).name}-" not in str(error)
+        if not reason or named or str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def write_text(path, text):
@@ -64,6 +73,27 @@ def system_reason(error):
                 return os.strerror(number) + _hint(number)
         error = error.__cause__ or error.__context__
     return ""
+
+
+@contextlib.contextmanager
+def reading(path, otherwise):
+    """Makes one line of whatever a library raises in the block about the file at `path`.
+
+    Raises:
+      OSError: what the system said; ValueError: anything else, with the words `otherwise`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if reason := system_reason(error):
+            raise OSError(f"{path} cannot be read: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: {otherwise} ({reason})") from error
+
+
+def user_path(name):
+    """A path as a user writes it, `~` expanded where it is known whose home that is."""
+    return Path(os.path.expanduser(name))
 
 
 def _hint(number):
