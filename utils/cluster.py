@@ -47,10 +47,11 @@ def check_flags(coordinator_address, num_processes, process_id):
             raise ValueError(f"--process_id {process_id} is not in 0..{num_processes - 1}")
 
 
-def find(timeout):
+def find(timeout, described=False):
     """The `Job` that the environment announces; None where there is none, or it does not say all.
 
-    What is announced and cannot be read is no reason not to run, and said in a line.
+    What is announced and cannot be read is no reason not to run: it is said in a line, unless the
+    user has `described` the job.
     """
     name = "the environment"
     try:
@@ -68,10 +69,11 @@ def find(timeout):
         address, count, index, local_devices = found
         return Job(str(address), int(count), int(index), local_devices, name)
     except Exception as error:  # of each environment its own
+        if described:
+            return None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logging.warning(
-            "%s is there, but does not say which processes belong to this job (%s: %s): none are "
-            "joined", name, type(error).__name__, reason,
+            "%s does not say which processes belong to this job (%s: %s): this one runs alone", name, type(error).__name__, reason,
         )  # fmt: skip
         return None
 

@@ -80,8 +80,8 @@ def join(
         return
     end = functools.partial(_end, status=RESTART)
     with cluster.alarm(timeout, f"looked for the other processes for {timeout} s in vain", end):
-        found = cluster.find(timeout)
-    job = cluster.Job(*given, None, "") if all(x is not None for x in given) else found
+        found = cluster.find(timeout, described=num_processes is not None)
+    job = found if num_processes is None else cluster.Job(*given, None, "")
     if job is None or job.count == 1:
         return
     if job.name:
@@ -91,7 +91,7 @@ def join(
     # Where the CPU is the device, as in tests; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     line = f"{me} waited {timeout} s at {job.address}, and the others did not all come; is each "
-    line += "started, and with the same address?" + (cluster.alone(job) if job.name else "")
+    line += "started, and with the same address?"
     try:
         with cluster.alarm(timeout, line, end), cluster.without_proxies():
             jax.distributed.initialize(
