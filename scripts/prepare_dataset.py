@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from scripts.prepare import shards
+from utils import signals
 
 DAY = 24 * 3600  # seconds
 
@@ -50,7 +50,9 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
-        shards.remove(args.output)
+        from scripts.prepare import shards
+
+        shards.begin_overwriting(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
 
@@ -77,6 +79,9 @@ def parse(argv):
     images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
     images.add_argument("--device_batch_size", type=_positive, default=32)
     images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
+    images.add_argument(
+        "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
+    )
     images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
     images.add_argument("--compute_fid", type=_bool, default=False, help="write FID statistics")
     images.add_argument("--fid_stats", help="default: OUTPUT/imagenet_SIZE_fid_stats.npz")
@@ -142,4 +147,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())
