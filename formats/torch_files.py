@@ -88,12 +88,17 @@ def load_pickle(path):
     Raises as `load` does.
     """
     with _open(path) as file:
-        try:
-            return _plain(_Unpickler(file, path).load(), None)
-        except _RefusedError:
-            raise
-        except _DAMAGE as error:
-            raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
+        return read_pickle(file, path)
+
+
+def read_pickle(file, path):
+    """The same of an open file, whose name in errors is `path`."""
+    try:
+        return _plain(_Unpickler(file, path).load(), None)
+    except _RefusedError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
 
 
 def _open(path):
@@ -305,6 +310,7 @@ def _known_globals():
         ("torch._utils", "_rebuild_parameter"): first,
         ("torch._utils", "_rebuild_parameter_with_state"): first,
         ("torch.jit._pickle", "restore_type_tag"): first,
+        ("argparse", "Namespace"): _Module,  # the command line that many codes keep beside weights
         ("torch.storage", "UntypedStorage"): "uint8",
     }
     for kind in ("intlist", "doublelist", "boollist", "tensorlist"):
