@@ -24,12 +24,13 @@ def get_config():
     dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean
     dataset.use_flip = False  # mirror half of the images (latents: needs moments_flipped records)
+    dataset.augment_prob = 0.0  # pixels: of each scale, stretch, shift; told to the UNet; 0: none
     dataset.num_workers = 4  # threads of each process that read records
     dataset.prefetch_factor = 2  # batches that are read ahead
 
     # The network -------------------------------------------------------------------------------
     config.model = model = ml_collections.ConfigDict()
-    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, or DiT with the four sizes below
+    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}; DiT with the four sizes below; UNet
     model.depth = 0  # number of blocks; 0: that of cls
     model.hidden_size = 0  # width; 0: that of cls
     model.num_heads = 0  # attention heads; 0: that of cls
@@ -39,14 +40,27 @@ def get_config():
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
     model.fused_attention = False  # a fused kernel where no JVP is taken (NVIDIA, half precision)
 
+    model.model_channels = 128  # UNet, also all below: the unit of its widths
+    model.channel_mult = (2, 2, 2)  # width of each level; a level has half the side of the last
+    model.channel_mult_emb = 4  # width of the embedding
+    model.channel_mult_noise = 2  # width of the embedding of one time
+    model.num_blocks = 4  # of each level of the encoder; the decoder has one more
+    model.attn_resolutions = (16,)  # sides at which there is attention
+    model.dropout = 0.2  # probability that an activation is left out in training
+    model.resample_filter = (1.0, 3.0, 3.0, 1.0)  # between two levels
+    model.augment_dim = 6  # numbers that tell the network of the augmentation; 0: it is not told
+
     # The objective -----------------------------------------------------------------------------
     config.method = method = ml_collections.ConfigDict()
+    method.name = "meanflow"  # meanflow | flow (flow matching: the velocity alone)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
     method.P_mean_r = config_dict.placeholder(float)  # the same for the second draw; null: P_mean
     method.P_std_r = config_dict.placeholder(float)  # null: P_std
+    method.tr_sampler = "v0"  # v0: the later draw is t, the other r | v1: r is at most t, else t
     method.data_proportion = 0.75  # share of the rows with r = t (plain flow matching)
+    method.equal_rows = "fixed"  # their number: fixed (no JVP for them) | drawn row by row
     method.class_dropout_prob = 0.1  # probability that a row trains without its label
     method.guidance_eq = "cfg"  # target velocity: cfg (guided) | none
     method.omega = 1.0  # guidance scale; the effective one is omega / (1 - kappa)
@@ -65,7 +79,8 @@ def get_config():
     training.num_steps = 0  # length of the run in steps; 0: num_epochs decides
     training.learning_rate = 1e-4  # of AdamW, after the warm-up
     training.lr_schedule = "const"  # const | cosine (to zero at the end of the run)
-    training.warmup_steps = 0  # steps of linear warm-up from zero
+    training.warmup_steps = 0  # steps of linear warm-up
+    training.warmup_init = 0.0  # learning rate at its beginning
     training.adam_b1 = 0.9  # decay of the mean of the gradient
     training.adam_b2 = 0.95  # decay of the mean of its square
     training.weight_decay = 0.0  # decoupled (AdamW), on every parameter
@@ -73,6 +88,9 @@ def get_config():
     training.grad_accum_steps = 1  # parts in which the batch is computed, one after the other
     training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
     training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
+    training.ema_period = (
+        1  # updates from one change of the averages to the next, by decay ** period
+    )
     training.half_precision = False  # matrix products of the network in bfloat16
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training
@@ -86,6 +104,11 @@ def get_config():
     config.sampling = sampling = ml_collections.ConfigDict()
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
+    sampling.method = "ode"  # ode (average velocity) | euler | heun (instantaneous velocity)
+    sampling.omega = ()  # guidance scales at sampling time, of objectives that have it; several: each
+    sampling.t_min = (0.0,)  # that guidance holds for t_min <= t <= t_max; several: each
+    sampling.t_max = (1.0,)  # the end of that interval; several: each
+    sampling.channels = 0  # it concerns the first so many channels; 0: all
     sampling.sampling_timesteps = ()  # explicit times 1 > ... > 0, instead of num_steps equal steps
     sampling.num_images = 64  # of a sampling job
     sampling.labels = ()  # classes of a sampling job, repeated in turn; empty: all classes

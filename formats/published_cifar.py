@@ -10,8 +10,8 @@ import numpy as np
 from formats import torch_files
 from utils import trees
 
-# Prefix of each average -> its decay. That of the published FID of 2.80 is 0.99995.
-AVERAGES = {"net_ema.": 0.9999, "net_ema1.": 0.99995, "net_ema2.": 0.9996}
+# Prefix of each average -> its decay; first that of the published FID of 2.80.
+AVERAGES = {"net_ema1.": 0.99995, "net_ema.": 0.9999, "net_ema2.": 0.9996}
 POINTWISE = ("skip", "qkv", "proj")  # convolutions of one pixel there, products here
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 PARTS = ("model", "optimizer", "lr_schedule", "epoch", "args")
@@ -21,8 +21,9 @@ def load(path):
     """Reads a published checkpoint.
 
     Returns:
-      {"step": updates done, "params": tree, "averages": {decay: tree}}, trees as in
-      models/unet.py, float32 numpy arrays.
+      {"step": updates done, "params": tree, "ema_params": (tree, ...), "ema_vals": their decays,
+      "opt_state": None}; trees as in models/unet.py, float32 numpy arrays. Adam's moments, which
+      are stored without names, are left out.
 
     Raises:
       FileNotFoundError, or ValueError with one line that says what does not fit.
@@ -45,8 +46,13 @@ def load(path):
         )
         for prefix in prefixes
     }
-    averages = {decay: found[prefix] for prefix, decay in AVERAGES.items()}
-    return {"step": step, "params": found["net."], "averages": averages}
+    return {
+        "step": step,
+        "params": found["net."],
+        "ema_params": tuple(found[prefix] for prefix in AVERAGES),
+        "ema_vals": tuple(AVERAGES.values()),
+        "opt_state": None,
+    }
 
 
 def is_published(path):

@@ -248,7 +248,9 @@ def check_times(timesteps):
     """Raises ValueError where explicit times do not fall from 1 to 0."""
     falls = all(a > b for a, b in itertools.pairwise(timesteps))
     if len(timesteps) < 2 or timesteps[0] != 1 or timesteps[-1] != 0 or not falls:
-        raise ValueError(f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}")
+        raise ValueError(
+            f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}"
+        )
 
 
 def sample_times(num_steps, timesteps=()):

@@ -136,19 +136,19 @@ def _places(source, image, matrix, offset):
     return places - 0.5 + (np.array(source[::-1], np.float32) - 1) / 2
 
 
+@jax.vmap
 def bilinear(x, places):
-    """x (B, h, w, C) at the indices (column, row) of `places` (B, h', w', 2), 0 beyond its border.
+    """x (h, w, C) at the indices (column, row) of `places` (h', w', 2), 0 beyond its border.
 
-    Returns (B, h', w', C).
+    Mapped over a batch; returns (h', w', C).
     """
-    _, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    h, w, _ = x.shape
+    x = jnp.pad(x, ((2, 2), (2, 2), (0, 0)))
     floor = jnp.floor(places)
     column, row = jnp.moveaxis(places - floor, -1, 0)[..., None]
     # Whatever lies beyond the border falls on two zeros.
     first = jnp.clip(floor + 2, 0, jnp.array([w + 2, h + 2])).astype(jnp.int32)
     j, i = jnp.moveaxis(first, -1, 0)
-    b = jnp.arange(len(x))[:, None, None]
-    above = (1 - column) * x[b, i, j] + column * x[b, i, j + 1]
-    below = (1 - column) * x[b, i + 1, j] + column * x[b, i + 1, j + 1]
+    above = (1 - column) * x[i, j] + column * x[i, j + 1]
+    below = (1 - column) * x[i + 1, j] + column * x[i + 1, j + 1]
     return (1 - row) * above + row * below

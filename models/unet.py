@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.augment import LABELS
 from models.filters import double, half
 from models.network import Network, Velocity
 
@@ -187,6 +188,13 @@ class UNet(Network):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def conditions(self):
+        return ("augment",) if self.augment_dim else ()
+
+    def blank(self, name):
+        return jnp.zeros((1, self.augment_dim))
+
     @nn.compact
     def __call__(self, z, c):
         e = nn.silu(self.embedding(c))  # (B, E)
@@ -298,6 +306,8 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
         )
     if not 0 <= module.dropout < 1:
         raise ValueError(f"model.dropout must lie in 0..1, below 1, got {module.dropout}")
+    if module.augment_dim not in (0, LABELS):
+        raise ValueError(f"model.augment_dim is {LABELS}, or 0 for none, got {module.augment_dim}")
     taps = module.resample_filter
     if not taps or len(taps) % 2 or sum(taps) == 0:
         raise ValueError(
