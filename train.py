@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import observe
@@ -24,7 +23,6 @@ import resume
 from methods import path
 from models import codec, network
 from utils import checkpoint, dataset, processes, sharding, train_metrics
-
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 

@@ -105,7 +105,7 @@ def get_config():
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
     sampling.method = "ode"  # ode (average velocity) | euler | heun (instantaneous velocity)
-    sampling.omega = ()  # guidance scales at sampling time, of objectives that have it; several: each
+    sampling.omega = ()  # guidance scales, for objectives guided at sampling time; several: each
     sampling.t_min = (0.0,)  # that guidance holds for t_min <= t <= t_max; several: each
     sampling.t_max = (1.0,)  # the end of that interval; several: each
     sampling.channels = 0  # it concerns the first so many channels; 0: all

@@ -30,14 +30,18 @@ def load(options):
     if options.features == "pixels":
         return Features("pixels in [0, 1]", {}, pixel_features, None, None)
     params = inception_weights.load(options.inception_weights or None)
+    return of_inception(params, options.resize, inception_weights.digest(params))
+
+
+def of_inception(params, resize, digest):
+    """`Features` of the FID network with these parameters."""
 
     def apply(params, images):
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, axis=-1)
-        return inception.features(params, images, options.resize)
+        return inception.features(params, images, resize)
 
-    name = f"Inception 2015-12-05, {options.resize} resize"
-    return Features(name, params, apply, options.resize, inception_weights.digest(params))
+    return Features(f"Inception 2015-12-05, {resize} resize", params, apply, resize, digest)
 
 
 def pixel_features(params, images):
