@@ -31,9 +31,9 @@ MAKE_THE_RUN = (
     "model.cls model.depth model.hidden_size model.num_heads model.patch_size model.time_cond "
     "model.model_channels model.channel_mult model.channel_mult_emb model.channel_mult_noise "
     "model.num_blocks model.attn_resolutions model.dropout model.resample_filter model.augment_dim "
-    "training.seed training.learning_rate training.lr_schedule training.warmup_steps training.warmup_init "
-    "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.ema_period training.half_precision"
+    "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
+    "training.warmup_init training.adam_b1 training.adam_b2 training.weight_decay "
+    "training.grad_clip training.ema_val training.ema_period training.half_precision"
 ).split()
 MAKE_THE_RUN_BELOW = ("method.",)
 

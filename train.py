@@ -147,9 +147,13 @@ def make_step(recipe, key, mesh, shardings):
     )
 
 
-def averaged(decay, due, ema, p):
-    """An average of the weights after one more update, where it is due."""
-    return jnp.where(due, decay * ema + (1 - decay) * p, ema)
+def averaged(decay, period, step, ema, p):
+    """An average after update number `step`, from 0: changed at every `period`-th update alone.
+
+    Then by decay ** period, which is nearly, not exactly, the average of every update.
+    """
+    new = decay**period * ema + (1 - decay**period) * p
+    return new if period == 1 else jnp.where((step + 1) % period == 0, new, ema)
 
 
 def update(recipe, state, x, given, draws, key):
@@ -163,9 +167,8 @@ def update(recipe, state, x, given, draws, key):
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    due = (state.step + 1) % recipe.ema_period == 0
     ema_params = tuple(
-        jax.tree.map(partial(averaged, decay**recipe.ema_period, due), average, params)
+        jax.tree.map(partial(averaged, decay, recipe.ema_period, state.step), average, params)
         for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
     )
     norms = {

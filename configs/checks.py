@@ -17,7 +17,8 @@ CHOICES = {
 POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor model.unroll "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
-    "training.checkpoint_per_epoch sampling.num_images fid.device_batch_size training.ema_period mesh.fsdp"
+    "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
+    "mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (

@@ -1,5 +1,7 @@
 """Numbers equal to the published PyTorch code of CIFAR-10: network, objective, data, recipe."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,9 +12,11 @@ import numpy as np
 import optax
 import pytest
 
+import train
+from configs import default
 from formats import published_cifar
 from methods import meanflow, path
-from models import augment, network, unet
+from models import augment, codec, network, unet
 from utils import trees
 
 pytestmark = pytest.mark.parity
@@ -58,6 +62,16 @@ def net():
     trees.check_tree(network.param_shapes(module, shape), params, "cifar.npz")
     assert sum(a.size for a in jax.tree.leaves(params)) == INFO["num_params"]
     return network.function(module), params
+
+
+@functools.cache
+def compiled_loss(function, objective):
+    """Loss and gradient; the laws of the times, which a loss does not know, are no part of it."""
+
+    def loss(params, x, given, draws):
+        return objective.loss(function, params, x, given, draws, {})
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def method(case, equal_rows="drawn"):
@@ -121,11 +135,10 @@ def test_objective(net, name, equal_rows):
     rest = np.setdiff1d(np.arange(len(a["t"])), equal)
     order = np.asarray(path.merge_rows(rest, equal))
     x, given, draws = batch(a, order)
-
-    def loss(params):
-        return objective.loss(function, params, x, given, draws, {})
-
-    (value, rows), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    objective = dataclasses.replace(
+        objective, P_mean=0.0, P_std=1.0, P_mean_r=None, P_std_r=None, tr_sampler="v0"
+    )
+    (value, rows), grads = compiled_loss(function, objective)(params, x, given, draws)
     np.testing.assert_allclose(value, a["loss"], rtol=1e-5)
     for key in ("error", "v_loss"):
         np.testing.assert_allclose(rows[key], a[key][order], rtol=1e-5, err_msg=key)
@@ -190,5 +203,63 @@ def test_augmentation(augmented, case):
     x = (ARRAYS["augment/images"] / 255 * 2 - 1).astype(np.float32)
     images, labels = augmented(x, draws, INFO["augment"][case]["p"])
     np.testing.assert_allclose(labels, a["labels"], atol=1e-6)
-    beyond = np.abs(a["scale_normal"]).max() > 5  # a scale beyond 2
-    np.testing.assert_allclose(images, a["out"], atol=5e-4 if beyond else 2e-5)
+    shrunk = 0.2 * (a["scale_normal"] - np.abs(a["aniso_normal"]))  # log2 of the smaller scale
+    atol = 5e-4 if INFO["augment"][case]["p"] == 1 and shrunk.min() < -0.5 else 2e-5
+    np.testing.assert_allclose(images, a["out"], atol=atol)
+
+
+def training_options(**options):
+    training = default.get_config().training
+    training.update(weight_decay=0.0, warmup_init=1e-8, **options)
+    return training
+
+
+def test_learning_rate():
+    info = INFO["schedule"]
+    training = training_options(learning_rate=info["lr"], warmup_steps=info["warmup_steps"])
+    _, schedule = train.make_optimizer(training, 10**6)
+    found = [float(schedule(step)) for step in ARRAYS["schedule/step"]]
+    # in float32, so that the first rates, near 1e-8, are exact to a part in 10^7 of the last
+    np.testing.assert_allclose(found, ARRAYS["schedule/lr"], rtol=1e-5, atol=1e-7 * info["lr"])
+
+
+def test_averages():
+    info = INFO["ema"]
+    params, expected = ARRAYS["ema/params"], ARRAYS["ema/ema"]
+    for decay, of_decay in zip(info["decays"], expected, strict=True):
+        average = ARRAYS["ema/initial"]
+        for step, (p, wanted) in enumerate(zip(params, of_decay, strict=True)):
+            average = train.averaged(decay, info["period"], step, average, p)
+            np.testing.assert_allclose(average, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_trajectory(net):
+    """Adam, the warm-up and an average that changes every so many updates, over a short run."""
+    function, params = net
+    info = INFO["trajectory"]
+    training = training_options(
+        learning_rate=info["lr"], warmup_steps=info["warmup_steps"],
+        adam_b1=info["betas"][0], adam_b2=info["betas"][1],
+    )  # fmt: skip
+    optimizer, _ = train.make_optimizer(training, info["steps"])
+    recipe = train.Recipe(
+        function, method(info), codec.Codec(), optimizer, (info["ema_decay"],),
+        ema_period=info["ema_period"],
+    )  # fmt: skip
+    sums = train.train_metrics.zero_sums(recipe.method.rows)
+    state = train.TrainState(jnp.int32(0), params, (params,), optimizer.init(params), sums)
+    step = jax.jit(functools.partial(train.update, recipe), static_argnames="key")
+    total = 0.0
+    for i in range(info["steps"]):
+        state = step(state, *batch(below(f"trajectory/batch_{i}/")), key=None)
+        loss = float(state.sums["loss"]) - total
+        total += loss
+        np.testing.assert_allclose(loss, ARRAYS["trajectory/loss"][i], rtol=1e-4, err_msg=str(i))
+    start = below("params/")
+    for tree, kind in ((state.params, "final_params"), (state.ema_params[0], "final_ema")):
+        found = published_cifar.to_published(tree)
+        for key, wanted in below(f"trajectory/{kind}/").items():
+            if not key.endswith(NO_GRADIENT):  # how far training moved it, not how large it is
+                moved = np.linalg.norm(wanted - start[key])
+                error = np.linalg.norm(found[key] - wanted)
+                assert error <= 1e-3 * moved + 1e-6, (kind, key, error, moved)
