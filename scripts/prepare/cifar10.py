@@ -58,15 +58,11 @@ def run(args):
     counts = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items())
     print(f"{args.input}: {counts} images", flush=True)
 
-    def pairs(items):
-        for name, i in items:
-            yield splits[name].images[i], int(splits[name].labels[i])
-
     def examples(items):
-        for image, label in pairs(items):
-            yield {"image": image, "label": label}
+        for name, i in items:
+            yield {"image": splits[name].images[i], "label": int(splits[name].labels[i])}
 
-    items = {name: [(name, i) for i in range(len(s.labels))] for name, s in splits.items()}
+    digests = {name: digest(split) for name, split in splits.items()}
     job = shards.Job(
         output=Path(args.output),
         key="image",
@@ -74,14 +70,18 @@ def run(args):
         dtype=np.dtype(np.uint8),
         classes=CLASSES,
         flipped=False,
-        items=items,
-        names={name: [digest(split)] for name, split in splits.items()},
+        items={name: [(name, i) for i in range(len(s.labels))] for name, s in splits.items()},
+        names={name: [digests[name]] for name in splits},
         records_per_shard=args.records_per_shard,
         settings={"set": "cifar10"},
     )
     shards.write(job, examples, args.process_id, args.num_processes)
     if args.compute_fid:
-        statistics.write(args, items["train"], pairs)
+        args.fid_stats = args.fid_stats or f"{args.output}/cifar10_fid_stats.npz"
+        args.image_size = SIDE
+        train = splits["train"]
+        items = [(digests["train"], i) for i in range(len(train.labels))]
+        statistics.write(args, items, lambda items: ((train.images[i], None) for _, i in items))
 
 
 def digest(split):
@@ -152,7 +152,7 @@ def _from_folder(path, check):
     for name, verify in ((first, check), (f"{first}.bin", False)):
         # As it is, or somewhere below, as in the folders of downloads.
         if found := sorted(path.rglob(name)):
-            files = {file.name: file.read_bytes() for file in found[0].parent.iterdir()
+            files = {file.name: file.read_bytes() for file in sorted(found[0].parent.iterdir())
                      if file.name.removesuffix(".bin") in PYTHON_FILES}  # fmt: skip
             if verify:
                 _check_files(files, found[0].parent)
