@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import parts
 from configs import checks, default, load_config
 
 FLAG = "--config=configs/load_config.py:exp"
@@ -53,7 +54,7 @@ def write(tmp_path, monkeypatch):
 def refusal(*words):
     """The line with which a command line is refused."""
     with pytest.raises(ValueError) as caught:
-        load_config.from_command_line([FLAG, *words])
+        parts.check(load_config.from_command_line([FLAG, *words])[0])
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -95,6 +96,7 @@ def test_every_file_of_the_project_loads(monkeypatch):
         config = load_config.get_config(name)
         config.fid.cache_ref = ""  # a file may leave it to its user
         checks.validate(config)
+        parts.check(config)
 
 
 def test_order_of_precedence(write):
@@ -379,5 +381,5 @@ def test_the_checks_and_the_schema_agree():
     empty = {path for path, value in flat.items() if value == ()}
     assert empty == load_config.ELEMENTS.keys()
     numbers = {path for path, value in flat.items() if type(value) in (int, float)}
-    elsewhere = {"method.omega", "method.kappa", "method.P_mean", "fid.num_samples"}
+    elsewhere = {path for path in numbers if path.startswith("method.")} | {"fid.num_samples"}
     assert numbers - named == elsewhere, "a number without a range check"
