@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.filters import SPACE, correlate
+from models.filters import SPACE, correlate, upsample
 
 LABELS = 6
 SCALE, SHIFT = 0.2, 0.125  # of log2 of a scale; of a shift, in widths of the image
@@ -113,7 +113,7 @@ def warp(x, matrix, offset):
     _, H, W, _ = x.shape
     x = jnp.pad(x, ((0, 0), (H - 1, H - 1), (W - 1, W - 1), (0, 0)), mode="reflect")
     for axis in SPACE:
-        x = correlate(x, SYM6[::-1], axis, (MARGIN, MARGIN), dilation=2)
+        x = upsample(x, SYM6[::-1], axis)
     with jax.default_matmul_precision("highest"):  # places, not values: they have to be exact
         x = bilinear(x, _places(x.shape[1:3], (H, W), matrix, offset))
     for axis in SPACE:
