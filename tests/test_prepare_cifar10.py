@@ -1,6 +1,7 @@
 """CIFAR-10 from whatever form people have it in, and what is refused."""
 
 import hashlib
+import json
 import os
 import pickle
 
@@ -8,9 +9,10 @@ import cifar_writer
 import numpy as np
 import pytest
 
+import main
 from scripts import prepare_dataset
 from scripts.prepare import cifar10
-from utils import dataset
+from utils import dataset, processes
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,45 @@ def test_nothing_in_a_batch_runs(tmp_path, data, capsys, monkeypatch):
     assert prepare(folder, tmp_path / "records", "--check=False") == 1
     assert "refused" in one_line(capsys)
     assert not (tmp_path / "hacked").exists()
+
+
+TINY = [
+    "--config.model.model_channels=16", "--config.model.channel_mult=1,1",
+    "--config.model.channel_mult_emb=1", "--config.model.num_blocks=1",
+    "--config.training.batch_size=8", "--config.training.log_per_step=4",
+    "--config.training.ema_val=0.9,0.99", "--config.training.ema_period=4",
+    "--config.training.checkpoint_per_epoch=100", "--config.fid.features=pixels",
+    "--config.fid.num_samples=40", "--config.fid.device_batch_size=40",
+    "--config.training.sample_on_training=False",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_an_archive_to_a_result(tmp_path, data, monkeypatch):
+    """Prepare, train, stop, go on, evaluate: interrupted is as if it were not."""
+    archive = write("bin", tmp_path, data)
+    assert prepare(archive, tmp_path / "cifar10", "--check=False") == 0
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    monkeypatch.setattr(processes, "join", lambda *args: None)
+
+    def job(workdir, *options):
+        argv = [f"--workdir={tmp_path / workdir}", "--config=configs/load_config.py:cifar10_unet"]
+        assert main.main([*argv, *TINY, *options]) == 0
+
+    job("run", "--config.training.num_steps=9")
+    job("run", "--config.training.num_steps=20")
+    job("straight", "--config.training.num_steps=20")
+    losses = [
+        {
+            line["step"]: line["loss"]
+            for line in map(json.loads, text.splitlines())
+            if "loss" in line
+        }
+        for text in ((tmp_path / w / "metrics.jsonl").read_text() for w in ("run", "straight"))
+    ]
+    assert losses[0][20] == losses[1][20] and np.isfinite(losses[0][20])
+    job("scored", "--config.eval_only", f"--config.load_from={tmp_path / 'run'}",
+        "--config.fid.weights=ema,ema_0.99,params")  # fmt: skip
+    results = json.loads((tmp_path / "scored" / "results.json").read_text())
+    assert [result["weights"] for result in results] == ["ema", "ema_0.99", "params"]
+    assert all(np.isfinite(result["fid"]) for result in results)
