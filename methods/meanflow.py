@@ -83,9 +83,7 @@ class MeanFlow(path.Objective):
         if self.equal_rows == "drawn":
             uniform = jax.random.uniform(jax.random.fold_in(key_r, 1), (batch_size,))
             r = jnp.where(uniform < self.data_proportion, t, r)
-        r_differ, _ = split_rows(r, num_equal)
-        _, t_equal = split_rows(t, num_equal)
-        r = merge_rows(r_differ, t_equal)
+        r = path.equal_in(t, r, num_equal)
 
         drop = path.draw_dropped(key_drop, batch_size, num_equal, self.class_dropout_prob)
         return path.Draws(t, r, jax.random.normal(key_noise, shape), drop)

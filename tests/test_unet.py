@@ -216,9 +216,14 @@ def write_checkpoint(path, changed=None):
     return nets
 
 
+def load(path):
+    config = load_config.get_config("cifar10_unet")
+    return weights.load(path, network.param_shapes(make(), SHAPE), config)
+
+
 def test_published_checkpoint(tmp_path):
     nets = write_checkpoint(tmp_path / "checkpoint-last.pth")
-    found = weights.load(tmp_path / "checkpoint-last.pth", network.param_shapes(make(), SHAPE))
+    found = load(tmp_path / "checkpoint-last.pth")
     assert found["step"] == 768 and found["ema_vals"] == (0.99995, 0.9999, 0.9996)
     for tree, name in zip((found["params"], *found["ema_params"]),
                           ("net", "net_ema1", "net_ema", "net_ema2"), strict=True):  # fmt: skip
@@ -237,5 +242,5 @@ def test_published_checkpoint(tmp_path):
 def test_published_checkpoints_are_read_strictly(tmp_path, changed, said):
     write_checkpoint(tmp_path / "a.pth", changed)
     with pytest.raises(ValueError, match=said) as error:
-        weights.load(tmp_path / "a.pth", network.param_shapes(make(), SHAPE))
+        load(tmp_path / "a.pth")
     assert "\n" not in str(error.value)
