@@ -56,7 +56,8 @@ class Network(nn.Module):
 
         Args:
           jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
-            forward-mode derivative; None for none.
+            forward-mode derivative; None for none. Its tangent may be opaque to a gradient, as it
+            stands under a stop_gradient in every objective here.
         """
         return tuple(self(*batch) for batch in batches)
 
