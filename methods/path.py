@@ -83,6 +83,14 @@ class Objective:
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
         return guidance
 
+    def at(self, step):
+        """The objective that holds in step number `step`, an int: hashable, known when tracing.
+
+        An objective whose program changes in the course of a run (a JVP that begins or ends) is
+        another one from there on: whoever compiles a step compiles one for each that `at` gives.
+        """
+        return self
+
     def equal_count(self, batch_size):
         """How many rows of a batch have r = t."""
         return equal_count(batch_size, self.data_proportion)
@@ -162,11 +170,35 @@ def split_tree(tree, num_equal):
 
 def is_guided(method):
     """Whether the target takes predictions of the network."""
+    if method.guidance_eq == "mix":
+        return (method.omega, method.mix) != (1.0, 1.0)
     return method.guidance_eq == "cfg" and (method.omega, method.kappa) != (1.0, 0.0)
 
 
+def takes_v_c(method):
+    """Whether the target takes the conditional prediction beside the unconditional one."""
+    return is_guided(method) and (
+        method.mix != 1 if method.guidance_eq == "mix" else method.kappa != 0
+    )
+
+
+def fade(t, start):
+    """1 up to t = `start`, and falls to 0 at t = 1 (SoFlow, arXiv 2512.15657)."""
+    if start >= 1:
+        return jnp.ones_like(t)
+    d = jnp.clip((1 - t) / (1 - start), 0, 1 - 1e-6)
+    return jnp.where(t <= start, 1.0, -jnp.expm1(-0.025 * d / (1 - d)))
+
+
 def scales(method, t):
-    """omega and kappa at the times t: those of the options within [t_start, t_end], else 1 and 0."""
+    """omega and kappa of `guided_velocity` at the times t.
+
+    `cfg`: those of the options within [t_start, t_end], else 1 and 0. `mix` (arXiv 2512.15657): of
+    v_g = m (v + f(t) (w - 1) (v - v_u)) + (1 - m) v_c with w = omega, m = mix and f = `fade`.
+    """
+    if method.guidance_eq == "mix":
+        omega = method.mix * (1 + fade(t, method.fade_start) * (method.omega - 1))
+        return omega, jnp.full_like(t, 1 - method.mix)
     inside = (method.t_start <= t) & (t <= method.t_end)
     return jnp.where(inside, method.omega, 1.0), jnp.where(inside, method.kappa, 0.0)
 
@@ -217,7 +249,9 @@ def check(condition, option, rule):
 def check_options(method):
     """The rules of those options of an objective that several have, by name."""
     options = vars(method)
-    for name in options.keys() & {"data_proportion", "class_dropout_prob", "t_start", "t_end"}:
+    for name in options.keys() & {
+        "data_proportion", "class_dropout_prob", "t_start", "t_end", "mix", "fade_start"
+    }:  # fmt: skip
         check(0 <= options[name] <= 1, name, f"must lie in 0..1, got {options[name]}")
     for name in options.keys() & {"P_std", "P_std_r", "norm_p"}:
         value = options[name]
@@ -229,8 +263,9 @@ def check_options(method):
         rule = f"is one of {' | '.join(kinds)}, not {method.noise_dist!r}"
         check(method.noise_dist in kinds, "noise_dist", rule)
     if "guidance_eq" in options:
-        known = method.guidance_eq in ("cfg", "none")
-        check(known, "guidance_eq", f"is one of cfg | none, not {method.guidance_eq!r}")
+        kinds = ("cfg", "mix", "none") if "mix" in options else ("cfg", "none")
+        rule = f"is one of {' | '.join(kinds)}, not {method.guidance_eq!r}"
+        check(method.guidance_eq in kinds, "guidance_eq", rule)
         possible = method.num_classes or method.guidance_eq == "none"
         rule = "must be none where dataset.num_classes is 0: without classes there is no guidance"
         check(possible, "guidance_eq", rule)
@@ -241,7 +276,7 @@ def check_options(method):
 
 # Sampler --------------------------------------------------------------------------------------
 
-SAMPLERS = ("ode", "euler", "heun")
+SAMPLERS = ("ode", "euler", "heun", "consistency")
 
 
 def check_times(timesteps):
@@ -258,7 +293,7 @@ def sample_times(num_steps, timesteps=()):
     return jnp.linspace(1.0, 0.0, num_steps + 1)
 
 
-def sample(method, net, params, noise, given, times, *, guidance=None, sampler="ode"):
+def sample(method, net, params, noise, given, times, *, guidance=None, sampler="ode", fresh=None):
     """Images from noise over `times`: the one loop of all objectives.
 
     Args:
@@ -270,7 +305,9 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
       sampler: `ode`: z_r = z_t - (t - r) u(z_t, t, r) (arXiv 2505.13447, eq. 12), N evaluations,
         N = 1 is one-step generation; `euler`: the same with the instantaneous velocity, r = t;
         `heun`: the mean of the instantaneous velocities at both ends (the last step: at its
-        beginning), 2 N - 1 evaluations.
+        beginning), 2 N - 1 evaluations; `consistency`: x = z_t - t u(z_t, t, 0), then back to
+        z_r = (1 - r) x + r n with fresh noise n (arXiv 2303.01469, algorithm 1), N evaluations.
+      fresh: k -> the noise n before step k, int32 () in 1..N-1, like `noise`; for `consistency`.
 
     Returns:
       x = z_0, float32 (B, H, W, C).
@@ -282,7 +319,7 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
 
     def step(z, t_r):
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
-        u = velocity(z, t, r if sampler == "ode" else t, start=t)
+        u = velocity(z, t, t if sampler in ("euler", "heun") else r, start=t)
         return z - by_row(t - r) * u, None
 
     def heun_step(z, t_r):
@@ -291,7 +328,17 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
         second = velocity(z - by_row(t - r) * first, r, r, start=t)
         return z - by_row(t - r) * (first + second) / 2, None
 
+    def consistency_step(z, k_t_r):
+        k, t_r = k_t_r
+        t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
+        x = z - by_row(t) * velocity(z, t, jnp.zeros_like(t), start=t)
+        return z_t(x, fresh(k), r), None
+
     steps = jnp.stack([times[:-1], times[1:]], axis=1)  # (N, 2)
+    if sampler == "consistency":
+        numbered = (jnp.arange(1, len(steps)), steps[:-1])
+        noise, _ = jax.lax.scan(consistency_step, noise, numbered)
+        steps = steps[-1:]
     if sampler == "heun":
         noise, _ = jax.lax.scan(heun_step, noise, steps[:-1])
         steps = steps[-1:]
