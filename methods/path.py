@@ -39,7 +39,7 @@ class Objective:
     """Base of all objectives: a frozen dataclass of the options that it has.
 
     It is given the network as a function (`models.network.function`), so it knows no architecture.
-    A subclass has `draw`, `loss` and `velocity`.
+    A subclass has `draw`, `loss` and, where the network is no average velocity, `velocity`.
     """
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
@@ -74,10 +74,12 @@ class Objective:
     def velocity(self, net, params, z, t, r, given, guidance):
         """The velocity over [r, t] that the sampler follows, float32 (B, H, W, C).
 
+        Here the average u(z_t, t, t - r, y); a guidance that is trained in needs no other.
+
         Args:
           guidance: `Guidance`, or None; traced, so that a sweep compiles once.
         """
-        raise NotImplementedError
+        return net(params, (z, {"t": t, "h": t - r, **given}))[0].u
 
     def guidance_at(self, guidance, t):
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
@@ -283,7 +285,9 @@ def check_times(timesteps):
     """Raises ValueError where explicit times do not fall from 1 to 0."""
     falls = all(a > b for a, b in itertools.pairwise(timesteps))
     if len(timesteps) < 2 or timesteps[0] != 1 or timesteps[-1] != 0 or not falls:
-        raise ValueError(f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}")
+        raise ValueError(
+            f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}"
+        )
 
 
 def sample_times(num_steps, timesteps=()):
