@@ -177,24 +177,24 @@ def test_objective(arrays, params, name):
     assert np.all(abs(weight / a["weight"][order] - 1) <= allowed)
     target = u - shift / (2 * a["weight"][order][:, None, None, None])
     assert distance(target, a["target"][order]) <= 10 * rounding
-    check_gradients(grads, a, case["grad_norm"])
+    check_gradients(grads, a, case["grad_norm"], 1e-4 + np.max(spread / expected))
 
 
-def check_gradients(grads, a, whole):
+def check_gradients(grads, a, whole, rtol):
     grads = published.to_published(grads, "gradients")
     grads = traverse_util.flatten_dict(grads, sep="/")
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
-    np.testing.assert_allclose(norm, whole, rtol=1e-4)
+    np.testing.assert_allclose(norm, whole, rtol=rtol)
     compared = set()
     for key, expected in a.items():
         kind, _, key = key.partition("/")
         if kind == "grad_norm":
             # Parameters without a true gradient hold rounding noise: measured against the whole.
             found = np.linalg.norm(grads[key])
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7 * norm, err_msg=key)
+            np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-7 * norm, err_msg=key)
             compared.add(key)
         elif kind == "grad":
-            assert distance(grads[key], expected) <= 1e-4, key
+            assert distance(grads[key], expected) <= rtol, key
     assert compared == set(grads)
 
 
