@@ -222,7 +222,7 @@ def guided_velocity(v, v_u, v_c, omega, kappa, drop):
 
 
 def draw_time(key, batch_size, noise_dist, P_mean, P_std):
-    """Times in [0, 1], float32 (batch_size,): `logit_normal` (arXiv 2505.13447, 4.3) | `uniform`."""
+    """Times in [0, 1], float32 (batch_size,); logit-normal: arXiv 2505.13447, section 4.3."""
     if noise_dist == "uniform":
         return jax.random.uniform(key, (batch_size,))
     return jax.nn.sigmoid(P_mean + P_std * jax.random.normal(key, (batch_size,)))
