@@ -51,7 +51,7 @@ class Observer:
             )
         if config.fid.on_training:
             self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
-        self.peak_rate = peak_rate(model, config.training.batch_size)
+        self.model = model
         self._pending = []  # (step, sums on the device)
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -147,8 +147,9 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            if self.peak_rate:
-                metrics["mfu"] = metrics["images_per_second"] / self.peak_rate
+            method = self.model.method.at(step - 1, self.total)
+            if peak := peak_rate(self.model, method, self.config.training.batch_size):
+                metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.total, steps_per_second, metrics)
@@ -193,15 +194,15 @@ class Observer:
             logging.info("%s", evaluate.report(self._last_result))
 
 
-def peak_rate(model, batch_size):
-    """Images/s if the devices did nothing but the products that a step needs, at their peak.
+def peak_rate(model, method, batch_size):
+    """Images/s if the devices did nothing but the products that `method` needs, at their peak.
 
     None where the peak of the devices or the cost of the network is not known.
     """
     chip, forward = chips.chip(model.mesh.devices.flat[0]), model.module.flops(model.image_shape)
     if chip is None or forward is None:
         return None
-    return chip.peak * model.mesh.size / (model.method.passes(batch_size) * forward)
+    return chip.peak * model.mesh.size / (method.passes(batch_size) * forward)
 
 
 def device_memory():

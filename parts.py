@@ -11,7 +11,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs import default
-from methods import flow, meanflow, path
+from methods import (
+    alphaflow,
+    consistency,
+    flow,
+    meanflow,
+    path,
+    shortcut,
+    soflow,
+    splitmeanflow,
+    tim,
+)
 from metrics import scorer
 from models import codec, dit, network, vae
 from utils import sharding
@@ -20,6 +30,14 @@ BACKBONES = (dit,)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "flow": flow.Flow,
+    "trajectory": alphaflow.Trajectory,
+    "alphaflow": alphaflow.AlphaFlow,
+    "soflow": soflow.SoFlow,
+    "splitmeanflow": splitmeanflow.SplitMeanFlow,
+    "consistency": consistency.Consistency,
+    "shortcut": shortcut.Shortcut,
+    "difference": tim.Difference,
+    "tim": tim.TiM,
 }
 
 

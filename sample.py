@@ -30,6 +30,16 @@ def draw_noise(seed, index, shape):
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
+def draw_fresh(seed, index, shape, k):
+    """The noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def draw(i):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), k), shape)
+
+    return jax.vmap(draw)(index)
+
+
 def draw_labels(seed, index, num_classes, kind):
     """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
     if kind == "balanced":
@@ -62,6 +72,7 @@ def generate(model, options, decode, params, vae_params, index, labels, times, g
     x = path.sample(
         model.method, model.net, params, noise, {"y": labels}, times,
         guidance=guidance, sampler=options.method,
+        fresh=partial(draw_fresh, options.seed, index, model.image_shape),
     )  # fmt: skip
     return image_utils.to_uint8(decode(vae_params, x))
 

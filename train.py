@@ -8,6 +8,7 @@ and hands out metrics, samples, checkpoints and evaluations.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -145,6 +146,21 @@ def make_step(recipe, key, mesh, shardings):
     )
 
 
+def make_steps(recipe, key, mesh, shardings, total):
+    """The steps of a run, (steps done, state, batch) -> state: `make_step` for each objective.
+
+    Most objectives are one from beginning to end. Where one becomes another (`Objective.at`), that
+    is known from the number of the step alone, so each has a program of its own, without branches;
+    it is compiled when it is reached.
+    """
+
+    @functools.cache
+    def step_of(method):
+        return make_step(dataclasses.replace(recipe, method=method), key, mesh, shardings)
+
+    return lambda done, *args: step_of(recipe.method.at(done, total))(*args)
+
+
 def update(recipe, state, x, given, draws, key):
     """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
 
@@ -268,7 +284,7 @@ def train(config, workdir):
         observer.catch_up(int(state.step), state)
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
-    step_fn = make_step(recipe, key, model.mesh, shardings)
+    step_fn = make_steps(recipe, key, model.mesh, shardings, total)
     with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
@@ -298,7 +314,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state = step_fn(state, batch)
+            state = step_fn(step - 1, state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))

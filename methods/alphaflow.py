@@ -57,15 +57,17 @@ class AlphaFlow(Trajectory):
         super().__post_init__()
         split.check_interval(self)
 
-    def at(self, step):
+    def at(self, step, total):
         """Trajectory flow matching at first, and MeanFlow at last unless alpha has a floor."""
-        x = (step - self.alpha_begin) / (self.alpha_end - self.alpha_begin)
+        method = split.ending(self, total)
+        x = (step - method.alpha_begin) / (method.alpha_end - method.alpha_begin)
         distance = math.log((1 - CLAMP) / CLAMP) / GAMMA  # of alpha = CLAMP from 1/2
-        options = {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
         if x < 0.5 - distance:
-            common = {field.name for field in dataclasses.fields(Trajectory)}
-            return Trajectory(**{name: options[name] for name in common})
-        return self if x <= 0.5 + distance or self.alpha_floor else End(**options)
+            common = [field.name for field in dataclasses.fields(Trajectory)]
+            return Trajectory(**{name: vars(method)[name] for name in common})
+        if x <= 0.5 + distance or method.alpha_floor:
+            return method
+        return End(**vars(method))
 
     def alpha(self, key, step, t, r):
         alpha = alpha_at(step, self.alpha_begin, self.alpha_end)
@@ -94,7 +96,7 @@ class End(AlphaFlow):
 
 def alpha_at(step, begin, end, gamma=GAMMA, clamp=CLAMP):
     """alpha when `step` steps are done: 1 before `begin`, 0 after `end`, a sigmoid between."""
-    x = (step - begin) / (end - begin)
+    x = (step - begin) / max(end - begin, 1)
     alpha = jax.nn.sigmoid(-gamma * (x - 0.5))
     alpha = jnp.where((alpha < clamp) | (x > 1), 0.0, alpha)
     return jnp.where((alpha > 1 - clamp) | (x < 0), 1.0, alpha)

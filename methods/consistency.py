@@ -35,6 +35,9 @@ class Consistency(split.Split):
     def target_by_ema(self):
         return self.alpha_schedule == "grid"
 
+    def at(self, step, total):
+        return split.ending(self, total)
+
     def times(self, equal, first, second):
         t = self.logit_normal(first)
         return t, t, jnp.zeros_like(t)

@@ -85,11 +85,11 @@ class Objective:
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
         return guidance
 
-    def at(self, step):
-        """The objective that holds in step number `step`, an int: hashable, known when tracing.
+    def at(self, step, total):
+        """The objective that holds after `step` of `total` steps, both int.
 
-        An objective whose program changes in the course of a run (a JVP that begins or ends) is
-        another one from there on: whoever compiles a step compiles one for each that `at` gives.
+        Where the program changes in a run (a JVP begins) it is another objective, hashable: whoever
+        compiles a step compiles one for each that this gives.
         """
         return self
 

@@ -26,6 +26,9 @@ class SoFlow(split.Split):
         super().__post_init__()
         split.check_schedule(self)
 
+    def at(self, step, total):
+        return split.ending(self, total)
+
     def times(self, equal, first, second):
         """t and r by laws of their own, r at least 1e-4 below t."""
         t = jnp.maximum(self.logit_normal(first), SHORTEST)

@@ -229,8 +229,8 @@ def _asker(net):
 
 
 def progress(step, begin, end):
-    """How far `step` is from `begin` to `end`, in 0..1."""
-    return jnp.clip((step - begin) / (end - begin), 0.0, 1.0)
+    """How far `step` is from `begin` to `end`, in 0..1; an `end` that is not set yet is near."""
+    return jnp.clip((step - begin) / max(end - begin, 1), 0.0, 1.0)
 
 
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
@@ -258,7 +258,21 @@ def check_schedule(method, kinds=SCHEDULES):
 
 
 def check_interval(method):
-    """The rules of the steps between which alpha changes."""
+    """The rules of the steps between which alpha changes; `ending` replaces an end of 0."""
     path.check(method.alpha_begin >= 0, "alpha_begin", "must not be negative")
+    path.check(method.alpha_end >= 0, "alpha_end", "must not be negative")
     rule = f"({method.alpha_end}) must be above method.alpha_begin ({method.alpha_begin})"
-    path.check(method.alpha_end > method.alpha_begin, "alpha_end", rule)
+    path.check(not method.alpha_end or method.alpha_end > method.alpha_begin, "alpha_end", rule)
+
+
+def ending(method, total):
+    """The method with its schedule over the run of `total` steps, where it has no end of its own.
+
+    Raises:
+      ValueError: the run ends before alpha begins to change.
+    """
+    if method.alpha_end:
+        return method
+    rule = f"({method.alpha_begin}) is not before the end of the run, step {total}"
+    path.check(method.alpha_begin < total, "alpha_begin", rule)
+    return dataclasses.replace(method, alpha_end=total)
