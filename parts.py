@@ -24,7 +24,7 @@ from methods import (
 )
 from metrics import scorer
 from models import codec, dit, network, vae
-from utils import sharding
+from utils import dataset, sharding
 
 BACKBONES = (dit,)
 OBJECTIVES = {
@@ -78,6 +78,18 @@ def make(config, mesh=None):
     )
 
 
+def settle(config):
+    """Fills in what the config leaves to the records: `dataset.num_classes`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no records.
+    """
+    if config.dataset.num_classes < 0:
+        found = dataset.open_records(config.dataset.root).num_classes
+        with config.unlocked():
+            config.dataset.num_classes = found
+
+
 def check(config):
     """Raises ValueError in a line about options that do not fit; asks for no device.
 
@@ -105,6 +117,13 @@ def check(config):
             "(method.omega); leave it empty"
         )
     scorer.check_options(config.fid)
+    best, metrics = config.training.keep_best, config.fid.metrics
+    known = [name for metric in metrics for name in scorer.METRICS[metric]]
+    if best and (best not in known or not config.fid.on_training):
+        raise ValueError(
+            f"training.keep_best: {best!r} is not measured in training: fid.metrics give "
+            f"{', '.join(known)}, with fid.on_training"
+        )
 
 
 def check_parts_of_batch(method, batch_size, parts):

@@ -31,7 +31,7 @@ def _dataset(dataset):
     dataset.root = ""  # record folder; $VARIABLES and ~ are expanded; empty: $DATA_ROOT/name
     dataset.image_size = 32  # height and width of what the network sees (latent or pixels)
     dataset.image_channels = 4  # its channels: 4 for latents, 3 or 1 for pixels
-    dataset.num_classes = 1000  # labels 0..num_classes-1, null label num_classes; 0: unconditional
+    dataset.num_classes = 1000  # labels 0..num_classes-1, 0: unconditional, -1: as the records
     dataset.vae = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
     dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean
@@ -116,6 +116,10 @@ def _training(training):
     training.sample_per_epoch = 10  # epochs between two grids
     training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
     training.fid_per_epoch = 10  # epochs between two evaluations
+    training.sample_per_step = 0  # steps between two grids; 0: sample_per_epoch decides
+    training.checkpoint_per_step = 0  # steps between two checkpoints; 0: checkpoint_per_epoch
+    training.fid_per_step = 0  # steps between two evaluations; 0: fid_per_epoch decides
+    training.keep_best = ""  # metric (fid, ...) whose best checkpoint stays in WORKDIR/best
     training.wandb = ""  # project of Weights & Biases (needs pip install wandb); empty: not used
     training.profile_steps = ()  # (first, last) step of a profile, first > 1; empty: none
 
@@ -166,5 +170,8 @@ def _mesh(mesh):
 
 def _job(config):
     config.load_from = config_dict.placeholder(str)  # a run's workdir or a published checkpoint
+    config.init_from = config_dict.placeholder(str)  # weights to begin a new run with, or a .pt
+    config.init_weights = "ema"  # which of them: ema | params
+    config.init_format = ""  # of a .pt file, which does not say it: sit | repa | dit
     config.eval_only = False  # evaluate load_from and stop
     config.sample_only = False  # draw sampling.num_images from load_from and stop

@@ -174,6 +174,8 @@ class DiT(Network):
     remat: bool = False
     fused_attention: bool = False
 
+    label_table = "y_embedder/embedding"
+
     def __call__(self, z, c):
         return self.together((z, c))[0]
 

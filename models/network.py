@@ -28,6 +28,7 @@ class Network(nn.Module):
     """
 
     conditions = ()
+    label_table = ""  # name of the parameters with a row for each class and a last one for none
 
     def __call__(self, z, c):
         """Predicts the velocity.
