@@ -22,9 +22,9 @@ MAY_CHANGE = (
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
     "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
-    "training.sample_per_step training.checkpoint_per_step training.fid_per_step training.keep_best "
-    "training.profile_steps training.wandb load_from init_from init_weights init_format eval_only "
-    "sample_only"
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step "
+    "training.keep_best training.profile_steps training.wandb load_from init_from init_weights "
+    "init_format eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (

@@ -58,6 +58,13 @@ def guidances(options):
     ] or [None]
 
 
+def times_of(options):
+    """The times of each number of steps that the options `sampling` ask for."""
+    if options.sampling_timesteps:
+        return [path.sample_times(0, options.sampling_timesteps)]
+    return [path.sample_times(num_steps) for num_steps in options.num_steps]
+
+
 def generate(model, options, decode, params, vae_params, index, labels, times, guidance):
     """Images number `index` (N,) of classes `labels` (N,), uint8 (N, H, W, C). Pure; for `jit`.
 
@@ -139,7 +146,7 @@ def run(sampler, params, options, num_classes, output):
     samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    times = path.sample_times(options.num_steps[0], options.sampling_timesteps)
+    times = times_of(options)[0]
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []

@@ -282,6 +282,7 @@ def train(config, workdir):
     observer.begin(int(state.step))
     if place is not None:
         observer.catch_up(int(state.step), state)
+        observer.keep_best(int(state.step))
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
     step_fn = make_steps(recipe, key, model.mesh, shardings, total)
@@ -328,4 +329,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")
         observer.look(step, state)
+        if config.training.keep_best and observer.evaluation_due(step):
+            checkpointer.wait()
+            observer.keep_best(step)
     return state

@@ -25,7 +25,8 @@ NOT_NEGATIVE = (
     "dataset.num_workers model.depth model.hidden_size model.num_heads "
     "model.patch_size training.seed training.num_epochs training.num_steps training.warmup_steps "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
-    "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed sampling.channels"
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed "
+    "sampling.channels"
 ).split()
 
 FROM_0_TO_1 = ("training.adam_b1", "training.adam_b2")
