@@ -68,7 +68,7 @@ class Observer:
         self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
 
     def due(self, step, name):
-        """Whether what is done in the cadence `name`_per_step or _per_epoch, and at the end, is due."""
+        """Whether `name` (sample, checkpoint, fid) is due: in its cadence, and at the end."""
         steps = self.config.training[f"{name}_per_step"]
         steps = steps or self.config.training[f"{name}_per_epoch"] * self.steps_per_epoch
         return step == self.total or (steps > 0 and step % steps == 0)
