@@ -36,7 +36,7 @@ OBJECTIVES = {
     "splitmeanflow": splitmeanflow.SplitMeanFlow,
     "consistency": consistency.Consistency,
     "shortcut": shortcut.Shortcut,
-    "difference": tim.Difference,
+    "central_difference": tim.Difference,
     "tim": tim.TiM,
 }
 
