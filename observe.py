@@ -67,22 +67,30 @@ class Observer:
         about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times[0]) - 1}
         self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
 
-    def due(self, step, name):
-        """Whether `name` (sample, checkpoint, fid) is due: in its cadence, and at the end."""
-        steps = self.config.training[f"{name}_per_step"]
-        steps = steps or self.config.training[f"{name}_per_epoch"] * self.steps_per_epoch
-        return step == self.total or (steps > 0 and step % steps == 0)
+    def due(self, step, steps, epochs):
+        """Whether something is due that is done every `steps` steps, or if that is 0 `epochs` epochs.
+
+        Whatever the cadence, it is done at the end.
+        """
+        cadence = steps or epochs * self.steps_per_epoch
+        return step == self.total or (cadence > 0 and step % cadence == 0)
 
     def checkpoint_due(self, step):
         """Whether to save: in its own cadence, and before an evaluation, which takes long."""
-        return self.due(step, "checkpoint") or self.evaluation_due(step)
+        training = self.config.training
+        steps, epochs = training.checkpoint_per_step, training.checkpoint_per_epoch
+        return self.due(step, steps, epochs) or self.evaluation_due(step)
 
     def evaluation_due(self, step):
         """Whether to evaluate."""
-        return bool(self.evaluation) and self.due(step, "fid")
+        training = self.config.training
+        due = self.due(step, training.fid_per_step, training.fid_per_epoch)
+        return bool(self.evaluation) and due
 
     def _grid_due(self, step):
-        return bool(self.sampler) and self.due(step, "sample")
+        training = self.config.training
+        due = self.due(step, training.sample_per_step, training.sample_per_epoch)
+        return bool(self.sampler) and due
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""

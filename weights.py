@@ -53,11 +53,11 @@ def load(path, shapes, optimizer=False):
     return weights
 
 
-def begin(options, module, fresh):
+def begin(config, module, fresh):
     """Parameters to begin a run with, from the weights of another one.
 
     Args:
-      options: the config, of which `init_from`, `init_weights` and `init_format` count.
+      config: the whole config, of which `init_from`, `init_weights` and `init_format` count.
       module: `models.network.Network`.
       fresh: its fresh parameters, a nested dict of numpy arrays.
 
@@ -67,7 +67,7 @@ def begin(options, module, fresh):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
     """
-    path, name, kind = options.init_from, options.init_weights, options.init_format
+    path, name, kind = config.init_from, config.init_weights, config.init_format
     if sit.recognises(path):
         found = sit.load(path, name, kind)
         _check_positions(found.positions, path)

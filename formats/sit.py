@@ -11,6 +11,7 @@ three share the transformer's names, which are in `_layers`, and differ in what 
 A file does not say which it is, and a wrong guess trains without an error: it has to be named. None
 has an embedder of h: its last layer begins at zero, so that u does not depend on h at first.
 Reading is strict: each key is used once or named here as dropped, and each shape is checked.
+Builds on formats/torch_files.py, formats/start.py and utils/trees.py.
 """
 
 import re

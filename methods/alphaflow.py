@@ -1,8 +1,8 @@
 """alpha-Flow (arXiv 2510.20771): from trajectory flow matching to MeanFlow.
 
 alpha falls from 1, where the target is v_g and the second pass drops out, to 0, where it is
-MeanFlow's with its JVP (or to a floor, and there is never a JVP). Builds on methods/split.py, from
-the published formulas and constants.
+MeanFlow's with its JVP (or to a floor, and there is never a JVP). Builds on methods/split.py,
+methods/meanflow.py and methods/path.py, from the published formulas and constants.
 """
 
 import dataclasses

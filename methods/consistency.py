@@ -1,6 +1,6 @@
 """Discrete consistency training (arXiv 2303.01469): the family at r = 0, the whole way to the data.
 
-Builds on methods/split.py: z_s lies on the row's own straight line, so u at s is the target of u at
+Builds on methods/split.py and methods/path.py: z_s lies on the row's own straight line, so u at s is the target of u at
 t. alpha follows a schedule, or the times lie on a grid of n steps, t = 1 - j/n and s = t - 1/n,
 and n doubles over the run (the baseline of arXiv 2410.12557), with the averaged weights at s.
 """
@@ -39,8 +39,8 @@ class Consistency(split.Split):
         return split.ending(self, total)
 
     def times(self, equal, first, second):
-        t = self.logit_normal(first)
-        return t, t, jnp.zeros_like(t)
+        t_equal, t, _ = self.laws(equal, first, second)
+        return t_equal, t, jnp.zeros_like(t)
 
     def draw(self, key, shape, step):
         draws = super().draw(key, shape, step)

@@ -1,6 +1,6 @@
 """SoFlow (arXiv 2512.15657): the interval is split ever nearer to its beginning.
 
-Builds on methods/split.py; alpha falls from `alpha_first` to `alpha_last` over the run.
+Builds on methods/split.py and methods/path.py; alpha falls from `alpha_first` to `alpha_last` over the run.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class SoFlow(split.Split):
 
     def times(self, equal, first, second):
         """t and r by laws of their own, r at least 1e-4 below t."""
-        t = jnp.maximum(self.logit_normal(first), SHORTEST)
-        r = jnp.minimum(self.logit_normal(second, "_r"), t - SHORTEST)
-        return self.logit_normal(equal, "_equal"), t, r
+        t_equal, t, r = self.laws(equal, first, second)
+        t = jnp.maximum(t, SHORTEST)
+        return t_equal, t, jnp.minimum(r, t - SHORTEST)
 
     def alpha(self, key, step, t, r):
         x = split.progress(step, self.alpha_begin, self.alpha_end)

@@ -108,15 +108,21 @@ class Split(path.Objective):
 
         Here the larger and the smaller of two draws for the others, and one draw for r = t.
         """
-        t, r = self.logit_normal(first), self.logit_normal(second, "_r")
-        return self.logit_normal(equal, "_equal"), jnp.maximum(t, r), jnp.minimum(t, r)
+        t_equal, t, r = self.laws(equal, first, second)
+        return t_equal, jnp.maximum(t, r), jnp.minimum(t, r)
 
-    def logit_normal(self, normal, suffix=""):
-        """sigmoid(P_mean + P_std normal) with the options of a draw, where they are given."""
-        options = vars(self)
-        mean, std = options["P_mean" + suffix], options["P_std" + suffix]
-        mean, std = self.P_mean if mean is None else mean, self.P_std if std is None else std
-        return jax.nn.sigmoid(mean + std * normal)
+    def laws(self, equal, first, second):
+        """Each normal as sigmoid(mean + std normal), with the options of its draw."""
+
+        def time(normal, mean, std):
+            mean, std = self.P_mean if mean is None else mean, self.P_std if std is None else std
+            return jax.nn.sigmoid(mean + std * normal)
+
+        return (
+            time(equal, self.P_mean_equal, self.P_std_equal),
+            time(first, self.P_mean, self.P_std),
+            time(second, self.P_mean_r, self.P_std_r),
+        )
 
     def alpha(self, key, step, t, r):
         """alpha by row, float32 (B,)."""

@@ -3,7 +3,7 @@
     du/dt = [u(z_t + e d, t + e, h + e) - u(z_t - e d, t - e, h - e)] / (2 e),    r fixed,
 
 along d: the data's line v as in TiM, or v_g, which approximates MeanFlow's JVP. Nothing is clipped:
-t + e may pass 1, and h - e may be negative. Builds on methods/split.py.
+t + e may pass 1, and h - e may be negative. Builds on methods/split.py and methods/path.py.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it.
+with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/files.py.
 """
 
 import contextlib
