@@ -68,10 +68,8 @@ class Observer:
         self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
 
     def due(self, step, steps, epochs):
-        """Whether something is due that is done every `steps` steps, or if that is 0 `epochs` epochs.
-
-        Whatever the cadence, it is done at the end.
-        """
+        """Whether something is due that is done every `steps` steps, or where that is 0 every
+        `epochs` epochs; it always is at the end."""
         cadence = steps or epochs * self.steps_per_epoch
         return step == self.total or (cadence > 0 and step % cadence == 0)
 

@@ -1,6 +1,7 @@
 """SoFlow (arXiv 2512.15657): the interval is split ever nearer to its beginning.
 
-Builds on methods/split.py and methods/path.py; alpha falls from `alpha_first` to `alpha_last` over the run.
+alpha falls from `alpha_first` to `alpha_last` over the run. Builds on methods/split.py and
+methods/path.py.
 """
 
 import dataclasses

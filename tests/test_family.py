@@ -1,6 +1,7 @@
 """The split family in a run: its phases, what a step costs, resuming, and that it needs no JVP."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -12,11 +13,15 @@ from jobs import OPTIONS, write_records
 from test_benchmark import count, get_config
 
 import parts
+import resume
 import sample
 import train
+import weights
 from methods import alphaflow
+from models import network
 from models.network import Velocity
 from scripts.measure import costs
+from utils import checkpoint
 
 MEMBERS = {
     "trajectory": {},
@@ -198,3 +203,102 @@ def test_resuming_in_the_middle_of_the_schedule_changes_no_bit(records, tmp_path
 def make_folder(path):
     path.mkdir()
     return path
+
+
+# Starting points ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(records, tmp_path_factory):
+    """A short flow matching run, its best checkpoint, and the lines of its log."""
+    folder = tmp_path_factory.mktemp("finished")
+    words = {"method.name": "flow", "training.num_steps": 6, "fid.on_training": True}
+    words |= {"training.fid_per_step": 2, "training.keep_best": "fid"}
+    words |= {"training.checkpoint_per_step": 3, "sampling.num_steps": "1,2"}
+    words |= {"training.sample_on_training": True, "training.sample_per_step": 4}
+    config = config_of(records, **words)
+    return config, train.train_job(config, folder), folder
+
+
+def test_cadences_in_steps(finished):
+    _, _, folder = finished
+    assert checkpoint.steps(folder) == [3, 4, 6]  # the newest three of 2, 3, 4 and 6
+    grids = sorted(path.name for path in (folder / "samples").iterdir())
+    assert grids == [f"grid_0000000{n}{steps}.png" for n in (4, 6) for steps in ("", "_2step")]
+    results = json.loads((folder / "results.json").read_text())
+    assert [r["checkpoint_step"] for r in results] == [2, 2, 4, 4, 6, 6]
+
+
+def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
+    _, _, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    first = [r for r in results if r["num_steps"] == 1]
+    best = min(first, key=lambda r: r["fid"])
+    about = json.loads((folder / "best" / "best.json").read_text())
+    assert about == {"metric": "fid", "value": best["fid"], "step": best["checkpoint_step"]}
+    assert weights.read(folder / "best")["step"] == best["checkpoint_step"]
+    # Worse ones change nothing, better ones take its place.
+    checkpoint.keep_best(folder, 3, "fid", best["fid"] + 1)
+    assert checkpoint.steps(folder / "best") == [best["checkpoint_step"]]
+    checkpoint.keep_best(folder, 3, "fid", best["fid"] - 1)
+    assert checkpoint.steps(folder / "best") == [3]
+    checkpoint.keep_best(folder, 6, "precision", 0.5)  # another metric begins anew
+    checkpoint.keep_best(folder, 4, "precision", 0.6)
+    assert checkpoint.steps(folder / "best") == [4]
+
+
+def test_beginning_with_the_weights_of_a_run(records, finished, tmp_path, caplog):
+    _, state, folder = finished
+    config = config_of(
+        records, **{"init_from": folder, "training.num_steps": 0, "training.ema_val": "0.9,0.99"}
+    )
+    model = parts.make(config)
+    recipe, _ = train.make_recipe(config, model, 10)
+    init = partial(train.init_state, recipe, model.module, model.image_shape)
+    with caplog.at_level("INFO"):
+        begun, _, place = resume.start(config, tmp_path, model.mesh, model.module, init)
+    assert int(begun.step) == 0 and place is None
+    for tree in (begun.params, *begun.ema_params):
+        jax.tree.map(np.testing.assert_array_equal, tree, state.ema_params[0])
+    assert not any(np.any(x) for x in jax.tree.leaves(begun.opt_state))
+    assert ": 25 of 25 parameters taken" in caplog.text
+
+
+def test_another_number_of_classes_keeps_the_row_of_none(records, finished):
+    _, state, folder = finished
+    config = config_of(records, **{"init_from": folder, "init_weights": "params"})
+    module = parts.make_module(config).clone(num_classes=5)
+    fresh = jax.device_get(network.init_params(module, jax.random.key(9), (4, 4, 1)))
+    found, line = weights.begin(config, module, fresh)
+    table = found["y_embedder"]["embedding"]
+    np.testing.assert_array_equal(table[-1], state.params["y_embedder"]["embedding"][-1])
+    np.testing.assert_array_equal(table[:-1], fresh["y_embedder"]["embedding"][:-1])
+    assert "new: y_embedder/embedding of 5 classes but for the row of none" in line
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ({"init_from": "{run}", "init_format": "sit"}, "init_format: .* is no .pt file"),
+        ({"init_from": "{run}", "model.patch_size": 1}, "of another shape: .*x_embedder/kernel"),
+        (
+            {"init_from": "{run}", "model.time_cond": "t,r"},
+            "missing: r_embedder/.*left over: h_emb",
+        ),
+        ({"init_from": "nowhere"}, "nowhere: neither a run with checkpoints nor"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(records, finished, words, line):
+    words = {name: str(value).format(run=finished[2]) for name, value in words.items()}
+    config = config_of(records, **words)
+    module = parts.make_module(config)
+    fresh = jax.eval_shape(lambda: network.init_params(module, jax.random.key(9), (4, 4, 1)))
+    with pytest.raises((ValueError, OSError), match=line):
+        weights.begin(config, module, jax.tree.map(lambda a: np.zeros(a.shape), fresh))
+
+
+def test_the_number_of_classes_can_be_left_to_the_records(records):
+    config = config_of(records, **{"dataset.num_classes": ""})
+    assert config.dataset.num_classes == -1
+    parts.settle(config)
+    assert config.dataset.num_classes == OPTIONS["dataset.num_classes"]
