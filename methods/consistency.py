@@ -1,9 +1,9 @@
 """Discrete consistency training (arXiv 2303.01469): the family at r = 0, the whole way to the data.
 
 z_s lies on the row's own straight line, where u at s is the target of u at t. alpha follows a
-schedule, or the times lie on a grid of n steps, t = 1 - j/n and s = t - 1/n, and n doubles over the run (the
-baseline of arXiv 2410.12557), with the averaged weights at s. Builds on methods/split.py and
-methods/path.py.
+schedule, or the times lie on a grid of n steps, t = 1 - j/n and s = t - 1/n, and n doubles over the
+run (the baseline of arXiv 2410.12557), with the averaged weights at s. Builds on methods/split.py
+and methods/path.py.
 """
 
 import dataclasses
