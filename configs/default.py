@@ -64,9 +64,7 @@ def _model(model):
 
 
 def _method(method):
-    method.name = (
-        "meanflow"  # meanflow | flow | soflow | alphaflow ... (docs/objectives.md has all)
-    )
+    method.name = "meanflow"  # meanflow | flow | soflow | alphaflow | ... (docs/objectives.md)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
