@@ -17,6 +17,7 @@ import resume
 import sample
 import train
 import weights
+from formats import published
 from methods import alphaflow
 from models import network
 from models.network import Velocity
@@ -274,6 +275,16 @@ def test_another_number_of_classes_keeps_the_row_of_none(records, finished):
     np.testing.assert_array_equal(table[-1], state.params["y_embedder"]["embedding"][-1])
     np.testing.assert_array_equal(table[:-1], fresh["y_embedder"]["embedding"][:-1])
     assert "new: y_embedder/embedding of 5 classes but for the row of none" in line
+
+
+def test_beginning_with_a_published_checkpoint(records, golden):
+    path = golden / "released_checkpoint" / "msgpack"
+    expected = published.load(path)["ema_params"]
+    config = config_of(records, **{"init_from": path})
+    fresh = jax.tree.map(np.zeros_like, expected)
+    module = parts.make_module(config)  # of which only the name of its label table counts
+    found, _ = weights.begin(config, module, fresh)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(
