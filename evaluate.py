@@ -125,6 +125,10 @@ class Evaluation:
                     save_result(workdir, results[-1])  # one that is stopped keeps what it has
         if len(results) > 1:
             logging.info("%s", table(results))
+        compared = [result for result in results if "fid" in result]
+        if len(compared) > 1:
+            best = min(compared, key=lambda result: result["fid"])
+            logging.info("best: %s", report(best))
         return results
 
     def measure(self, params, about, times, guidance):
@@ -214,7 +218,12 @@ def _depends_on(result):
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     model = parts.make(config)
-    weights = weights_of.load(config.load_from or workdir, model.param_shapes())
+    weights = weights_of.load(
+        config.load_from or workdir,
+        model.param_shapes(),
+        config,
+        may_lack=model.module.only_for_training,
+    )
     weights = weights_of.place(weights, model.mesh)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, parts.load_autoencoder(config), records)

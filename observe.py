@@ -152,8 +152,8 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            method = self.model.method.at(step - 1, self.total)
-            if peak := peak_rate(self.model, method, self.config.training.batch_size):
+            now = self.model._replace(method=self.model.method.at(step - 1, self.total))
+            if peak := peak_rate(now, self.config.training.batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()
         self.writer.scalars(step, metrics)
@@ -207,15 +207,15 @@ class Observer:
             logging.info("%s", evaluate.report(self._last_result))
 
 
-def peak_rate(model, method, batch_size):
-    """Images/s if the devices did nothing but the products that `method` needs, at their peak.
+def peak_rate(model, batch_size):
+    """Images/s if the devices did nothing but the products that a step needs, at their peak.
 
     None where the peak of the devices or the cost of the network is not known.
     """
-    chip, forward = chips.chip(model.mesh.devices.flat[0]), model.module.flops(model.image_shape)
-    if chip is None or forward is None:
+    chip, needed = chips.chip(model.mesh.devices.flat[0]), model.step_flops(batch_size)
+    if chip is None or needed is None:
         return None
-    return chip.peak * model.mesh.size / (method.passes(batch_size) * forward)
+    return chip.peak * model.mesh.size / needed
 
 
 def device_memory():

@@ -2,25 +2,38 @@
 
 import numpy as np
 
-from formats import published, sit, start
+from formats import published, published_imf, sit, start
 from models import dit
 from utils import checkpoint, sharding, trees
+
+SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
 
 def _run(path, optimizer):
     found = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-    return found | {"ema_vals": found.pop("config").get("training", {}).get("ema_val", ())}
+    saved = found.pop("config")
+    data = saved.get("dataset", {})
+    latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
+    return found | {"ema_vals": saved.get("training", {}).get("ema_val", ()), "latents": latents}
+
+
+def _improved(path, optimizer):
+    found = published_imf.load(published_imf.find(path), optimizer)
+    latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
+    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
 
 
 def _meanflow(path, optimizer):
     found = published.load(path)
-    return found | {"ema_params": (found["ema_params"],), "ema_vals": ()}
+    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
 
 
-# (recognises(path), read(path, optimizer) -> as `load`); the first that recognises a path reads it,
-# and the last one says what there might have been.
+# (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
+# one says what there might have been. What is read is as from `load`, with `latents` beside it: by
+# which mean and standard deviation of each channel they were normalised.
 READERS = (
     (checkpoint.steps, _run),
+    (published_imf.find, _improved),
     (lambda path: True, _meanflow),
 )
 
@@ -30,13 +43,15 @@ def read(path, optimizer=False):
     return next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
 
 
-def load(path, shapes, optimizer=False):
+def load(path, shapes, config, optimizer=False, may_lack=()):
     """The weights of a run or of a published checkpoint, as numpy trees of the model's `shapes`.
 
     Args:
       path: a run's workdir, or a published checkpoint (its file, or the folder that holds it).
       shapes: the tree of the model's parameters as `ShapeDtypeStruct`.
+      config: the whole config, which has to agree with what is known of the weights.
       optimizer: whether to read Adam's moments too.
+      may_lack: first names of parameters that may be missing, all of them together.
 
     Returns:
       A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
@@ -44,13 +59,43 @@ def load(path, shapes, optimizer=False):
       where asked for and stored, else None).
 
     Raises:
-      FileNotFoundError, ValueError: nothing there, or weights of another model.
+      FileNotFoundError, ValueError: nothing there, or weights of another model or data.
     """
     weights = read(path, optimizer)
+    check_latents(path, weights.pop("latents"), config.dataset)
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
-        where = f"{name} of {path}: not the weights of the configured model"
-        trees.check_tree(shapes, tree, where)
+        if name == "params" and tree is None:  # a published file of averages alone
+            continue
+        check_parameters(f"{name} of {path}", shapes, tree, may_lack)
     return weights
+
+
+def check_parameters(where, shapes, tree, may_lack):
+    """Raises ValueError where a tree is not one of the model's; see `load`."""
+    there = shapes if may_lack and tree.keys() & set(may_lack) else without(shapes, may_lack)
+    trees.check_tree(there, tree, f"{where}: not the weights of the configured model")
+
+
+def without(tree, names):
+    """A tree without the entries of these first names."""
+    return {name: part for name, part in tree.items() if name not in names}
+
+
+def check_latents(path, latents, data):
+    """Raises ValueError where weights were trained on latents of another normalisation.
+
+    Args:
+      latents: per-channel mean and standard deviation of the weights; empty: the factor 0.18215.
+      data: the options `dataset`.
+    """
+    asked = [tuple(data.latent_mean), tuple(data.latent_std)]
+    if data.vae != "none" and asked != latents:
+        described = [f"latent_mean {a} and latent_std {b}" if a else "the factor 0.18215"
+                     for a, b in (latents, asked)]  # fmt: skip
+        raise ValueError(
+            f"{path} holds weights for latents normalised by {described[0]}, and dataset asks for "
+            f"{described[1]}"
+        )
 
 
 def begin(config, module, fresh):
@@ -69,13 +114,18 @@ def begin(config, module, fresh):
     """
     path, name, kind = config.init_from, config.init_weights, config.init_format
     if sit.recognises(path):
-        found = sit.load(path, name, kind)
+        found, latents = sit.load(path, name, kind), SD_FACTOR
         _check_positions(found.positions, path)
     elif kind:
         raise ValueError(f"init_format: {path} is no .pt file: leave it empty")
     else:
-        chosen = choose(read(path), name, "init_weights")
-        found = start.Start({k: np.asarray(v) for k, v in trees.flatten(chosen).items()})
+        weights = read(path)
+        latents, chosen = weights["latents"], choose(weights, name, "init_weights")
+        if chosen is None:
+            raise ValueError(f"init_weights: {path} holds no {name}")
+        arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
+        found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
+    check_latents(path, latents, config.dataset)
     return start.merge(fresh, found, module.label_table, f"init_from {path}")
 
 

@@ -44,6 +44,8 @@ class Objective:
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
     conditions = ()  # what its network has to take beside t, h and y
+    needs_v = False  # whether its network has to predict the instantaneous velocity too
+    instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
 
     def draw(self, key, shape, step):
@@ -104,6 +106,10 @@ class Objective:
     def passes(self, batch_size):
         """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""
         raise NotImplementedError
+
+    def passes_of_both(self, batch_size):
+        """Those of them that predict both velocities; all others predict one."""
+        return 0.0
 
 
 def by_row(s):
@@ -172,35 +178,11 @@ def split_tree(tree, num_equal):
 
 def is_guided(method):
     """Whether the target takes predictions of the network."""
-    if method.guidance_eq == "mix":
-        return (method.omega, method.mix) != (1.0, 1.0)
     return method.guidance_eq == "cfg" and (method.omega, method.kappa) != (1.0, 0.0)
 
 
-def takes_v_c(method):
-    """Whether the target takes the conditional prediction beside the unconditional one."""
-    return is_guided(method) and (
-        method.mix != 1 if method.guidance_eq == "mix" else method.kappa != 0
-    )
-
-
-def fade(t, start):
-    """1 up to t = `start`, and falls to 0 at t = 1 (SoFlow, arXiv 2512.15657)."""
-    if start >= 1:
-        return jnp.ones_like(t)
-    d = jnp.clip((1 - t) / (1 - start), 0, 1 - 1e-6)
-    return jnp.where(t <= start, 1.0, -jnp.expm1(-0.025 * d / (1 - d)))
-
-
 def scales(method, t):
-    """omega and kappa of `guided_velocity` at the times t.
-
-    `cfg`: those of the options within [t_start, t_end], else 1 and 0. `mix` (arXiv 2512.15657): of
-    v_g = m (v + f(t) (w - 1) (v - v_u)) + (1 - m) v_c with w = omega, m = mix and f = `fade`.
-    """
-    if method.guidance_eq == "mix":
-        omega = method.mix * (1 + fade(t, method.fade_start) * (method.omega - 1))
-        return omega, jnp.full_like(t, 1 - method.mix)
+    """omega and kappa at the times t (B,): the options within [t_start, t_end], else 1 and 0."""
     inside = (method.t_start <= t) & (t <= method.t_end)
     return jnp.where(inside, method.omega, 1.0), jnp.where(inside, method.kappa, 0.0)
 
@@ -226,6 +208,14 @@ def draw_time(key, batch_size, noise_dist, P_mean, P_std):
     if noise_dist == "uniform":
         return jax.random.uniform(key, (batch_size,))
     return jax.nn.sigmoid(P_mean + P_std * jax.random.normal(key, (batch_size,)))
+
+
+def order_times(first, second, num_equal):
+    """Two times by row -> t, the larger, and r, the smaller or in `num_equal` rows t: each (B,)."""
+    t, r = jnp.maximum(first, second), jnp.minimum(first, second)
+    r_differ, _ = split_rows(r, num_equal)
+    _, t_equal = split_rows(t, num_equal)
+    return t, merge_rows(r_differ, t_equal)
 
 
 def draw_dropped(key, batch_size, num_equal, probability):

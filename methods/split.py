@@ -94,8 +94,8 @@ class Split(path.Objective):
         path.check(self.norm_eps_per_pixel >= 0, "norm_eps_per_pixel", "must not be negative")
 
     def passes(self, batch_size):
-        v_c = path.takes_v_c(self)
-        guided = path.is_guided(self)
+        v_c = takes_v_c(self)
+        guided = is_guided(self)
         equal = 3 + (1 + (v_c and self.guided_by_ema) if guided else 0)
         differ = 3 + self.target_passes + (1 + v_c if guided and self.guides_differ else 0)
         num_equal = self.equal_count(batch_size)
@@ -169,7 +169,7 @@ class Split(path.Objective):
 
     def guided(self, ask, held, differ, equal, u1):
         """v_g of the rows of both kinds; in those with r = t, v_c is their prediction u1."""
-        if not path.is_guided(self):
+        if not is_guided(self):
             return differ.v, equal.v
 
         def now(rows, given):
@@ -178,15 +178,15 @@ class Split(path.Objective):
         batches = {"v_u1": now(equal, equal.unlabelled)}
         if self.guides_differ:
             batches["v_u0"] = now(differ, differ.unlabelled)
-        if path.takes_v_c(self) and self.guides_differ:
+        if takes_v_c(self) and self.guides_differ:
             batches["v_c0"] = now(differ, differ.labelled)
-        if path.takes_v_c(self) and self.guided_by_ema:
+        if takes_v_c(self) and self.guided_by_ema:
             batches["v_c1"] = now(equal, equal.labelled)
         by = held["ema_params" if self.guided_by_ema else "params"]
         found = dict(zip(batches, ask(by, *batches.values()), strict=True))
 
         def v_g(rows, v_u, v_c):
-            return path.guided_velocity(rows.v, v_u, v_c, *path.scales(self, rows.t), rows.drop)
+            return path.guided_velocity(rows.v, v_u, v_c, *scales(self, rows.t), rows.drop)
 
         v_g1 = v_g(equal, found["v_u1"], found.get("v_c1", u1))
         if not self.guides_differ:
@@ -229,6 +229,42 @@ def _asker(net):
         return [next(found).u if len(z) else z for z, _ in batches]
 
     return ask
+
+
+# Guidance -------------------------------------------------------------------------------------
+
+
+def is_guided(method):
+    """Whether the target takes predictions of the network."""
+    if method.guidance_eq == "mix":
+        return (method.omega, method.mix) != (1.0, 1.0)
+    return path.is_guided(method)
+
+
+def takes_v_c(method):
+    """Whether the target takes the conditional prediction beside the unconditional one."""
+    weight = 1 - method.mix if method.guidance_eq == "mix" else method.kappa
+    return is_guided(method) and weight != 0
+
+
+def fade(t, start):
+    """1 up to t = `start`, and falls to 0 at t = 1 (arXiv 2512.15657)."""
+    if start >= 1:
+        return jnp.ones_like(t)
+    d = jnp.clip((1 - t) / (1 - start), 0, 1 - 1e-6)
+    return jnp.where(t <= start, 1.0, -jnp.expm1(-0.025 * d / (1 - d)))
+
+
+def scales(method, t):
+    """omega and kappa of `path.guided_velocity` at the times t (B,).
+
+    `mix` (arXiv 2512.15657): v_g = m (v + f(t) (w - 1) (v - v_u)) + (1 - m) v_c with w = omega,
+    m = mix and f = `fade`.
+    """
+    if method.guidance_eq != "mix":
+        return path.scales(method, t)
+    omega = method.mix * (1 + fade(t, method.fade_start) * (method.omega - 1))
+    return omega, jnp.full_like(t, 1 - method.mix)
 
 
 # How alpha goes with the step ------------------------------------------------------------------

@@ -111,10 +111,10 @@ def test_mfu(run, monkeypatch):
     slice_of = types.SimpleNamespace(
         devices=np.array([types.SimpleNamespace(device_kind="TPU v5 lite")] * 4), size=4
     )
-    peak = observe.peak_rate(model._replace(mesh=slice_of), model.method, 256)
+    peak = observe.peak_rate(model._replace(mesh=slice_of), 256)
     assert peak == pytest.approx(4 * 197e12 / (4.5 * 2 * 5.6e9), rel=0.02)
     slice_of.devices[0].device_kind = "a CPU"
-    assert observe.peak_rate(model._replace(mesh=slice_of), model.method, 256) is None
+    assert observe.peak_rate(model._replace(mesh=slice_of), 256) is None
 
 
 def test_each_average_is_evaluated_by_itself(run):

@@ -250,7 +250,7 @@ def test_soflow_alpha_of_short_rows(arrays):
 def test_fade(start):
     info = INFO["fade"][start]
     t = jnp.array(info["t"], jnp.float32)
-    np.testing.assert_allclose(path.fade(t, float(start)), info["fade"], atol=1e-5)
+    np.testing.assert_allclose(split.fade(t, float(start)), info["fade"], atol=1e-5)
 
 
 LAWS = {
