@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from formats import published, published_imf, sit, start
+from formats import published, published_cifar, published_imf, sit, start
 from models import dit
 from utils import checkpoint, sharding, trees
 
@@ -28,12 +28,17 @@ def _meanflow(path, optimizer):
     return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
 
 
+def _cifar(path, optimizer):
+    return published_cifar.load(path) | {"latents": SD_FACTOR}
+
+
 # (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
 # one says what there might have been. What is read is as from `load`, with `latents` beside it: by
 # which mean and standard deviation of each channel they were normalised.
 READERS = (
     (checkpoint.steps, _run),
     (published_imf.find, _improved),
+    (published_cifar.is_published, _cifar),
     (lambda path: True, _meanflow),
 )
 

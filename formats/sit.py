@@ -24,12 +24,11 @@ from utils import trees
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
 CONVENTIONS = ("sit", "repa", "dit")
-SUFFIXES = (".pt", ".pth")
 
 
 def recognises(path):
-    """Whether a path is named like a torch file."""
-    return str(path).endswith(SUFFIXES)
+    """Whether a path is named like one of these files."""
+    return str(path).endswith(".pt")
 
 
 def load(path, weights, convention):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from methods import path
-from methods.path import by_row, merge_rows, split_rows
+from methods.path import by_row, merge_rows
 
 
 class SplitDraws(NamedTuple):
@@ -133,8 +133,7 @@ class Split(path.Objective):
         batch_size, num_equal = shape[0], self.equal_count(shape[0])
         key_t, key_noise, key_drop, key_alpha = jax.random.split(key, 4)
         t_equal, t, r = self.times(*jax.random.normal(key_t, (3, batch_size)))
-        t_equal = split_rows(t_equal, num_equal)[1]
-        t, r = (merge_rows(split_rows(a, num_equal)[0], t_equal) for a in (t, r))
+        t, r = (path.equal_in(t_equal, a, num_equal) for a in (t, r))
         noise = jax.random.normal(key_noise, shape)
         drop = jax.random.uniform(key_drop, (batch_size,)) < self.class_dropout_prob
         return SplitDraws(t, r, noise, drop, self.alpha(key_alpha, step, t, r))

@@ -312,13 +312,13 @@ def _find_adam(tree):
 
 @contextlib.contextmanager
 def _damage(workdir, step):
-    """Turns whatever goes wrong while reading into a DamagedError."""
+    """Turns what goes wrong while reading into a DamagedError, or the system's OSError."""
     _hush()
     try:
         yield
-    except (PermissionError, MemoryError):
-        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
+        if reason := files.system_reason(error):
+            raise OSError(f"{_path(workdir, step)} cannot be read: {reason}") from error
         reason = _reason(error)
         raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
 
