@@ -3,6 +3,7 @@
 `checkpoint-*.pth` is a torch file: a dict with `model`, a flat state of the network (`net.`) and of
 three averages of it, and with what a run of its own needs. It is read without unpickling anything
 that runs code (formats/torch_files.py). Reading is strict: each name is used once.
+Builds on utils/trees.py.
 """
 
 import numpy as np

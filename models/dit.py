@@ -1,11 +1,12 @@
 """The backbone: a Diffusion Transformer (Peebles & Xie, arXiv 2212.09748) with two times.
 
 `u(z, t, h, y)` is conditioned on the time `t`, on the length `h = t - r` of the interval over
-which the velocity is averaged, and on a class label. Images are NHWC. Builds on models/network.py.
+which the velocity is averaged, and on a class label. Images are NHWC.
 
 The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
 the time to compile does not grow with the depth. Several batches can go through them side by side
-(`DiT.together`), in one pass over the parameters.
+(`DiT.together`), in one pass over the parameters. Builds on models/network.py, models/blocks.py and
+models/card.py.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,8 @@ which only training needs. Images are NHWC. Builds on models/network.py; what it
 Diffusion Transformer stands in models/dit.py.
 
 The blocks of each of the three stacks are one scanned module, see models/dit.py.
+Builds on models/attention.py
+and models/card.py.
 """
 
 import flax.linen as nn

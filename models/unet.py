@@ -6,6 +6,7 @@ models/network.py.
 
 An encoder halves the side from level to level and keeps what each of its layers gives; a decoder
 goes back up and takes those outputs in again, newest first. `layers` lists both.
+Builds on models/augment.py and models/filters.py.
 """
 
 from typing import NamedTuple

@@ -15,6 +15,7 @@ import sys
 from utils import signals
 
 DAY = 24 * 3600  # seconds
+STORES = ("float32", "float16", "bfloat16")
 
 
 def run(args):
@@ -109,19 +110,23 @@ def parse(argv):
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
     named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
 
-    stores = ("float32", "float16", "bfloat16")
     for command in (images, latents):
-        command.add_argument("--store", choices=stores, default=stores[0], help="of latents")
+        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
     for command in (images, cifar10, latents, named):
-        command.add_argument("--output", required=True, help="folder of the records")
-        command.add_argument("--records_per_shard", type=_positive, default=4096)
-        command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
-        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
-        command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
-        command.add_argument("--num_processes", type=int, default=1, help="that share the work")
-        command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
-        command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
+        _add_shared(command)
     return parser.parse_args(argv)
+
+
+def _add_shared(command):
+    """What all commands have whose work can be shared."""
+    command.add_argument("--output", required=True, help="folder of the records")
+    command.add_argument("--records_per_shard", type=_positive, default=4096)
+    command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
+    command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
+    command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
+    command.add_argument("--num_processes", type=int, default=1, help="that share the work")
+    command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
+    command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
 
 
 def _positive(text):

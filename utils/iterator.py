@@ -1,4 +1,7 @@
-"""The iterator over shuffled batches that training uses."""
+"""The iterator over shuffled batches that training uses.
+
+Builds on utils/order.py.
+"""
 
 import grain
 
