@@ -73,7 +73,7 @@ class Objective:
         """
         raise NotImplementedError
 
-    def velocity(self, net, params, z, t, r, given, guidance):
+    def velocity(self, net, params, z, t, r, given, guidance=None):
         """The velocity over [r, t] that the sampler follows, float32 (B, H, W, C).
 
         Here the average u(z_t, t, t - r, y); a guidance that is trained in needs no other.
