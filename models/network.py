@@ -29,6 +29,7 @@ class Network(nn.Module):
     """
 
     conditions = ()
+    label_table = ""  # name of the parameters with a row for each class and a last one for none
     predicts_v = False
     takes_t = True  # whether it is told t beside h
     # First names of the parameters that only training needs; weights without them are sampled from.

@@ -189,6 +189,8 @@ class UNet(Network):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    label_table = "label/embedding"
+
     @property
     def conditions(self):
         return ("augment",) if self.augment_dim else ()
