@@ -145,7 +145,7 @@ def test_flops():
         ({"dropout": 1.0}, "dropout"),
         ({"resample_filter": (1, 2, 1)}, "resample_filter"),
         ({"augment_dim": 9}, "augment_dim"),
-        ({"num_blocks": 0}, "num_blocks"),
+        ({"channel_mult": (1, 0)}, "channel_mult"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):
