@@ -24,8 +24,8 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size model.aux_head_depth model.augment_dim training.seed training.num_epochs training.num_steps "
-    "training.warmup_steps training.warmup_epochs "
+    "model.patch_size model.aux_head_depth model.augment_dim training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.warmup_epochs "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
     "training.warmup_init sampling.seed sampling.channels"
 ).split()
