@@ -18,7 +18,7 @@ from utils import checkpoint, processes, sharding, train_metrics
 # configs/default.py is in one of the two (or below MAY_CHANGE_BELOW).
 MAY_CHANGE = (
     "dataset.name dataset.root dataset.vae dataset.num_workers dataset.prefetch_factor "
-    "model.unroll model.remat model.fused_attention "
+    "model.unroll model.remat model.fused_attention model.half_residual "
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
     "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "

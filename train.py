@@ -21,7 +21,7 @@ import observe
 import parts
 import resume
 from methods import path
-from models import codec, network
+from models import card, codec, network
 from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
@@ -146,6 +146,7 @@ def make_step(recipe, key, mesh, shardings):
         in_shardings=(shardings, sharding.by_row(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
+        compiler_options=card.compiler_options(mesh),
     )
 
 

@@ -15,7 +15,7 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "dataset.image_size dataset.image_channels dataset.prefetch_factor model.unroll "
+    "dataset.image_size dataset.image_channels dataset.prefetch_factor "
     "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
     "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
@@ -24,8 +24,8 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size model.aux_head_depth model.augment_dim training.seed training.num_epochs "
-    "training.num_steps training.warmup_steps training.warmup_epochs "
+    "model.patch_size model.aux_head_depth model.unroll model.augment_dim training.seed "
+    "training.num_epochs training.num_steps training.warmup_steps training.warmup_epochs "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
     "training.warmup_init sampling.seed sampling.channels"
 ).split()

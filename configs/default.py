@@ -57,9 +57,10 @@ def _model(model):
     model.patch_size = 0  # side of a patch; 0: that of cls
     model.aux_head_depth = 0  # imfDiT: blocks of each head (depth counts one head); 0: that of cls
     model.time_cond = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
-    model.unroll = 1  # blocks per iteration of the scan over the blocks; depth: no loop at all
+    model.unroll = 0  # blocks per iteration of the loop over them; 0: as is best for the card
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
-    model.fused_attention = False  # a fused kernel where no JVP is taken (NVIDIA, half precision)
+    model.fused_attention = config_dict.placeholder(bool)  # kernels of NVIDIA cards; null: there
+    model.half_residual = config_dict.placeholder(bool)  # between blocks too; null: half_precision
     model.model_channels = 128  # UNet, also all below: the unit of its widths
     model.channel_mult = (2, 2, 2)  # width of each level; a level has half the side of the last
     model.channel_mult_emb = 4  # width of the embedding

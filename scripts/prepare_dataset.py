@@ -12,9 +12,10 @@ import importlib
 import os
 import sys
 
-from scripts.prepare import shards
+from utils import signals
 
 DAY = 24 * 3600  # seconds
+STORES = ("float32", "float16", "bfloat16")
 
 
 def run(args):
@@ -51,7 +52,9 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
-        shards.remove(args.output)
+        from scripts.prepare import shards
+
+        shards.begin_overwriting(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
 
@@ -77,6 +80,9 @@ def parse(argv):
     images.add_argument("--vae", default="mse", help="mse, ema, a folder, or none for pixels")
     images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
     images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
+    images.add_argument(
+        "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
+    )
     images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
 
     cifar10 = commands.add_parser("cifar10", help="CIFAR-10 from what there is on disk")
@@ -103,19 +109,23 @@ def parse(argv):
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
     named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
 
-    stores = ("float32", "float16", "bfloat16")
     for command in (images, latents):
-        command.add_argument("--store", choices=stores, default=stores[0], help="of latents")
+        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
     for command in (images, cifar10, latents, named):
-        command.add_argument("--output", required=True, help="folder of the records")
-        command.add_argument("--records_per_shard", type=_positive, default=4096)
-        command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
-        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
-        command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
-        command.add_argument("--num_processes", type=int, default=1, help="that share the work")
-        command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
-        command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
+        _add_shared(command)
     return parser.parse_args(argv)
+
+
+def _add_shared(command):
+    """What all commands have whose work can be shared."""
+    command.add_argument("--output", required=True, help="folder of the records")
+    command.add_argument("--records_per_shard", type=_positive, default=4096)
+    command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
+    command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
+    command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
+    command.add_argument("--num_processes", type=int, default=1, help="that share the work")
+    command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
+    command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
 
 
 def _positive(text):
@@ -150,4 +160,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())
