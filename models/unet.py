@@ -258,10 +258,6 @@ class UNet(Network):
         total += (2 * M * self.channel_mult_noise + E) * E
         return 2 * (total + sum(_products(layer, E) for layer in encoder + decoder))
 
-    def parameter_groups(self):
-        names = ["map_augment", "map_layer0", "map_layer1", "label"]
-        return {"embedding": tuple(names), "encoder": ("enc_",), "decoder": ("dec_",)}
-
 
 def _products(layer, E):
     """Products of numbers in one block for one image."""
