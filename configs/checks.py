@@ -17,6 +17,7 @@ CHOICES = {
 
 POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor "
+    "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
     "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
     "mesh.fsdp"
@@ -24,13 +25,14 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "dataset.num_workers model.depth model.hidden_size model.num_heads model.patch_size "
-    "model.aux_head_depth model.unroll training.seed training.num_epochs training.num_steps "
-    "training.warmup_steps training.warmup_epochs training.warmup_init training.weight_decay "
-    "training.grad_clip training.sample_per_epoch training.fid_per_epoch training.sample_per_step "
-    "training.checkpoint_per_step training.fid_per_step sampling.seed sampling.channels"
+    "model.aux_head_depth model.unroll model.augment_dim training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.warmup_epochs training.warmup_init "
+    "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed "
+    "sampling.channels"
 ).split()
 
-FROM_0_TO_1 = ("dataset.augment_prob", "training.adam_b1", "training.adam_b2")
+FROM_0_TO_1 = "dataset.augment_prob model.dropout training.adam_b1 training.adam_b2".split()
 
 
 def validate(config):
