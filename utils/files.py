@@ -46,11 +46,10 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        reason = system_reason(error)
         named = error.filename is not None and f"unfinished-{Path(path).name}-" not in str(error)
-        if not reason or named or str(path) in str(error):
+        if error.errno not in SYSTEM or named:
             raise
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise OSError(f"{path} cannot be written: {system_reason(error)}") from error
 
 
 def write_text(path, text):
