@@ -13,6 +13,7 @@ import sys
 
 import parts
 from scripts.measure import costs, data, evaluation, train
+from utils import signals
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -53,4 +54,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())
