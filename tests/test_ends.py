@@ -30,7 +30,9 @@ MAIN += ["--config=configs/load_config.py:digits"]
 def test_a_signal_before_anything_is_begun_asks_to_begin_again(name):
     process = subprocess.Popen(MAIN, cwd=ROOT, stdout=-1, stderr=-1, text=True)
     caught = Path(f"/proc/{process.pid}/status")
+    until = time.monotonic() + 60
     while not has_handler(caught.read_text(), getattr(signal, name)):
+        assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)

@@ -122,8 +122,10 @@ def test_a_class_without_validation_images_is_none_of_these(tmp_path):
     root = folder(tmp_path / "set" / "train", a=1, b=1).parent
     folder(root / "val", a=0, b=1)
     (root / "val" / "a").mkdir(exist_ok=True)
-    _, items = prepare_images.list_images(root)
+    listing = pictures.Listing()
+    _, items = prepare_images.list_images(root, listing=listing)
     assert items["val"] == [("val/b/im0.png", 1)]
+    assert str(listing) == f"left out 1: 1 class folders without images ({root}/val/a)"
 
 
 def test_numbers_are_sorted_as_text_which_is_said(tmp_path, capsys):
