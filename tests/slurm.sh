@@ -121,6 +121,15 @@ until_says() {
   fail "no '$1' in $2 within $3 s"
 }
 
+until_over() {
+  # until_over JOB: the last lines of a run come before the end of its job.
+  for _ in $(seq 60); do
+    case $(state "$1") in "" | COMPLETED) return ;; esac
+    sleep 1
+  done
+  fail "job $1 does not end"
+}
+
 start_slurm
 write_job
 export PROJECT=$here STEPS=$steps LOG_DIR=$folder/logs DATA_ROOT=$folder/data USER=me
@@ -137,11 +146,11 @@ stopped=$(sed -n 's/.*stopped as asked at step \([0-9]*\) of.*/\1/p' logs/me/bro
 echo "stopped at step $stopped of $steps with status 75, and requeued; it is $(state "$job")"
 until_says "finished: step $steps" logs/me/broken/output.log 400
 grep -q "going on from step $stopped" logs/me/broken/output.log || fail "it did not go on"
-for _ in $(seq 60); do [[ -z $(state "$job") || $(state "$job") == COMPLETED ]] && break; sleep 1; done
+until_over "$job"
 
 unbroken=$(submit unbroken)
 until_says "finished: step $steps" logs/me/unbroken/output.log 400
-for _ in $(seq 60); do [[ -z $(state "$unbroken") || $(state "$unbroken") == COMPLETED ]] && break; sleep 1; done
+until_over "$unbroken"
 grep -h "announced" logs/me/unbroken/output*.log | tail -n 2 || true
 
 # A script, and a shell, inside an allocation of two tasks that start no others: alone at once.
@@ -150,8 +159,7 @@ sbatch --quiet --wait --ntasks=2 --output="$folder/script.out" --chdir="$here" \
   --wrap "$python -c '$ask'" || fail "the script in an allocation"
 grep -q "a step of None" script.out || fail "a script without srun waits for others: $(cat script.out)"
 (cd "$here" && salloc --quiet --ntasks=2 "$python" -c "$ask") >shell.out 2>&1 || true
-(cd "$here" && salloc --quiet --ntasks=2 srun --ntasks=1 --pty "$python" -c "$ask") >step.out 2>&1 </dev/null ||
-  true
+(cd "$here" && salloc --quiet --ntasks=2 srun --ntasks=1 "$python" -c "$ask") >step.out 2>&1 || true
 echo "inside an allocation of two tasks: script: $(cat script.out); shell: $(tail -n 1 shell.out);" \
   "a step of one: $(tail -n 1 step.out)"
 

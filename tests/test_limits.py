@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -184,6 +185,9 @@ def test_cut_off_while_taking_its_place_it_is_never_mixed(tmp_path, after):
 
         patch.setattr(shards, "_take_place", cut)
         prepare(source, output, "--overwrite", "--records_per_shard=1")
+    if there := [path.name[-5:] for path in output.glob("records-*")]:
+        size = json.loads((output / shards.PLAN).read_text())["records_per_shard"]
+        assert set(there) == {"00002" if size == 2 else "00003"}
     if not dataset.is_dataset(output):
         plan = (output / shards.PLAN).exists()
         size = 2 if plan and '"records_per_shard": 2' in (output / shards.PLAN).read_text() else 1
