@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 from configs import default, load_config
+from utils import signals
 
 INTRODUCTION = """\
 # Options
@@ -69,4 +70,5 @@ def reference():
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     print(reference(), end="")

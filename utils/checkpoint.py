@@ -126,9 +126,10 @@ class Checkpointer:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._saving = None
+            reason = files.system_reason(error) or _reason(error)
             raise OSError(
-                f"checkpoint {step} could not be written ({_reason(error)}); the ones before "
-                "are whole: make room, and the same command goes on from there"
+                f"checkpoint {step} could not be written ({reason}); the ones before are whole, "
+                "and the same command goes on from there"
             ) from error
 
 
