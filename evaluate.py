@@ -17,7 +17,6 @@ import numpy as np
 import parts
 import sample
 import weights as weights_of
-from methods import path
 from metrics import features, reference, scorer
 from utils import checkpoint, dataset, files, metric_writer, processes, sharding
 
@@ -111,7 +110,7 @@ class Evaluation:
         Returns:
           The results, a list of dicts.
         """
-        results, steps = [], self.sampling.num_steps
+        results = []
         for name in self.fid.weights:
             params = weights_of.choose(weights, name)
             about = {
@@ -119,8 +118,7 @@ class Evaluation:
                 "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
                 "checkpoint_step": weights["step"],
             }
-            for num_steps in (0,) if self.sampling.sampling_timesteps else steps:
-                times = path.sample_times(num_steps, self.sampling.sampling_timesteps)
+            for times in sample.times_of(self.sampling):
                 for guidance in sample.guidances(self.sampling):
                     results.append(self.measure(params, about, times, guidance))
                     logging.info("%s", report(results[-1]))

@@ -11,16 +11,35 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs import default
-from methods import flow, improved, meanflow, path
+from methods import (
+    alphaflow,
+    consistency,
+    flow,
+    improved,
+    meanflow,
+    path,
+    shortcut,
+    soflow,
+    splitmeanflow,
+    tim,
+)
 from metrics import scorer
 from models import codec, dit, imf_dit, network, unet, vae
-from utils import sharding
+from utils import dataset, sharding
 
 BACKBONES = (dit, imf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
     "flow": flow.Flow,
+    "trajectory": alphaflow.Trajectory,
+    "alphaflow": alphaflow.AlphaFlow,
+    "soflow": soflow.SoFlow,
+    "splitmeanflow": splitmeanflow.SplitMeanFlow,
+    "consistency": consistency.Consistency,
+    "shortcut": shortcut.Shortcut,
+    "central_difference": tim.Difference,
+    "tim": tim.TiM,
 }
 
 
@@ -65,6 +84,18 @@ def make(config, mesh=None):
         image_shape=image_shape(config),
         num_classes=config.dataset.num_classes,
     )
+
+
+def settle(config):
+    """Fills in what the config leaves to the records: `dataset.num_classes`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no records.
+    """
+    if config.dataset.num_classes < 0:
+        found = dataset.open_records(config.dataset.root).num_classes
+        with config.unlocked():
+            config.dataset.num_classes = found
 
 
 def check(config):
@@ -115,6 +146,13 @@ def check(config):
         if min(sampling.omega, default=1) <= 0:
             raise ValueError(f"sampling.omega must be above 0, got {list(sampling.omega)}")
     scorer.check_options(config.fid)
+    best, metrics = config.training.keep_best, config.fid.metrics
+    known = [name for metric in metrics for name in scorer.METRICS[metric]]
+    if best and (best not in known or not config.fid.on_training):
+        raise ValueError(
+            f"training.keep_best: {best!r} is not measured in training: fid.metrics give "
+            f"{', '.join(known)}, with fid.on_training"
+        )
 
 
 def check_parts_of_batch(method, batch_size, parts):
