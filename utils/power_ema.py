@@ -1,0 +1,62 @@
+"""Post-hoc averages of weights: power-function profiles and their reconstruction.
+
+Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of an average at time t
+gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
+standard deviation sigma_rel names it. Times count steps: only their ratios matter. Snapshots of
+two tracked profiles are enough to reconstruct any other one after training.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
+
+
+def sigma_to_gamma(sigma):
+    """The exponent of a profile from its sigma_rel, 0 < sigma < 0.2887, in float64.
+
+    Raises ValueError for another.
+    """
+    if not 0 < sigma < LONGEST:
+        raise ValueError(f"sigma_rel of an average lies between 0 and {LONGEST:.4f}, not {sigma}")
+    c = float(sigma) ** -2  # the largest root of (g + 2)^2 (g + 3) = c (g + 1)
+    roots = np.roots([1, 7, 16 - c, 12 - c])
+    return float(roots.real[np.abs(roots.imag) < 1e-6 * np.abs(roots)].max())
+
+
+def gamma_to_sigma(gamma):
+    """The inverse of `sigma_to_gamma`."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def update_weight(step, gamma):
+    """What the newest weights count in the average after step number `step` (1, 2, ...): ().
+
+    1 - (1 - 1 / step)^(gamma + 1), in a form that keeps its digits in float32. The first step
+    counts fully. Pure, for `jit`.
+    """
+    return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / step))
+
+
+def coefficients(times, gammas, time, gamma):
+    """What to multiply snapshots by for the profile `gamma` at `time`: float64 (N,), of sum 1.
+
+    Args:
+      times, gammas: of the snapshots, (N,), 0 < times <= time.
+      time: one of `times`, to be exact.
+
+    The least-squares fit of the profiles (arXiv 2312.02696, appendix C.3), divided by its sum.
+    """
+    times, gammas = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
+    products = _inner_product(times[:, None], gammas[:, None], times, gammas)
+    wanted = _inner_product(times, gammas, float(time), float(gamma))
+    # The Gram matrix of unit profiles has the smaller condition number.
+    norm = np.sqrt(np.diag(products))
+    found = np.linalg.solve(products / np.outer(norm, norm), wanted / norm) / norm
+    return found / found.sum()
+
+
+def _inner_product(t_a, g_a, t_b, g_b):
+    """Integral over [0, min(t_a, t_b)] of the product of two profiles."""
+    ratio = np.where(t_a < t_b, (t_a / t_b) ** g_b, (t_b / t_a) ** g_a)
+    return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * ratio / np.maximum(t_a, t_b)
