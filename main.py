@@ -118,10 +118,14 @@ def main(argv):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         config, rest = load_config.from_command_line(argv)
+        flags = parse_flags(rest)
+        import parts  # with jax, which a wrong option or flag need not wait for
+
+        parts.check(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_job(config, parse_flags(rest))
+    return run_job(config, flags)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 import evaluate
+import parts
 import sample
 from configs import load_config
-from models import dit, flops, meanflow
+from methods import path
+from utils import chips, metric_writer, processes, train_metrics
 from utils import images as image_utils
-from utils import metric_writer, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -27,27 +28,30 @@ class Observer:
     Args:
       config: the whole config.
       workdir: folder of the run.
-      mesh, net: devices and network.
+      model: `parts.Parts`.
       records: the training records.
       schedule: function step -> learning rate.
       steps_per_epoch, total: lengths in steps.
     """
 
-    def __init__(self, config, workdir, mesh, net, records, schedule, steps_per_epoch, total):
+    def __init__(self, config, workdir, model, records, schedule, steps_per_epoch, total):
         self.config, self.workdir, self.schedule = config, workdir, schedule
         self.steps_per_epoch, self.total = steps_per_epoch, total
-        self.sampler = self.evaluator = self.writer = None
-        self.times = meanflow.sample_times(
+        self.rows = model.method.rows
+        self.sampler = self.evaluation = self.writer = None
+        self.times = path.sample_times(
             config.sampling.num_steps[0], config.sampling.sampling_timesteps
         )
         self.labels = sample.grid_labels(config.dataset.num_classes)
         if config.training.sample_on_training or config.fid.on_training:
-            autoencoder = sample.make_autoencoder(config)
+            autoencoder = parts.load_autoencoder(config)
         if config.training.sample_on_training:
-            self.sampler = sample.make_sampler(config, mesh, net, autoencoder)
+            self.sampler = sample.Sampler(
+                model, autoencoder, config.sampling, config.fid.device_batch_size
+            )
         if config.fid.on_training:
-            self.evaluator = evaluate.make_evaluator(config, mesh, net, autoencoder, records)
-        self.peak_rate = peak_rate(config, net, mesh)
+            self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
+        self.peak_rate = peak_rate(model, config.training.batch_size)
         self._pending = []  # (step, sums on the device)
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -63,8 +67,8 @@ class Observer:
         )
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
-        name = evaluate.metric_name(self.config.fid.weights[0], len(self.times) - 1)
-        self.writer.hparams(options, ["raw_loss/all", f"fid/{name}"])
+        about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times) - 1}
+        self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
 
     def due(self, step, epochs):
         """Whether something that is done every `epochs` epochs, and at the end, is due."""
@@ -76,7 +80,7 @@ class Observer:
         return self.due(step, training.checkpoint_per_epoch) or self._evaluation_due(step)
 
     def _evaluation_due(self, step):
-        return bool(self.evaluator) and self.due(step, self.config.training.fid_per_epoch)
+        return bool(self.evaluation) and self.due(step, self.config.training.fid_per_epoch)
 
     def _grid_due(self, step):
         return bool(self.sampler) and self.due(step, self.config.training.sample_per_epoch)
@@ -126,7 +130,7 @@ class Observer:
         path = self.workdir / metric_writer.JSONL
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         names = [name for line in lines if line["step"] == step for name in line]
-        return any(re.search(r"/.*_\d+step$", name) for name in names)  # as _evaluate logs them
+        return any(re.search(r"/.*_\d+step", name) for name in names)  # as _evaluate logs them
 
     def _grid_path(self, step):
         return self.workdir / "samples" / f"grid_{step:08d}.png"
@@ -137,7 +141,7 @@ class Observer:
         self._clock = (step, now)
         steps_per_second = (step - last_step) / max(now - last_time, 1e-9)
         train_metrics.check_finite(sums)
-        metrics = train_metrics.means(sums) | {
+        metrics = train_metrics.means(sums, self.rows) | {
             "learning_rate": float(self.schedule(step - 1)),
             "epoch": step / self.steps_per_epoch,
         }
@@ -162,7 +166,8 @@ class Observer:
             logging.info("profile of steps %d to %d: %s", first, last, self.workdir / "profile")
 
     def _draw_grid(self, step, params):
-        picture = sample.grid(self.sampler, params, self.labels, self.times)
+        guidance = sample.guidances(self.config.sampling)[0]
+        picture = sample.grid(self.sampler, params, self.labels, self.times, guidance)
         self.writer.image(step, "samples", picture)
         if processes.is_writer():
             self._grid_path(step).parent.mkdir(exist_ok=True)
@@ -171,7 +176,7 @@ class Observer:
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         weights["ema_vals"] = self.config.training.ema_val
-        results = evaluate.run(self.evaluator, weights, self.config.sampling, self.workdir)
+        results = self.evaluation.run(weights, self.workdir)
         self.writer.scalars(step, evaluate.scalars(results))
         self._last_result = results[0]
 
@@ -188,18 +193,15 @@ class Observer:
             logging.info("%s", evaluate.report(self._last_result))
 
 
-def peak_rate(config, net, mesh):
+def peak_rate(model, batch_size):
     """Images/s if the devices did nothing but the products that a step needs, at their peak.
 
     None where the peak of the devices or the cost of the network is not known.
     """
-    chip = flops.chip(mesh.devices.flat[0])
-    if chip is None or not isinstance(net, dit.DiT):
+    chip, forward = chips.chip(model.mesh.devices.flat[0]), model.module.flops(model.image_shape)
+    if chip is None or forward is None:
         return None
-    method = meanflow.MeanFlow(**config.method)
-    passes = flops.forward_passes(method, config.training.batch_size)
-    needed = passes * flops.forward_flops(net, sample.image_shape(config))
-    return chip.peak * mesh.size / needed
+    return chip.peak * model.mesh.size / (model.method.passes(batch_size) * forward)
 
 
 def device_memory():

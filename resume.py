@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import optax
 
-import sample
+import weights
 from configs import default, load_config
 from utils import checkpoint, processes, sharding, train_metrics
 
-# Options that may change within a run. Whatever else changes would make it another run.
+# Options that may change within a run, and those that would make it another run. Every option of
+# configs/default.py is in one of the two (or below MAY_CHANGE_BELOW).
 MAY_CHANGE = (
     "dataset.name dataset.root dataset.vae dataset.num_workers dataset.prefetch_factor "
     "model.unroll model.remat model.fused_attention "
@@ -24,6 +25,20 @@ MAY_CHANGE = (
     "training.profile_steps training.wandb load_from eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
+MAKE_THE_RUN = (
+    "dataset.image_size dataset.image_channels dataset.num_classes dataset.latent_mean "
+    "dataset.latent_std dataset.use_flip "
+    "model.cls model.depth model.hidden_size model.num_heads model.patch_size model.time_cond "
+    "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
+    "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
+    "training.half_precision"
+).split()
+MAKE_THE_RUN_BELOW = ("method.",)
+
+
+def may_change(option):
+    """Whether an option may change within a run."""
+    return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
 
 
 def start(config, workdir, mesh, init):
@@ -50,9 +65,9 @@ def start(config, workdir, mesh, init):
         return found[0], shardings, found[1]
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
-        weights = sample.load_weights(config.load_from, shapes.params, optimizer=True)
-        state = from_weights(state, weights, shardings, config.training.ema_val)
-        logging.info("starting from %s, step %d", config.load_from, weights["step"])
+        found = weights.load(config.load_from, shapes.params, optimizer=True)
+        state = from_weights(state, found, shardings, config.training.ema_val)
+        logging.info("starting from %s, step %d", config.load_from, found["step"])
     return state, shardings, None
 
 
@@ -140,11 +155,7 @@ def check_options(saved, config, workdir):
     before |= {name: value for name, value in saved.items() if not isinstance(value, dict)}
     changes = [name for name in now if now[name] != before[name]]
     described = {name: f"{name} {before[name]} -> {now[name]}" for name in changes}
-    refused = [
-        described[name]
-        for name in changes
-        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_BELOW)
-    ]
+    refused = [described[name] for name in changes if not may_change(name)]
     if refused:
         raise ValueError(
             f"the run in {workdir} was made with other options: {', '.join(refused)}; take the "
@@ -167,19 +178,19 @@ def _consequence(name, config):
     return ""
 
 
-def from_weights(state, weights, shardings, ema_vals):
-    """A fresh state with the weights, the step and, where given, the Adam moments of `weights`.
+def from_weights(state, found, shardings, ema_vals):
+    """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
-    Averages of a decay in `ema_vals` that `weights` do not have begin as their first one.
+    Averages of a decay in `ema_vals` that `found` does not have begin as their first one.
     """
-    known = dict(zip(weights["ema_vals"], weights["ema_params"], strict=False))
-    emas = [known.get(decay, weights["ema_params"][0]) for decay in ema_vals]
+    known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
+    emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
     opt_state = state.opt_state
-    if weights["opt_state"]:
-        opt_state = optax.tree.set(opt_state, **weights["opt_state"])
+    if found["opt_state"]:
+        opt_state = optax.tree.set(opt_state, **found["opt_state"])
     new = state._replace(
-        step=np.int32(weights["step"]),
-        params=weights["params"],
+        step=np.int32(found["step"]),
+        params=found["params"],
         ema_params=tuple(emas),
         opt_state=opt_state,
     )

@@ -1,18 +1,21 @@
-"""Images from weights: loading weights, the generator, grids, and the sampling job.
+"""Images from weights: the generator, grids, and the sampling job.
 
 Image i of a seed depends on the seed and on i alone: its noise comes from `fold_in(key, i)`. So
 the same images come out for any batch size and any number of devices.
 """
 
+import itertools
 import logging
 import pathlib
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from models import dit, meanflow, released, vae
-from utils import checkpoint, processes, sharding
+import parts
+import weights
+from methods import path
+from utils import files, processes, sharding
 from utils import images as image_utils
 
 GRID_CLASSES = 10  # rows of the grid that is drawn during training
@@ -36,17 +39,30 @@ def draw_labels(seed, index, num_classes, kind):
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 
 
-def generate(net, decode, params, vae_params, index, labels, times, *, seed, shape):
+def guidances(options):
+    """What the options `sampling` ask for: each combination as a `path.Guidance`, or [None]."""
+    combinations = itertools.product(options.omega, options.t_min, options.t_max)
+    return [
+        path.Guidance(*map(np.float32, numbers), np.int32(options.channels))
+        for numbers in combinations
+    ] or [None]
+
+
+def generate(model, options, decode, params, vae_params, index, labels, times, guidance):
     """Images number `index` (N,) of classes `labels` (N,), uint8 (N, H, W, C). Pure; for `jit`.
 
     Args:
-      net: function (params, z, t, h, y) -> u.
+      model: `parts.Parts`.
+      options: the options `sampling`, of which seed and method count.
       decode: function (vae_params, x) -> images in [-1, 1].
-      times: from `meanflow.sample_times`.
-      shape: (h, w, c) of what the network sees.
+      times: from `path.sample_times`.
+      guidance: one of `guidances`.
     """
-    noise = draw_noise(seed, index, shape)
-    x = meanflow.sample(net, params, noise, labels, times)
+    noise = draw_noise(options.seed, index, model.image_shape)
+    x = path.sample(
+        model.method, model.net, params, noise, {"y": labels}, times,
+        guidance=guidance, sampler=options.method,
+    )  # fmt: skip
     return image_utils.to_uint8(decode(vae_params, x))
 
 
@@ -54,26 +70,22 @@ class Sampler:
     """Draws images of chosen classes on all devices, a batch at a time.
 
     Args:
-      net, autoencoder: see `generate`; `autoencoder` is from `models.vae.load`.
-      mesh: devices.
-      shape: (h, w, c) of what the network sees.
-      seed: of the noise.
+      model: `parts.Parts`.
+      autoencoder: from `models.vae.load`.
+      options: the options `sampling`.
       device_batch_size: images per device at a time.
     """
 
-    def __init__(self, net, autoencoder, mesh, *, shape, seed, device_batch_size):
-        self.mesh = mesh
-        self._vae_params = sharding.place_everywhere(mesh, autoencoder.params)
-        self.batch_size = device_batch_size * mesh.size
+    def __init__(self, model, autoencoder, options, device_batch_size):
+        self.mesh = model.mesh
+        self._vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
+        self.batch_size = device_batch_size * self.mesh.size
         self._generate = jax.jit(
-            lambda params, vae_params, index, labels, times: generate(
-                net, autoencoder.decode, params, vae_params, index, labels, times,
-                seed=seed, shape=shape,
-            ),
-            out_shardings=sharding.replicated(mesh),
-        )  # fmt: skip
+            partial(generate, model, options, autoencoder.decode),
+            out_shardings=sharding.replicated(self.mesh),
+        )
 
-    def __call__(self, params, labels, times):
+    def __call__(self, params, labels, times, guidance=None):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
         labels = np.asarray(labels, np.int32)
         rows = sharding.by_row(self.mesh)
@@ -84,7 +96,7 @@ class Sampler:
             batch = sharding.place(
                 (index, np.resize(labels[start : start + count], padded)), (rows, rows)
             )
-            images = self._generate(params, self._vae_params, *batch, times)
+            images = self._generate(params, self._vae_params, *batch, times, guidance)
             yield np.asarray(images)[:count]
 
 
@@ -103,9 +115,10 @@ def picture(images, columns):
     return image_utils.grid(images, columns)
 
 
-def grid(sampler, params, labels, times):
+def grid(sampler, params, labels, times, guidance):
     """A picture of samples of classes `labels`, as `grid_labels` gives them, uint8 (H, W, C)."""
-    return picture(np.concatenate(list(sampler(params, labels, times))), GRID_COLUMNS)
+    images = np.concatenate(list(sampler(params, labels, times, guidance)))
+    return picture(images, GRID_COLUMNS)
 
 
 def run(sampler, params, options, num_classes, output):
@@ -115,11 +128,12 @@ def run(sampler, params, options, num_classes, output):
     samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    times = meanflow.sample_times(options.num_steps[0], options.sampling_timesteps)
+    times = path.sample_times(options.num_steps[0], options.sampling_timesteps)
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []
-    batches, count = sampler(params, labels, times), -(-len(labels) // sampler.batch_size)
+    batches = sampler(params, labels, times, guidances(options)[0])
+    count = -(-len(labels) // sampler.batch_size)
     for batch in processes.progress(batches, count, "batches", "sample", processes.is_writer()):
         processes.check_stop()
         images.extend(batch)
@@ -129,113 +143,24 @@ def run(sampler, params, options, num_classes, output):
         first = np.stack(images[: columns * GRID_WIDEST])
         image_utils.save_png(output / "grid.png", picture(first, columns))
         if options.format == "npz":
-            np.savez(output / "samples.npz", np.stack(images), labels)
+            with (
+                files.complete(output / "samples.npz") as unfinished,
+                unfinished.open("wb") as file,
+            ):
+                np.savez(file, np.stack(images), labels)
         else:
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 image_utils.save_png(output / f"{i:06d}_class{label}.png", image)
     return output
 
 
-# Weights --------------------------------------------------------------------------------------
-
-
-def load_weights(path, shapes, optimizer=False):
-    """The weights of a run or of a published checkpoint, as numpy trees of the model's `shapes`.
-
-    Args:
-      path: a run's workdir, or a published checkpoint (its file, or the folder that holds it).
-      shapes: the tree of the model's parameters as `ShapeDtypeStruct`.
-      optimizer: whether to read Adam's moments too.
-
-    Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
-      decays, empty where the file does not say) and `opt_state` ({"count", "mu", "nu"} of Adam
-      where asked for and stored, else None).
-
-    Raises:
-      FileNotFoundError, ValueError: nothing there, or weights of another model.
-    """
-    if checkpoint.steps(path):
-        weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-        weights["ema_vals"] = weights.pop("config").get("training", {}).get("ema_val", ())
-    else:
-        weights = released.load(path)
-        weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
-    for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
-        released.check_tree(shapes, tree, f"{name} of {path}")
-    return weights
-
-
-def choose_weights(weights, name):
-    """One set of weights by its name: `params`, `ema` (the first average) or `ema_DECAY`."""
-    averages = weights["ema_params"]
-    names = {"params": weights["params"], "ema": averages[0]}
-    names |= {
-        f"ema_{decay}": ema for decay, ema in zip(weights["ema_vals"], averages, strict=False)
-    }
-    if name not in names:
-        raise ValueError(f"fid.weights: {name!r} is none of {', '.join(names)}")
-    return names[name]
-
-
-# From a config -------------------------------------------------------------------------------
-
-
-def make_net(config):
-    """The network that a config names."""
-    return dit.build(
-        **config.model,
-        image_size=config.dataset.image_size,
-        num_classes=config.dataset.num_classes,
-        dtype=jnp.dtype(network_dtype(config)),
-    )
-
-
-def network_dtype(config):
-    """The type of the network's products, by name."""
-    return "bfloat16" if config.training.half_precision else "float32"
-
-
-def image_shape(config):
-    """(h, w, c) of what the network sees."""
-    return (config.dataset.image_size, config.dataset.image_size, config.dataset.image_channels)
-
-
-def make_autoencoder(config):
-    """The autoencoder that a config names, with its weights."""
-    normalisation = vae.normalisation(config.dataset.latent_mean, config.dataset.latent_std)
-    return vae.load(config.dataset.vae, normalisation, config.sampling.vae_dtype)
-
-
-def make_sampler(config, mesh, net, autoencoder):
-    """The sampler of a config."""
-    return Sampler(
-        dit.as_function(net, sharding.gather(mesh)),
-        autoencoder,
-        mesh,
-        shape=image_shape(config),
-        seed=config.sampling.seed,
-        device_batch_size=config.fid.device_batch_size,
-    )
-
-
-def place_weights(weights, mesh):
-    """The trees of `load_weights` on the devices."""
-
-    def place(tree):
-        return sharding.place(tree, sharding.by_parameter(mesh, tree))
-
-    return weights | {name: place(weights[name]) for name in ("params", "ema_params")}
-
-
 def sample_job(config, workdir):
     """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`."""
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    net = make_net(config)
-    shapes = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(0), image_shape(config)))
-    weights = load_weights(config.load_from or workdir, shapes)
-    sampler = make_sampler(config, mesh, net, make_autoencoder(config))
-    params = place_weights(weights, mesh)["ema_params"][0]
-    output = pathlib.Path(workdir) / "samples" / f"step_{weights['step']}"
-    run(sampler, params, config.sampling, config.dataset.num_classes, output)
-    logging.info("%d images of step %d: %s", config.sampling.num_images, weights["step"], output)
+    model = parts.make(config)
+    found = weights.load(config.load_from or workdir, model.param_shapes())
+    found = weights.place(found, model.mesh)
+    autoencoder = parts.load_autoencoder(config)
+    sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
+    output = pathlib.Path(workdir) / "samples" / f"step_{found['step']}"
+    run(sampler, found["ema_params"][0], config.sampling, config.dataset.num_classes, output)
+    logging.info("%d images of step %d: %s", config.sampling.num_images, found["step"], output)

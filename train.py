@@ -9,19 +9,22 @@ and hands out metrics, samples, checkpoints and evaluations.
 import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import observe
+import parts
 import resume
-import sample
-from models import dit, meanflow, vae
+from methods import path
+from models import codec, network
 from utils import checkpoint, dataset, processes, sharding, train_metrics
+
+DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
 
 class TrainState(NamedTuple):
@@ -50,10 +53,8 @@ def make_optimizer(training, total_steps):
     rate, warmup = training.learning_rate, training.warmup_steps
     if training.lr_schedule == "cosine":
         after = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
-    elif training.lr_schedule == "const":
-        after = optax.constant_schedule(rate)
     else:
-        raise ValueError(f"training.lr_schedule: {training.lr_schedule!r} is not const | cosine")
+        after = optax.constant_schedule(rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
     adamw = optax.adamw(
         schedule, training.adam_b1, training.adam_b2, weight_decay=training.weight_decay
@@ -66,62 +67,52 @@ def make_optimizer(training, total_steps):
 class Recipe:
     """What a step is made of, all of it fixed for a run."""
 
-    net: Any  # function (params, z, t, h, y) -> u
-    net_pair: Any  # the same for two batches, of which the first has a JVP
-    method: meanflow.MeanFlow
+    net: Callable  # from `models.network.function`
+    method: path.Objective
+    codec: codec.Codec
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
-    num_classes: int
-    normalisation: vae.Normalisation = vae.SD_NORMALISATION
-    use_flip: bool = False
     grad_accum_steps: int = 1
     skip_nonfinite: bool = False
     log_per_step: int = 100
 
 
-def init_state(recipe, net, image_shape, key):
+def init_state(recipe, module, image_shape, key):
     """A fresh state; the averages begin as copies of the weights. Pure, for `jit`."""
-    params = dit.init_params(net, key, image_shape)
+    params = network.init_params(module, key, image_shape)
     averages = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals)
     opt_state = recipe.optimizer.init(params)
-    return TrainState(jnp.int32(0), params, averages, opt_state, train_metrics.zero_sums())
+    sums = train_metrics.zero_sums(recipe.method.rows)
+    return TrainState(jnp.int32(0), params, averages, opt_state, sums)
 
 
-def gradients(recipe, params, x, y, draws):
-    """Loss, errors by row and gradient of a batch, in `grad_accum_steps` parts of equal layout."""
-    num_equal = meanflow.equal_count(len(x), recipe.method.data_proportion)
-    parts = recipe.grad_accum_steps
-    groups = np.gcd(len(x), num_equal)
-    if groups % parts:
-        raise ValueError(
-            f"training.grad_accum_steps: a batch of {len(x)} with {num_equal} rows of r = t has "
-            f"{groups} equal groups, which cannot be divided into {parts} parts"
-        )
+def gradients(recipe, params, x, given, draws, held, key):
+    """Loss, values by row and gradient of a batch, in `grad_accum_steps` parts of equal layout."""
 
     @partial(jax.value_and_grad, argnums=0, has_aux=True)
-    def loss(params, x, y, draws):
-        return meanflow.loss(
-            recipe.net, params, x, y, draws, recipe.method,
-            null_label=recipe.num_classes, num_equal=num_equal // parts, net_pair=recipe.net_pair,
-        )  # fmt: skip
+    def loss(params, x, given, draws, key):
+        return recipe.method.loss(partial(recipe.net, key=key), params, x, given, draws, held)
 
-    if parts == 1:
-        return loss(params, x, y, draws)
+    count = recipe.grad_accum_steps
+    if count == 1:
+        return loss(params, x, given, draws, key)
+    groups = recipe.method.groups(len(x))
 
-    def split(a):  # group g of the batch goes to part g mod parts
-        a = a.reshape(groups // parts, parts, -1, *a.shape[1:])
-        return jnp.moveaxis(a, 1, 0).reshape(parts, -1, *a.shape[3:])
+    def split(a):  # group g of the batch goes to part g mod count
+        a = a.reshape(groups // count, count, -1, *a.shape[1:])
+        return jnp.moveaxis(a, 1, 0).reshape(count, -1, *a.shape[3:])
 
-    def join(a):  # the inverse, (parts, B / parts) -> (B,)
-        return jnp.moveaxis(a.reshape(parts, groups // parts, -1), 0, 1).reshape(-1)
+    def join(a):  # the inverse, (count, B / count) -> (B,)
+        return jnp.moveaxis(a.reshape(count, groups // count, -1), 0, 1).reshape(-1)
 
     def add(total, part):
         (value, rows), grads = loss(params, *part)
         return jax.tree.map(jnp.add, total, (value, grads)), rows
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, rows = jax.lax.scan(add, zero, jax.tree.map(split, (x, y, draws)))
-    value, grads = jax.tree.map(lambda a: a / parts, total)
+    of_parts = jax.tree.map(split, (x, given, draws))
+    total, rows = jax.lax.scan(add, zero, (*of_parts, jax.random.split(key, count)))
+    value, grads = jax.tree.map(lambda a: a / count, total)
     return (value, jax.tree.map(join, rows)), grads
 
 
@@ -132,17 +123,16 @@ def train_step(recipe, key, state, batch):
       recipe: `Recipe`.
       key: key of the run; the draws come from `fold_in(key, state.step)`.
       state: `TrainState`.
-      batch: raw records, see `models.vae.to_x`, with `label` int32 (B,).
+      batch: raw records, see `models.codec.Codec.encode`.
 
     Returns:
       The next `TrainState`.
     """
-    key_x, key_draw = jax.random.split(jax.random.fold_in(key, state.step))
-    x = vae.to_x(batch, key_x, flip=recipe.use_flip, normalisation=recipe.normalisation)
-    draws = meanflow.draw(key_draw, x.shape, recipe.method)
-    # Without classes every row has the null label, which is 0.
-    y = batch["label"] if recipe.num_classes else jnp.zeros_like(batch["label"])
-    return update(recipe, state, x, y, draws)
+    key = jax.random.fold_in(key, state.step)
+    key_x, key_draw = jax.random.split(key)
+    x, given = recipe.codec.encode(batch, key_x)
+    draws = recipe.method.draw(key_draw, x.shape, state.step)
+    return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT))
 
 
 def make_step(recipe, key, mesh, shardings):
@@ -155,9 +145,15 @@ def make_step(recipe, key, mesh, shardings):
     )
 
 
-def update(recipe, state, x, y, draws):
-    """The part of a step that is not random: x (B, h, w, c), y (B,) -> the next `TrainState`."""
-    (loss, rows), grads = gradients(recipe, state.params, x, y, draws)
+def update(recipe, state, x, given, draws, key):
+    """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
+
+    Args:
+      given: what comes with x, see `methods.path.Objective.loss`.
+      key: of the network's dropout, where it has one.
+    """
+    held = {"ema_params": state.ema_params[0]}
+    (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = tuple(
@@ -177,34 +173,27 @@ def update(recipe, state, x, y, draws):
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
 
     fresh = state.step % recipe.log_per_step == 0
-    zero = train_metrics.zero_sums()
+    zero = train_metrics.zero_sums(recipe.method.rows)
     sums = jax.tree.map(lambda zero, s: jnp.where(fresh, zero, s), zero, state.sums)
-    scalars = {"loss": loss, "v_loss": jnp.mean(rows["v_loss"]), **norms}
     sums = train_metrics.add(
-        sums, state.step, scalars, rows["error"], draws.t, draws.r, finite, recipe.skip_nonfinite
-    )
+        sums, state.step, {"loss": loss, **norms}, rows, draws.t, draws.r, finite,
+        recipe.skip_nonfinite,
+    )  # fmt: skip
     return TrainState(state.step + 1, *changed, sums)
 
 
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(config, net, total_steps, mesh=None):
-    """The `Recipe` that a config describes, and its learning rate as a function of the step.
-
-    `mesh` is where parameters are sharded over it.
-    """
-    gather = [sharding.gather(mesh)] if mesh else []
+def make_recipe(config, model, total_steps):
+    """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
     optimizer, schedule = make_optimizer(config.training, total_steps)
     recipe = Recipe(
-        net=dit.as_function(net, *gather),
-        net_pair=dit.as_pair_function(net, *gather),
-        method=meanflow.MeanFlow(**config.method),
+        net=model.net,
+        method=model.method,
+        codec=model.codec,
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
-        num_classes=config.dataset.num_classes,
-        normalisation=vae.normalisation(config.dataset.latent_mean, config.dataset.latent_std),
-        use_flip=config.dataset.use_flip,
         grad_accum_steps=config.training.grad_accum_steps,
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
@@ -260,18 +249,15 @@ def train(config, workdir):
     """`train_job`, in a folder that no other job uses."""
     training = config.training
     records = open_dataset(config)
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch("training.batch_size", training.batch_size, mesh)
+    model = parts.make(config)
+    sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size
     total = training.num_steps or training.num_epochs * steps_per_epoch
-    net = sample.make_net(config)
-    recipe, schedule = make_recipe(config, net, total, mesh)
+    recipe, schedule = make_recipe(config, model, total)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
-    observer = observe.Observer(
-        config, workdir, mesh, net, records, schedule, steps_per_epoch, total
-    )
-    init = partial(init_state, recipe, net, sample.image_shape(config))
-    state, shardings, place = resume.start(config, workdir, mesh, init)
+    observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
+    init = partial(init_state, recipe, model.module, model.image_shape)
+    state, shardings, place = resume.start(config, workdir, model.mesh, init)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -282,9 +268,9 @@ def train(config, workdir):
         observer.catch_up(int(state.step), state)
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
-    step_fn = make_step(recipe, key, mesh, shardings)
+    step_fn = make_step(recipe, key, model.mesh, shardings)
     with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
-        state = loop(config, state, step_fn, batches, mesh, observer, checkpointer)
+        state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state
 

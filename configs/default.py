@@ -41,6 +41,7 @@ def get_config():
 
     # The objective -----------------------------------------------------------------------------
     config.method = method = ml_collections.ConfigDict()
+    method.name = "meanflow"  # meanflow | flow (flow matching: the velocity alone)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
@@ -86,6 +87,11 @@ def get_config():
     config.sampling = sampling = ml_collections.ConfigDict()
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
+    sampling.method = "ode"  # ode (average velocity) | euler | heun (instantaneous velocity)
+    sampling.omega = ()  # guidance scales, for objectives guided at sampling time; several: each
+    sampling.t_min = (0.0,)  # that guidance holds for t_min <= t <= t_max; several: each
+    sampling.t_max = (1.0,)  # the end of that interval; several: each
+    sampling.channels = 0  # it concerns the first so many channels; 0: all
     sampling.sampling_timesteps = ()  # explicit times 1 > ... > 0, instead of num_steps equal steps
     sampling.num_images = 64  # of a sampling job
     sampling.labels = ()  # classes of a sampling job, repeated in turn; empty: all classes

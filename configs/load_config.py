@@ -33,6 +33,7 @@ ELEMENTS = {
     "dataset.latent_mean": float,
     "dataset.latent_std": float,
     "training.profile_steps": int,
+    "sampling.omega": float,
     "sampling.sampling_timesteps": float,
     "sampling.labels": int,
 }

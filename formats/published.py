@@ -8,23 +8,21 @@ A tree of ours stacks the blocks along a leading axis and has shorter names; `_l
 map. Reading is strict: each key is used once, each shape follows from the size of the network.
 """
 
-import os
 import re
-import shutil
-import uuid
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import serialization, traverse_util
+from flax import serialization
+
+from utils import files, trees
 
 FREQUENCIES = 256  # of the sinusoidal time embeddings
 LABEL_TABLE = "y_embedder/embedding_table/_flax_embedding/embedding"
-MAX_NAMED = 20  # entries in an error line; the rest is counted
 NAME = re.compile(r"checkpoint_(\d+)$")
 
 
-def is_released(path) -> bool:
+def is_published(path) -> bool:
     """Whether path is a published checkpoint, or a folder that holds some.
 
     A run of ours keeps its checkpoints in folders named by the step alone.
@@ -67,7 +65,7 @@ def load(path) -> dict:
         raise ValueError(f"{file}: damaged or not a published checkpoint ({error})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a published checkpoint, but a {type(state).__name__}")
-    _raise_problems(
+    trees.raise_problems(
         file,
         missing=sorted({"step", "params", "ema_params"} - state.keys()),
         left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
@@ -111,56 +109,13 @@ def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> 
         "opt_state": {"0": adam, "1": {}, "2": {}} if form == "msgpack" else [adam, None, None],
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        data = serialization.msgpack_serialize(state)
+    data = serialization.msgpack_serialize(state)
+    with files.complete(path) as unfinished:
         if form == "orbax":
-            temporary.mkdir()
-            (temporary / "checkpoint").write_bytes(data)
-        else:
-            temporary.write_bytes(data)
-        os.rename(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+            unfinished.mkdir()
+            unfinished = unfinished / "checkpoint"
+        unfinished.write_bytes(data)
     return path
-
-
-def check_tree(expected, tree, where):
-    """Raises ValueError with one line if names or shapes of the tree are not the expected ones.
-
-    expected: tree of anything with a shape, such as jax.ShapeDtypeStruct; where: opens the line.
-    """
-    shapes = {k: v.shape for k, v in traverse_util.flatten_dict(expected, sep="/").items()}
-    arrays = traverse_util.flatten_dict(tree, sep="/")
-    _check_shapes(shapes, arrays, f"{where}: not the weights of the configured model")
-
-
-def _check_shapes(shapes, arrays, where):
-    """Holds {name: array} against {name: shape}."""
-    _raise_problems(
-        where,
-        missing=sorted(shapes.keys() - arrays.keys()),
-        left_over=sorted(arrays.keys() - shapes.keys()),
-        misfits=[
-            f"{name} {np.shape(arrays[name])} instead of {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in arrays and np.shape(arrays[name]) != tuple(shape)
-        ],
-    )
-
-
-def _raise_problems(where, missing=(), left_over=(), misfits=()):
-    problems = {"missing": missing, "left over": left_over, "of another shape": misfits}
-    if any(problems.values()):
-        parts = []
-        for kind, names in problems.items():
-            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-            if names:
-                parts.append(f"{kind}: {', '.join(names[:MAX_NAMED])}{more}")
-        raise ValueError(f"{where}: {'; '.join(parts)}")
 
 
 def _layers(D, patch, out):
@@ -209,37 +164,37 @@ def _layout(arrays, patch_kernel, label_table, where):
 
 def from_published(tree, where):
     """Published tree -> ours."""
-    theirs = traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
+    theirs = trees.flatten(tree)
     layout = _layout(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
     blocks = [re.match(r"net/blocks/layers_(\d+)/", name) for name in theirs]
     depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
     shapes = {
         source: shape for template, shape in layout.values() for source in _sources(template, depth)
     }
-    _check_shapes(shapes, theirs, where)
+    trees.check_shapes(shapes, theirs, where)
     ours = {}
     for name, (template, _) in layout.items():
         arrays = [np.asarray(theirs[s], np.float32) for s in _sources(template, depth)]
         ours[name] = np.stack(arrays) if "{}" in template else arrays[0]
-    return traverse_util.unflatten_dict(ours, sep="/")
+    return trees.unflatten(ours)
 
 
 def to_published(tree, where):
     """Our tree -> published tree."""
-    ours = traverse_util.flatten_dict(tree, sep="/")
+    ours = trees.flatten(tree)
     layout = _layout(ours, "x_embedder/kernel", "y_embedder/embedding", where)
     depth = next((len(array) for name, array in ours.items() if name.startswith("blocks/")), 0)
     shapes = {
         name: (depth, *shape) if "{}" in template else shape
         for name, (template, shape) in layout.items()
     }
-    _check_shapes(shapes, ours, where)
+    trees.check_shapes(shapes, ours, where)
     theirs = {}
     for name, (template, _) in layout.items():
         array = np.asarray(ours[name], np.float32)
         sources = _sources(template, depth)
         theirs |= zip(sources, array if "{}" in template else [array], strict=True)
-    return traverse_util.unflatten_dict(theirs, sep="/")
+    return trees.unflatten(theirs)
 
 
 def _sources(template, depth):
@@ -254,7 +209,7 @@ def _read_adam(opt_state, where):
     if not opt_state:
         return None
     adam = opt_state.get("0") or {}
-    _raise_problems(
+    trees.raise_problems(
         where,
         missing=[f"0/{k}" for k in ("count", "mu", "nu") if k not in adam],
         left_over=[f"0/{k}" for k in adam if k not in ("count", "mu", "nu")]

@@ -1,10 +1,10 @@
-"""Reads files written by `torch.save` and `torch.jit.save`, without torch.
+"""Reads files written by `torch.save`, without torch.
 
 Such a file is a pickle beside raw storages, either as members of a zip archive (`torch.save`
-since 1.6, TorchScript) or one after the other in a stream (the legacy form). A pickle may call
+since 1.6) or one after the other in a stream (the legacy form). A pickle may call
 any function of the reader's Python, so only the names listed here are known, each stands for a
 record of our own that does nothing but hold its arguments, and every other name is refused.
-Tensors become numpy arrays, modules and ordered dictionaries plain dictionaries.
+Tensors become numpy arrays, ordered dictionaries plain dictionaries.
 """
 
 import io
@@ -64,11 +64,10 @@ class _RefusedError(ValueError):
 
 
 def load(path):
-    """What `torch.save` or `torch.jit.save` stored, as nested dict, list, tuple and numpy arrays.
+    """What `torch.save` stored, as nested dict, list, tuple and numpy arrays.
 
     Arrays have the shape and the strides of their tensors, in native byte order, and may be
-    read-only views that share memory; bfloat16 and float8 have the dtypes of `ml_dtypes`. A
-    module (TorchScript) becomes the dict of its attributes and submodules.
+    read-only views that share memory; bfloat16 and float8 have the dtypes of `ml_dtypes`.
 
     Raises FileNotFoundError, or ValueError with one line that names the file: a global that is
     not allowed, a damaged or truncated file, or a file of another kind.
@@ -194,19 +193,6 @@ class _Dict(dict):
         """The attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
 
 
-class _Module(dict):
-    """An object whose class is in the file and not here; its state is all that is read."""
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.update(state)
-
-
 class _Storage:
     def __init__(self, key, dtype, numel, offset=0):
         self.key, self.dtype, self.numel, self.offset = key, np.dtype(dtype), numel, offset
@@ -304,11 +290,8 @@ def _known_globals():
         ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
         ("torch._utils", "_rebuild_parameter"): first,
         ("torch._utils", "_rebuild_parameter_with_state"): first,
-        ("torch.jit._pickle", "restore_type_tag"): first,
         ("torch.storage", "UntypedStorage"): "uint8",
     }
-    for kind in ("intlist", "doublelist", "boollist", "tensorlist"):
-        known["torch.jit._pickle", f"build_{kind}"] = _Function(list)
     for name, dtype in (_STORAGES | {name: name for name in _DTYPES}).items():
         known["torch", name] = dtype
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -332,8 +315,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in _GLOBALS:
             return _GLOBALS[module, name]
-        if module.startswith("__torch__"):  # classes of a TorchScript archive: code in the file
-            return _Module
         raise _RefusedError(f"{self.path}: refused, its pickle asks for {module}.{name}")
 
     def persistent_load(self, pid):

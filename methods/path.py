@@ -166,7 +166,7 @@ def is_guided(method):
 
 
 def scales(method, t):
-    """omega and kappa at the times t: those of the options within [t_start, t_end], else 1 and 0."""
+    """omega and kappa at the times t (B,): the options within [t_start, t_end], else 1 and 0."""
     inside = (method.t_start <= t) & (t <= method.t_end)
     return jnp.where(inside, method.omega, 1.0), jnp.where(inside, method.kappa, 0.0)
 
@@ -188,7 +188,7 @@ def guided_velocity(v, v_u, v_c, omega, kappa, drop):
 
 
 def draw_time(key, batch_size, noise_dist, P_mean, P_std):
-    """Times in [0, 1], float32 (batch_size,): `logit_normal` (arXiv 2505.13447, 4.3) | `uniform`."""
+    """Times in [0, 1], float32 (batch_size,); logit-normal: arXiv 2505.13447, section 4.3."""
     if noise_dist == "uniform":
         return jax.random.uniform(key, (batch_size,))
     return jax.nn.sigmoid(P_mean + P_std * jax.random.normal(key, (batch_size,)))
@@ -248,7 +248,9 @@ def check_times(timesteps):
     """Raises ValueError where explicit times do not fall from 1 to 0."""
     falls = all(a > b for a, b in itertools.pairwise(timesteps))
     if len(timesteps) < 2 or timesteps[0] != 1 or timesteps[-1] != 0 or not falls:
-        raise ValueError(f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}")
+        raise ValueError(
+            f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}"
+        )
 
 
 def sample_times(num_steps, timesteps=()):

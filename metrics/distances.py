@@ -7,12 +7,12 @@ arXiv 1606.03498) can be gathered likewise. Precision and recall (Kynkaanniemi e
 arXiv 1904.06991) need the features themselves.
 """
 
-import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -103,14 +103,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not (mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
         shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"moments that cannot be compared: mu, sigma, mu, sigma are {shapes}")
-    cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
+    cross = scipy.linalg.svdvals(_root(sigma1).T @ _root(sigma2)).sum()
     mean = np.sum((mu1 - mu2) ** 2)
     return float(mean + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
 def _root(sigma):
     """A matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance."""
-    values, vectors = np.linalg.eigh(sigma)
+    values, vectors = scipy.linalg.eigh(sigma)
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -239,83 +239,3 @@ def _nearest_impl(samples, others, count):
 
 
 _nearest = jax.jit(_nearest_impl, static_argnums=2)
-
-
-# --------------------------------------------------------------------------- reference statistics
-
-
-def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None):
-    """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
-
-    `resize` says which resize came before the network; comparing two would mislead.
-    """
-    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize}
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_reference(path):
-    """Reference statistics from an npz: a dict with `mu` (D,), `sigma` (D, D), float64.
-
-    Beside them `mu_s, sigma_s` for sFID and `resize` (str), each None where the file has none.
-    The names `ref_mu, ref_sigma` of the published MeanFlow code are known too. Raises
-    FileNotFoundError, or ValueError with one line: not an npz, names missing, wrong shapes, not
-    finite, not symmetric.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file of reference statistics")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in _names_in(file, path)}
-    except _ReferenceError:
-        raise
-    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
-        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
-    result = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "resize": None}
-    for name, value in found.items():
-        name = name.removeprefix("ref_")
-        result[name] = str(value) if name == "resize" else np.asarray(value, np.float64)
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if result[mu] is not None:
-            _check_moments(path, mu, sigma, result[mu], result[sigma])
-    return result
-
-
-class _ReferenceError(ValueError):
-    """A message that is already complete."""
-
-
-def _names_in(file, path):
-    names = [n for n in ("resize",) if n in file.files]
-    for prefix in ("", "ref_"):
-        if f"{prefix}mu" in file.files and f"{prefix}sigma" in file.files:
-            names += [f"{prefix}mu", f"{prefix}sigma"]
-            break
-    else:
-        listed = ", ".join(sorted(file.files)[:8]) or "nothing"
-        raise _ReferenceError(
-            f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
-            f"the file has {listed}"
-        )
-    if "mu_s" in file.files and "sigma_s" in file.files:
-        names += ["mu_s", "sigma_s"]
-    return names
-
-
-def _check_moments(path, mu_name, sigma_name, mu, sigma):
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        raise ValueError(
-            f"{path}: {mu_name} {mu.shape} and {sigma_name} {sigma.shape} "
-            "should have the shapes (D,) and (D, D)"
-        )
-    for name, value in ((mu_name, mu), (sigma_name, sigma)):
-        if not np.isfinite(value).all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
-    if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
-        raise ValueError(f"{path}: {sigma_name} is not symmetric")

@@ -7,7 +7,7 @@ precision of the platform, since bfloat16 here moves the FID by whole points.
 
 The parameters are a flat dict, layer -> {kernel, bias}: 94 convolutions with their batch norms
 folded in (kernels HWIO) and `fc` (2048, 1008). The names are torchvision's. They are
-read from the files that people have by the module `inception_weights` beside this one.
+read from the files that people have by metrics/inception_weights.py.
 """
 
 import functools
@@ -29,7 +29,7 @@ def features(params, images, resize="half_pixel"):
     of Mixed_6d, flattened in the order height, width, channel. Pure; to be called inside jit.
 
     `resize` is `half_pixel`, as the published MeanFlow numbers, or `tf1`, as ADM, torch-fidelity
-    and the NVIDIA tools. Both are bilinear without antialiasing. ValueError for another.
+    and the NVIDIA tools. Both are bilinear without antialiasing.
     """
     x = (resize_bilinear(images, resize) - 128) / 128  # (N, 299, 299, 3)
     x, spatial = _trunk(params, x)  # (N, 8, 8, 2048)
@@ -206,8 +206,6 @@ def _windows(combine, x, stride):
 
 def resize_bilinear(images, resize):
     """(N, H, W, C) of any numeric dtype -> (N, 299, 299, C) float32; see `features`."""
-    if resize not in RESIZES:
-        raise ValueError(f"fid.resize: {resize!r} is unknown, choose one of {', '.join(RESIZES)}")
     x = images.astype(jnp.float32)
     rows = _interpolation(images.shape[1], resize)
     columns = _interpolation(images.shape[2], resize)

@@ -1,9 +1,8 @@
 """Weights of the FID network: finding the file, reading its format, making `inception`'s tree.
 
 The tree is the one that `inception.features` takes: layer -> {kernel, bias}, batch norms folded.
-Builds on the file readers of `utils/torch_files.py` and `utils/graph_files.py`. No framework is
-needed for any format, nothing is executed, and every mapping is strict: each array is consumed
-once, each shape checked.
+Builds on formats/torch_files.py. No framework is needed for any format, nothing is executed, and
+every mapping is strict: each array is consumed once, each shape checked.
 """
 
 import hashlib
@@ -14,17 +13,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from utils import graph_files, torch_files
+from formats import torch_files
+from utils import files, trees
 
 BN_EPSILON = 1e-3
 PTH_NAME = "pt_inception-2015-12-05-6726825d.pth"
 PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-FILE_NAMES = (
-    PTH_NAME,
-    "inception-2015-12-05.pt",
-    "classify_image_graph_def.pb",
-    "inception_v3_weights_fid.pickle",
-)
+FILE_NAMES = (PTH_NAME, "inception_v3_weights_fid.pickle")
+NOT_OURS = "not the weights of the FID network"
 
 
 def load(path=None):
@@ -89,21 +85,17 @@ def read(path):
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or start[:4] == b"\x80\x02\x8a\n":
         arrays = _flatten(torch_files.load(path))
-        if any(name.startswith("layers.") for name in arrays):
-            return _assemble(path, arrays, _nvidia_names)
         arrays = {k: v for k, v in arrays.items() if not k.endswith(".num_batches_tracked")}
         return _assemble(path, arrays, _torchvision_names)
     if start[:1] == b"\x80":
         try:
             arrays = _flatten(torch_files.load_pickle(path))
         except ValueError as error:
-            raise ValueError(
-                f"{error}; as Inception weights use {PTH_NAME} or inception-2015-12-05.pt instead"
-            ) from error
+            raise ValueError(f"{error}; as Inception weights use {PTH_NAME} instead") from error
         return _assemble(path, arrays, _jax_fid_names)
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    return _assemble(path, _read_graph(path), _graph_names)
+    raise ValueError(f"{path}: not a weight file of a known format; use {PTH_NAME}")
 
 
 def _file_hash(path):
@@ -163,8 +155,7 @@ def _assemble(path, arrays, names):
     """Fold `arrays` (flat: name -> array) into the tree; `names` tells a layer's arrays.
 
     `names(layer)` gives a dict of kernel, gamma, beta, mean, var (for `fc`: kernel, bias), each
-    a pair of the name in the file and the axes that bring it into our order; gamma may be
-    absent (then it is 1).
+    a pair of the name in the file and the axes that bring it into our order.
     """
     wanted = {}
     for layer, shape in CONV_SHAPES.items():
@@ -174,7 +165,7 @@ def _assemble(path, arrays, names):
     fc = names("fc")
     wanted[fc["kernel"][0]] = _permuted(FC_SHAPE, fc["kernel"][1])
     wanted[fc["bias"][0]] = FC_SHAPE[-1:]
-    _compare(path, wanted, arrays)
+    trees.check_shapes(wanted, arrays, f"{path}: {NOT_OURS}")
 
     def get(part):
         name, axes = part
@@ -183,7 +174,7 @@ def _assemble(path, arrays, names):
     params = {"fc": {"kernel": get(fc["kernel"]), "bias": get(fc["bias"])}}
     for layer in CONV_SHAPES:
         part = {kind: get(name) for kind, name in names(layer).items()}
-        scale = part.get("gamma", 1.0) / np.sqrt(part["var"] + BN_EPSILON)
+        scale = part["gamma"] / np.sqrt(part["var"] + BN_EPSILON)
         kernel, bias = part["kernel"] * scale, part["beta"] - part["mean"] * scale
         params[layer] = {"kernel": kernel, "bias": bias}
     params = {
@@ -206,24 +197,6 @@ def _permuted(shape, axes):
     for ours, theirs in enumerate(axes):
         stored[theirs] = shape[ours]
     return tuple(stored)
-
-
-def _compare(path, wanted, arrays):
-    """Raise ValueError unless `arrays` has exactly the names and shapes `wanted`."""
-    faults = []
-    for kind, names in (
-        ("missing", wanted.keys() - arrays.keys()),
-        ("not known", arrays.keys() - wanted.keys()),
-    ):
-        if names:
-            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
-            faults.append(f"{len(names)} {kind} ({listed})")
-    for name in sorted(wanted.keys() & arrays.keys()):
-        if np.shape(arrays[name]) != wanted[name]:
-            faults.append(f"{name} is {np.shape(arrays[name])}, should be {wanted[name]}")
-            break
-    if faults:
-        raise ValueError(f"{path}: not the weights of the FID network: {'; '.join(faults)}")
 
 
 def _flatten(tree, prefix=""):
@@ -268,114 +241,17 @@ def _jax_fid_names(layer):
     }
 
 
-def _graph_names(layer):
-    """Const nodes of classify_image_graph_def.pb."""
-    if layer == "fc":
-        return {"kernel": ("softmax/weights", (0, 1)), "bias": ("softmax/biases", _VECTOR)}
-    scope = _scope(layer)
-    return {
-        "kernel": (f"{scope}/conv2d_params", _HWIO),
-        "gamma": (f"{scope}/batchnorm/gamma", _VECTOR),
-        "beta": (f"{scope}/batchnorm/beta", _VECTOR),
-        "mean": (f"{scope}/batchnorm/moving_mean", _VECTOR),
-        "var": (f"{scope}/batchnorm/moving_variance", _VECTOR),
-    }
-
-
-def _nvidia_names(layer):
-    """Modules of inception-2015-12-05.pt: the graph's scopes, without gamma."""
-    if layer == "fc":
-        return {"kernel": ("output.weight", (1, 0)), "bias": ("output.bias", _VECTOR)}
-    block, _, rest = _scope(layer).partition("/")
-    # The two last blocks have no submodules, their convolutions carry the whole path.
-    rest = rest.replace("/", "_" if block in ("mixed_9", "mixed_10") else ".")
-    module = f"layers.{block}.{rest}" if rest else f"layers.{block}"
-    return {
-        "kernel": (f"{module}.weight", _OIHW),
-        "beta": (f"{module}.beta", _VECTOR),
-        "mean": (f"{module}.mean", _VECTOR),
-        "var": (f"{module}.var", _VECTOR),
-    }
-
-
-_BLOCKS = "5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split()
-_STEM = "1a 2a 2b 3b 4a".split()
-_TOWERS = {  # branch -> tower, by block; the suffix _1, _2, ... counts the convolutions in it
-    "5": {"branch5x5": "tower", "branch3x3dbl": "tower_1", "branch_pool": "tower_2"},
-    "6a": {"branch3x3dbl": "tower"},
-    "6": {"branch7x7": "tower", "branch7x7dbl": "tower_1", "branch_pool": "tower_2"},
-    "7a": {"branch3x3": "tower", "branch7x7x3": "tower_1"},
-    "7": {"branch3x3": "tower", "branch3x3dbl": "tower_1", "branch_pool": "tower_2"},
-}
-_PLACES = {
-    "1": "conv",
-    "2": "conv_1",
-    "3": "conv_2",
-    "4": "conv_3",
-    "5": "conv_4",
-    "2a": "mixed/conv",
-    "2b": "mixed/conv_1",
-    "3a": "mixed/conv",
-    "3b": "mixed/conv_1",
-}
-
-
-def _scope(layer):
-    """The scope in the graph of 2015, e.g. Mixed_5b.branch5x5_2 -> mixed/tower/conv_1."""
-    block, _, branch = layer.partition(".")
-    if not branch:
-        number = _STEM.index(block.split("_")[1])
-        return f"conv_{number}" if number else "conv"
-    block = block.removeprefix("Mixed_")
-    number = _BLOCKS.index(block)
-    mixed = f"mixed_{number}" if number else "mixed"
-    if branch == "branch1x1" or (block, branch) == ("6a", "branch3x3"):
-        return f"{mixed}/conv"
-    towers = _TOWERS.get(block) or _TOWERS[block[0]]
-    if branch in towers:  # a tower of one convolution
-        return f"{mixed}/{towers[branch]}/conv"
-    name, _, place = branch.rpartition("_")
-    return f"{mixed}/{towers[name]}/{_PLACES[place]}"
-
-
-# --------------------------------------------------------------------------- TensorFlow graph
-
-
-def _read_graph(path):
-    """The weights among the constants of the graph, by node name; gamma is 1 where unused."""
-    nodes = graph_files.load(path)
-    arrays = {name: node.attrs.get("value") for name, node in nodes.items() if _is_weight(name)}
-    for name, node in nodes.items():
-        if node.kind == "BatchNormWithGlobalNormalization":
-            epsilon = node.attrs.get("variance_epsilon", 0.0)
-            if abs(epsilon - BN_EPSILON) > 1e-6:
-                raise ValueError(f"{path}: {name} has epsilon {epsilon:.4g}, {BN_EPSILON} expected")
-            gamma = f"{name}/gamma"
-            if gamma in arrays and not node.attrs.get("scale_after_normalization", False):
-                arrays[gamma] = np.ones_like(arrays[gamma])
-    return arrays
-
-
-def _is_weight(name):
-    if name.startswith("softmax/"):
-        return name in ("softmax/weights", "softmax/biases")
-    leaves = ("gamma", "beta", "moving_mean", "moving_variance")
-    return name.endswith(("/conv2d_params", *(f"/batchnorm/{leaf}" for leaf in leaves)))
-
-
-# -------------------------------------------------------------------------------- safetensors
+# Kept as safetensors -----------------------------------------------------------------------------
 
 
 def _write_safetensors(path, params):
     """Keep `params` for the next start; a folder that cannot be written to is no error."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_flatten(params), temporary)
-        os.replace(temporary, path)
+        with files.complete(path) as unfinished:
+            save_file(_flatten(params), unfinished)
     except (OSError, SafetensorError):
-        if temporary.exists():
-            temporary.unlink()
+        pass
 
 
 def _read_safetensors(path):
@@ -386,7 +262,7 @@ def _read_safetensors(path):
     wanted = {f"{layer}.kernel": shape for layer, shape in CONV_SHAPES.items()}
     wanted |= {f"{layer}.bias": shape[-1:] for layer, shape in CONV_SHAPES.items()}
     wanted |= {"fc.kernel": FC_SHAPE, "fc.bias": FC_SHAPE[-1:]}
-    _compare(path, wanted, flat)
+    trees.check_shapes(wanted, flat, f"{path}: {NOT_OURS}")
     params = {}
     for name, value in flat.items():
         layer, _, leaf = name.rpartition(".")

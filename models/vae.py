@@ -1,11 +1,8 @@
-"""Between images and the space of the network: raw record -> x, image -> moments, x -> image.
+"""The autoencoder of Stable Diffusion, or none: image -> moments, x -> image. Arrays are NHWC.
 
-Two roads lead there. For latents a record holds the posterior moments of the Stable Diffusion VAE,
-from which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC,
-all of the network's inputs float32.
-
-The network of the VAE is the Flax class of diffusers (0.39 is the last release that has it). It is
-imported where weights are loaded, so training never pays for it, and nothing else knows of it.
+Its network is the Flax class of diffusers (0.39 is the last release that has it). It is imported
+where weights are loaded, so training never pays for it, and nothing else knows of it. Builds on
+models/codec.py (the normalisation of latents) and utils/trees.py.
 """
 
 import json
@@ -18,11 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization, traverse_util
+from flax import serialization
 
-# Per-channel variance of ImageNet latents is close to one after this factor
-# (Rombach et al., arXiv 2112.10752, appendix D.1).
-SD_SCALE = 0.18215
+from models.codec import SD_NORMALISATION
+from utils import trees
+
 REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 STABLE_DIFFUSION = {  # the fields of config.json of both
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -47,72 +44,6 @@ CONFIG_FIELDS = (
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class Normalisation(NamedTuple):
-    """x = (z - shift) * scale for latents z; entries per channel or one for all."""
-
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-
-
-SD_NORMALISATION = Normalisation((0.0,), (SD_SCALE,))
-
-
-def normalisation(mean=(), std=()) -> Normalisation:
-    """The factor 0.18215, or where mean and std (C,) are given, (z - mean_c) / std_c by channel.
-
-    Raises ValueError where only one is given, lengths differ or a std is not positive.
-    """
-    mean, std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
-    if not mean and not std:
-        return SD_NORMALISATION
-    if len(mean) != len(std):
-        raise ValueError(
-            f"dataset.latent_mean has {len(mean)} entries and dataset.latent_std {len(std)}: "
-            "give both, one entry per latent channel, or neither"
-        )
-    if not all(s > 0 for s in std):
-        raise ValueError(f"dataset.latent_std must be positive, found {list(std)}")
-    return Normalisation(mean, tuple(1 / s for s in std))
-
-
-def to_x(batch, key, *, flip=False, normalisation=SD_NORMALISATION):
-    """Turns one batch of raw records into the network's space, inside jit.
-
-    batch: {"moments": (B, h, w, 2c) mean then std of the posterior, unscaled, and for flips
-        "moments_flipped" of the same shape, those of the mirrored image} or
-        {"image": uint8 (B, h, w, c)}. Other entries are not read.
-    key: one key for the whole batch. The draws have the logical shape of the batch, so that under
-        jit they are the same on any number of devices.
-    flip: mirror each row with probability 1/2.
-    normalisation: of the latents; pixels always become u / 127.5 - 1.
-    Returns x float32 (B, h, w, c): a fresh posterior sample, or pixels in [-1, 1].
-    """
-    noise_key, flip_key = jax.random.split(key)
-    if "moments" in batch:
-        moments = batch["moments"]  # (B, h, w, 2c)
-        if flip:
-            # A latent cannot be mirrored itself: the VAE does not commute with mirroring.
-            if "moments_flipped" not in batch:
-                raise ValueError(
-                    "dataset.use_flip: the dataset holds no latents of mirrored images; "
-                    "prepare it again with them, or turn the option off"
-                )
-            moments = _choose(flip_key, batch["moments_flipped"], moments)
-        mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # (B, h, w, c)
-        z = mean + std * jax.random.normal(noise_key, mean.shape, jnp.float32)
-        return (z - jnp.asarray(normalisation.shift)) * jnp.asarray(normalisation.scale)
-    image = batch["image"]  # (B, h, w, c)
-    if flip:
-        image = _choose(flip_key, image[:, :, ::-1], image)
-    return image.astype(jnp.float32) / 127.5 - 1.0
-
-
-def _choose(key, ours, theirs):
-    """Row by row `ours` or `theirs` (B, ...) with probability 1/2."""
-    choice = jax.random.bernoulli(key, 0.5, (ours.shape[0],) + (1,) * (ours.ndim - 1))
-    return jnp.where(choice, ours, theirs)
-
-
 class Autoencoder(NamedTuple):
     """Images <-> x. `params` is an argument, so that a jit does not bake the weights in.
 
@@ -135,7 +66,7 @@ def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
 
     name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
         (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
-    normalisation: the one that `to_x` was given; `decode` undoes it.
+    normalisation: that of the `Codec` of training; `decode` undoes it.
     dtype: of the products, float32 or bfloat16; group norms and results stay float32. How exact
         float32 products are on an accelerator follows jax.default_matmul_precision.
     Raises FileNotFoundError where files are missing, ValueError where they do not fit.
@@ -249,24 +180,14 @@ def param_shapes(config):
 
 def _read_params(folder, expected):
     """The weights in `folder` for parameters of these shapes, each name and shape checked."""
-    expected = traverse_util.flatten_dict(expected, sep="/")
+    expected = trees.flatten(expected)
     path = next(folder / f for f in WEIGHT_FILES if (folder / f).exists())
     arrays = _read_weights(path)
     if path.suffix == ".safetensors":
         arrays = from_torch(arrays, expected)
-    missing = sorted(expected.keys() - arrays.keys())
-    extra = sorted(arrays.keys() - expected.keys())
-    misfits = [
-        f"{k} {np.shape(arrays[k])} instead of {v.shape}"
-        for k, v in expected.items()
-        if k in arrays and np.shape(arrays[k]) != v.shape
-    ]
-    problems = {"missing": missing, "left over": extra, "of another shape": misfits}
-    if any(problems.values()):
-        line = "; ".join(f"{k}: {', '.join(v)}" for k, v in problems.items() if v)
-        raise ValueError(f"{path} does not fit its config.json: {line}")
-    arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
-    return traverse_util.unflatten_dict(arrays, sep="/")
+    shapes = {name: leaf.shape for name, leaf in expected.items()}
+    trees.check_shapes(shapes, arrays, f"{path} does not fit its config.json")
+    return trees.unflatten({k: np.asarray(v, np.float32) for k, v in arrays.items()})
 
 
 def _read_weights(path):
@@ -277,7 +198,7 @@ def _read_weights(path):
 
             return load_file(path)
         tree = serialization.msgpack_restore(path.read_bytes())
-        return traverse_util.flatten_dict(tree, sep="/")
+        return trees.flatten(tree)
     except Exception as error:  # each of the two formats raises several kinds of its own
         raise ValueError(f"{path}: damaged or not a weight file ({error})") from error
 

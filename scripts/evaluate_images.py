@@ -69,15 +69,18 @@ def read_picture(path):
 
 def evaluate(config, images):
     """Metrics of the images at a path, and what they depend on, as a dict."""
-    import score  # late, so that wrong options are told without waiting for jax
+    from metrics import features, reference, scorer  # late: they bring jax
     from utils import dataset, sharding
 
     read, count, shape = open_images(images)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     mesh = sharding.make_mesh(fsdp=1)
-    scorer = score.Scorer(score.load_features(config.fid), mesh, config.fid, shape, records)
-    results = scorer.compare(*scorer.read(read, count, "images"), count)
-    return {**results, **scorer.describe(), "num_samples": count, "images": str(images)}
+    scorer.check_options(config.fid)
+    score = scorer.Scorer(features.load(config.fid), mesh, config.fid, shape)
+    real = reference.Reference(config.fid, score, records)
+    results = real.compare(*score.read(read, count, "images"), count)
+    described = {**score.describe(), **real.describe()}
+    return {**results, **described, "num_samples": count, "images": str(images)}
 
 
 def main(argv):

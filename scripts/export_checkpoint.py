@@ -10,7 +10,7 @@ written as it is: that way one form becomes the other.
 import argparse
 import sys
 
-from models import released
+from formats import published
 from utils import checkpoint
 
 
@@ -20,13 +20,13 @@ def export(source, folder, step=None, form="msgpack"):
     source: the workdir of a run, or a published checkpoint; step: of the run, default the newest.
     Raises FileNotFoundError, FileExistsError or ValueError with one line.
     """
-    if released.is_released(source):
-        state = released.load(source)
+    if published.is_published(source):
+        state = published.load(source)
     else:
         found = checkpoint.restore_weights(source, step, optimizer=True)
         state = {name: found[name] for name in ("step", "params", "opt_state")}
         state["ema_params"] = found["ema_params"][0]
-    return released.export(**state, folder=folder, form=form)
+    return published.export(**state, folder=folder, form=form)
 
 
 def parse(argv):

@@ -7,70 +7,18 @@ python -m scripts.prepare_dataset tfds --name cifar10 --output DIR
 """
 
 import argparse
-import errno
+import importlib
 import os
-import shutil
 import sys
-from pathlib import Path
 
-import numpy as np
-
-from scripts import write_shards
-from utils import dataset
+from scripts.prepare import shards
 
 DAY = 24 * 3600  # seconds
 
 
-def prepare_digits(args):
-    """The digits of scikit-learn: 1,797 real 8x8 images, values 0..16 stretched to 0..255."""
-    from sklearn.datasets import load_digits  # only here: nothing else needs scikit-learn
-
-    output = Path(args.output)
-    if dataset.is_dataset(output):
-        return print(f"{output} is there already; nothing to do")
-    digits = load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
-    classes = [str(name) for name in digits.target_names]
-    # A folder of its own until it is whole: it is small, and made again if interrupted.
-    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        examples = ({"image": x, "label": y} for x, y in zip(images, digits.target, strict=True))
-        count = dataset.write_shard(dataset.shard_path(unfinished, "train", 0, 1), examples)
-        dataset.write_metadata(
-            unfinished, "image", images.shape[1:], np.uint8, classes, {"train": [count]}
-        )
-        unfinished.replace(output)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        if not dataset.is_dataset(output):
-            raise ValueError(f"{output} holds something else; name a new folder") from error
-        return print(f"{output} is there already; another process was faster")
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{count} images of {len(classes)} classes -> {output}")
-
-
-def prepare_images(args):
-    """A folder of images: see the module."""
-    from scripts import prepare_images  # late, as each brings what only it needs
-
-    prepare_images.run(args)
-
-
-def prepare_latents(args):
-    """A folder of .pt files: see the module."""
-    from scripts import prepare_latents
-
-    prepare_latents.run(args)
-
-
-def prepare_tfds(args):
-    """A set of TensorFlow Datasets: see the module."""
-    from scripts import prepare_tfds
-
-    prepare_tfds.run(args)
+def run(args):
+    """Runs the command, whose module brings what only it needs."""
+    importlib.import_module(f"scripts.prepare.{args.command}").run(args)
 
 
 def join_processes(args):
@@ -102,7 +50,7 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
-        write_shards.remove(args.output)
+        shards.remove(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
 
@@ -117,11 +65,9 @@ def parse(argv):
     )
     commands = parser.add_subparsers(dest="command", required=True)
     digits = commands.add_parser("digits", help="the handwritten digits of scikit-learn")
-    digits.set_defaults(run=prepare_digits)
     digits.add_argument("--output", required=True, help="folder to make")
 
     images = commands.add_parser("images", help="a folder of images with class subfolders")
-    images.set_defaults(run=prepare_images)
     images.add_argument("--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/")
     images.add_argument("--splits", type=_words, default=(), help="train,val; default: all there")
     images.add_argument(
@@ -140,12 +86,10 @@ def parse(argv):
     )
 
     latents = commands.add_parser("pt", help="a folder of published .pt latents")
-    latents.set_defaults(run=prepare_latents)
     latents.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
     latents.add_argument("--num_classes", type=int, default=1000)
 
     named = commands.add_parser("tfds", help="an image set of TensorFlow Datasets by its name")
-    named.set_defaults(run=prepare_tfds)
     named.add_argument("--name", required=True, help="such as cifar10")
     named.add_argument("--data_dir", help="where TFDS keeps its own sets; default: its default")
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
@@ -187,7 +131,7 @@ def main(argv=None):
     try:
         if args.command != "digits":
             join_processes(args)
-        args.run(args)
+        run(args)
     except (ValueError, OSError) as error:
         print(f"prepare_dataset: {error}", file=sys.stderr)
         return 1

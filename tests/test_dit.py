@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import plain_meanflow
 import pytest
+from models.meanflow import MeanFlow
 
 from models import dit, meanflow
-from models.meanflow import MeanFlow
 
 CLASSES, SHAPE = 3, (4, 4, 2)
 

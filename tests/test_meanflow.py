@@ -12,9 +12,9 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.meanflow import MeanFlow
 
 from models import meanflow
-from models.meanflow import MeanFlow
 from utils import dataset
 
 CLASSES, SHAPE = 3, (2, 2, 1)

@@ -10,7 +10,7 @@ shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Ex
 - `label`, an index into the sorted classes.
 
 Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
-then one hash check and one copy.
+then one hash check and one copy. Builds on utils/files.py.
 """
 
 import collections
@@ -19,13 +19,17 @@ import contextlib
 import dataclasses
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 import grain
+import ml_dtypes  # noqa: F401, makes bfloat16 known to numpy
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+from utils import files
 
 NAME = "records"
 _WRITE_OPTIONS = "group_size:1,uncompressed"  # group_size 1: random access record by record
@@ -45,10 +49,8 @@ def write_shard(path, examples):
 
     The file appears under its name only when complete.
     """
-    path = Path(path)
-    unfinished = path.with_name(f"unfinished-{path.name}-{os.getpid()}")
     count = 0
-    try:
+    with files.complete(path) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE_OPTIONS)
         for example in examples:
             record = _serialise(example)
@@ -57,9 +59,6 @@ def write_shard(path, examples):
             count += 1
         with _writing(path):
             writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return count
 
 
@@ -119,11 +118,9 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
     info.set_splits(tfds.core.splits.SplitDict(splits))
     # dataset_info.json makes the folder a dataset, so it comes last and at once.
     info.features.save_config(root)
-    unfinished = root / f"unfinished-metadata-{os.getpid()}"
-    unfinished.mkdir()
-    info.write_dataset_info_json(unfinished)
-    os.replace(unfinished / "dataset_info.json", root / "dataset_info.json")
-    unfinished.rmdir()
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
+        info.write_dataset_info_json(unfinished)
+        os.replace(Path(unfinished, "dataset_info.json"), root / "dataset_info.json")
 
 
 def _serialise(example):

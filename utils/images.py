@@ -1,9 +1,12 @@
-"""Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files."""
+"""Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files.
 
-import os
+Builds on utils/files.py.
+"""
 
 import numpy as np
 from PIL import Image
+
+from utils import files
 
 
 def center_crop(image, size):
@@ -51,6 +54,5 @@ def save_png(path, image):
     image = np.asarray(image)
     if image.shape[-1] == 1:
         image = image[..., 0]
-    unfinished = f"{path}.tmp-{os.getpid()}"
-    Image.fromarray(image).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    with files.complete(path) as unfinished:
+        Image.fromarray(image).save(unfinished, format="PNG")

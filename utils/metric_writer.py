@@ -1,14 +1,13 @@
 """What a run tells about itself: TensorBoard events, metrics.jsonl and the progress line.
 
 Everything is on disk when a call returns, so a killed run loses nothing that it had written. A
-resumed run takes back what was written after the step it resumes from.
+resumed run takes back what was written after the step it resumes from. Builds on utils/files.py.
 """
 
 import json
 import math
 import os
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from utils import files
 
 JSONL = "metrics.jsonl"
 SHOWN = ("loss", "raw_loss/r=t", "raw_loss/r<t")  # in the progress line, where they are given
@@ -191,6 +192,5 @@ def _cut(path, last_step):
             continue  # cut off when the run was killed
         if last_step is None or step <= last_step:
             kept.append(line + b"\n")
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    with files.complete(path) as unfinished:
+        unfinished.write_bytes(b"".join(kept))

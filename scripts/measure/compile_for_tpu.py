@@ -1,7 +1,7 @@
 """Compiles a config for a TPU slice on a machine that has none: does it fit, and what does it cost?
 
     pip install -r requirements-tpu-compile.txt
-    python -m scripts.compile_for_tpu --config=configs/load_config.py:NAME --topology v5e:4x4
+    python -m scripts.measure.compile_for_tpu --config=configs/load_config.py:NAME --topology v5e:4x4
 
 Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
 step of train.py and the evaluation step, as they would run on every chip of the slice; nothing is
@@ -10,6 +10,7 @@ v5e:4x4, v5p:2x2x4, v6e:4x4 and so on. Exit status: 0 all fits, 1 it does not, 2
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -30,11 +31,11 @@ os.environ.update(ENVIRONMENT)
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-import sample  # noqa: E402
+import parts  # noqa: E402
 import train  # noqa: E402
-from models import meanflow  # noqa: E402
-from scripts import costs, stand_ins  # noqa: E402
-from utils import sharding  # noqa: E402
+from models import network  # noqa: E402
+from scripts.measure import costs, stand_ins  # noqa: E402
+from utils import chips, sharding  # noqa: E402
 
 
 def slice_devices(name):
@@ -53,33 +54,23 @@ def slice_devices(name):
         ) from error
 
 
-def train_step(config, mesh):
+def train_step(config, model):
     """The compiled function of training and its arguments: function, shapes, FLOPs per chip."""
-    net, key = sample.make_net(config), jax.random.key(config.training.seed)
+    mesh, key = model.mesh, jax.random.key(config.training.seed)
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
-    recipe, _ = train.make_recipe(config, net, 1, mesh)
-    state, batch = costs.state_shapes(config, net, recipe), costs.batch_shapes(config)
+    recipe, _ = train.make_recipe(config, model, 1)
+    state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
     step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
-    unrolled, _ = train.make_recipe(config, costs.unrolled(net), total_steps=1)
-    flops = costs.counted_flops(partial(train.train_step, unrolled, key), state, batch)
+    # Counted on this machine's CPU, so without the slice's mesh.
+    unrolled = model.module.unrolled()
+    recipe = dataclasses.replace(recipe, net=network.function(unrolled))
+    flops = costs.counted_flops(partial(train.train_step, recipe, key), state, batch)
     return step, (state, batch), flops / mesh.size
 
 
-def evaluation_step(config, mesh):
+def evaluation_step(config, model):
     """The same for a batch of the evaluation."""
-    parts = stand_ins.evaluation(config, mesh)
-    batch_size = config.fid.device_batch_size * mesh.size
-    function, arguments = stand_ins.stages(config, parts, batch_size)["whole"]
-    statistics, params, *weights, index, times = arguments
-    everywhere = sharding.replicated(mesh)
-    placed = (
-        jax.tree.map(lambda _: everywhere, statistics),
-        sharding.by_parameter(mesh, params),
-        *jax.tree.map(lambda _: everywhere, weights),
-        sharding.by_row(mesh),
-        everywhere,
-    )
-    step = jax.jit(function, in_shardings=placed, out_shardings=everywhere, donate_argnums=0)
+    step, arguments = stand_ins.stages(stand_ins.evaluator(config, model))["whole"]
     return step, arguments, None
 
 
@@ -136,11 +127,12 @@ def report(name, figures, chip):
 def run(config, topology, steps):
     """Compiles the steps by name for a topology, prints and returns the figures."""
     devices = slice_devices(topology)
-    chip, mesh = costs.chip(devices[0]), sharding.make_mesh(config.mesh.fsdp, devices)
+    chip, mesh = chips.chip(devices[0]), sharding.make_mesh(config.mesh.fsdp, devices)
+    model = parts.make(config, mesh)
     if chip is None:
         raise ValueError(
             f"--topology {topology}: the memory of a {devices[0].device_kind} is not known here "
-            "(models/flops.py: TPU v4, v5e, v5p, v6e)"
+            "(utils/chips.py: TPU v4, v5e, v5p, v6e)"
         )
     share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
     chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
@@ -153,11 +145,10 @@ def run(config, topology, steps):
     makers = {"train": train_step, "eval": evaluation_step}
     results = {"topology": topology, "devices": len(devices), "hosts": hosts}
     for name in steps:
-        results[name] = compile_step(*makers[name](config, mesh), chip)
+        results[name] = compile_step(*makers[name](config, model), chip)
         report(name, results[name], chip)
     if "train" in steps:
-        passes = costs.forward_passes(meanflow.MeanFlow(**config.method), batch)
-        forward = costs.forward_flops(sample.make_net(config), sample.image_shape(config))
+        passes, forward = model.method.passes(batch), model.module.flops(model.image_shape)
         results["train"]["flops_by_hand"] = passes * forward * batch / len(devices)
         print(f"  FLOPs needed, by hand: {results['train']['flops_by_hand']:.3g} ({passes:g} F)")
     return results
@@ -165,7 +156,7 @@ def run(config, topology, steps):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.compile_for_tpu",
+        prog="python -m scripts.measure.compile_for_tpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -175,6 +166,7 @@ def main(argv=None):
     try:
         config, rest = costs.config_without_data(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(rest)
+        parts.check(config)
         costs.check_writable(args.json)
         results = run(config, args.topology, args.steps)
         costs.write_json(args.json, results)

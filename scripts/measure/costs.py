@@ -1,4 +1,4 @@
-"""What a train step costs: FLOPs by hand and by XLA, collectives, and what the chips offer."""
+"""What a train step costs: FLOPs by XLA, collectives, memory."""
 
 import json
 import os
@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models.flops import chip, forward_flops, forward_passes  # noqa: F401 (for the scripts)
 
-import sample
 import train
 from configs import load_config
-from models.flops import chip, forward_flops, forward_passes  # noqa: F401 (for the scripts)
+from models import network
+from utils import sharding
 
 
 def config_without_data(argv):
@@ -27,7 +28,7 @@ def config_without_data(argv):
 
 def batch_shapes(config):
     """A batch of raw records of a config, as `ShapeDtypeStruct`s."""
-    B, (h, w, c) = config.training.batch_size, sample.image_shape(config)
+    B, (h, w, c) = config.training.batch_size, parts.image_shape(config)
     batch = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
     if config.dataset.vae == "none":
         return batch | {"image": jax.ShapeDtypeStruct((B, h, w, c), jnp.uint8)}
@@ -36,9 +37,9 @@ def batch_shapes(config):
     return batch | {"moments": moments} | flipped
 
 
-def state_shapes(config, net, recipe):
-    """A `train.TrainState` of a config, as `ShapeDtypeStruct`s."""
-    init = partial(train.init_state, recipe, net, sample.image_shape(config))
+def state_shapes(model, recipe):
+    """A `train.TrainState` of `parts.Parts`, as `ShapeDtypeStruct`s."""
+    init = partial(train.init_state, recipe, model.module, model.image_shape)
     return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -51,9 +52,11 @@ def counted_flops(step, state, batch):
     return jax.jit(step).lower(state, batch).cost_analysis()["flops"]
 
 
-def unrolled(net):
-    """The network with its blocks written one after the other instead of in a loop."""
-    return net.clone(unroll=net.depth)
+def unrolled(model):
+    """`parts.Parts` with the blocks written one after the other instead of in a loop."""
+    module = model.module.unrolled()
+    net = network.function(module, sharding.gather(model.mesh))
+    return model._replace(module=module, net=net)
 
 
 # Compiled programs ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Speed and memory of the data iterator, beside a plain reader of one file per latent.
 
-    python -m scripts.benchmark data [--num_records 100000] [--json FILE]
+    python -m scripts.measure data [--num_records 100000] [--json FILE]
 
 Makes synthetic latents in a temporary folder: as records in float32 and float16, and as the `.pt`
 files of the published code, which are read in a shuffled order by a pool of threads, one
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import dataset, torch_files
+from formats import torch_files
+from utils import dataset
 
 RECORDS_PER_SHARD = 4096
 STORES = ("float32", "float16")
@@ -36,7 +37,6 @@ def add_arguments(parser):
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--seconds", type=float, default=3, help="least length of a measurement")
     parser.add_argument("--folder", help="where to put the temporary data; default: the system's")
-    parser.add_argument("--json", help="also write the results to this file")
 
 
 def run(args):

@@ -1,9 +1,4 @@
-"""Speed of the evaluation by stage, with made-up weights, and beside the plain feature network.
-
-    python -m scripts.benchmark eval --config=configs/load_config.py:NAME [--devices 1 2 4]
-
-`--devices` also measures the whole on that many CPU devices, each time in a process of its own.
-"""
+"""Speed of the evaluation by stage, with made-up weights."""
 
 import json
 import os
@@ -14,11 +9,11 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import parts
 from configs import load_config
-from scripts import stand_ins
+from scripts.measure import stand_ins
 from utils import sharding
 
 
@@ -26,63 +21,47 @@ def add_arguments(parser):
     """The options of `run`."""
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--devices", type=int, nargs="*", default=[], help="numbers of CPU devices")
-    parser.add_argument("--plain", action="store_true", help="also the plain feature network")
-    parser.add_argument("--json", help="also write the results to this file")
 
 
 def run(config, args):
     """Measures, prints a table; returns {stage: images per second}."""
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    parts = stand_ins.evaluation(config, mesh)
-    batch_size = config.fid.device_batch_size * mesh.size
-    compiled = {}
-    for name, (function, arguments) in stand_ins.stages(config, parts, batch_size).items():
-        compiled[name] = prepare(function, arguments, batch_size, mesh)
-    if args.plain:
-        compiled["plain features"] = plain_features(parts, batch_size, mesh)
-    rates = {name: [] for name in compiled}
+    model = parts.make(config)
+    evaluator = stand_ins.evaluator(config, model)
+    batch_size = evaluator.score.batch_size
+    measured = {name: Stage(*stage) for name, stage in stand_ins.stages(evaluator).items()}
+    rates = {name: [] for name in measured}
     for _ in range(args.rounds):
-        for name, (function, arguments) in compiled.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            rates[name].append(batch_size / (time.perf_counter() - begin))
+        for name, stage in measured.items():
+            rates[name].append(batch_size / stage.seconds())
     results = {name: float(np.median(rate)) for name, rate in rates.items()}
     results |= {f"whole, {n} CPU devices": on_devices(config, args, n) for n in args.devices}
-    print(f"{config.model.cls}, {mesh.size} x {jax.devices()[0].device_kind}, images per second")
+    kind = jax.devices()[0].device_kind
+    print(f"{config.model.cls}, {model.mesh.size} x {kind}, images per second")
     for name, rate in results.items():
         print(f"  {name:24} {rate:10.2f}   {rate / results['whole']:8.2f} x the whole")
     return results
 
 
-def prepare(function, arguments, batch_size, mesh):
-    """The compiled function, already run once, and its arguments on the devices."""
-    rows, everywhere = sharding.by_row(mesh), sharding.replicated(mesh)
+class Stage:
+    """A compiled function that has run once, and arguments for it on the devices."""
 
-    def placed(x):
-        return rows if x.ndim and x.shape[0] == batch_size else everywhere
+    def __init__(self, function, arguments):
+        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), arguments)
+        self.function = function
+        self.values = jax.tree.map(
+            lambda x, s: x if s is None else sharding.place(x, s),
+            stand_ins.random_values(arguments), shardings, is_leaf=lambda x: x is None,
+        )  # fmt: skip
+        self.seconds()
 
-    shardings = jax.tree.map(placed, arguments)
-    values = sharding.place(stand_ins.random_values(arguments), shardings)
-    function = jax.jit(function, in_shardings=shardings)
-    jax.block_until_ready(function(*values))
-    return function, values
-
-
-def plain_features(parts, batch_size, mesh):
-    """The plain Flax port of the FID network in the tests, with the same resize."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    import plain_inception
-
-    net = plain_inception.PlainInception()
-    images = jax.ShapeDtypeStruct((batch_size, *parts.image_shape), jnp.uint8)
-    x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-    params = jax.eval_shape(net.init, jax.random.key(0), x)
-
-    def function(params, images):
-        x = jax.image.resize(images.astype(jnp.float32), (len(images), 299, 299, 3), "bilinear")
-        return net.apply(params, (x - 128) / 128)
-
-    return prepare(function, (params, images), batch_size, mesh)
+    def seconds(self):
+        """Runs it; returns how long that took."""
+        begin = time.perf_counter()
+        result = jax.block_until_ready(self.function(*self.values))
+        seconds = time.perf_counter() - begin
+        if isinstance(result, tuple):  # of the whole, whose statistics are used up
+            self.values = (result[0], *self.values[1:])
+        return seconds
 
 
 def on_devices(config, args, count):
@@ -94,7 +73,7 @@ def on_devices(config, args, count):
             if v is not None
         ]
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.benchmark", "eval", f"--json={folder}/results",
+            [sys.executable, "-m", "scripts.measure", "evaluation", f"--json={folder}/results",
              f"--rounds={args.rounds}", "--config=configs/load_config.py:default", *options],
             env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)},
             capture_output=True,

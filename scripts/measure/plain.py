@@ -1,23 +1,23 @@
-"""The objective as the equations read, with no row treated apart: the oracle of the tests.
+"""MeanFlow as the equations read, with no row treated apart: what the project is held against.
 
 JVP on all rows, both guidance passes on all rows. Written from the paper (arXiv 2505.13447,
-algorithm 1, section 4.2 and appendix B), independently of models/meanflow.py, and slower by a
-third.
+algorithm 1, section 4.2 and appendix B), independently of methods/meanflow.py, and slower by a
+third. The tests compare with it, and `scripts.measure train --against plain` measures it.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def loss(net, params, x, y, t, r, noise, drop, method, null_label):
+def loss(net, params, x, y, draws, method):
     """Returns the loss and, by row, the squared error and the v_loss."""
-    column = (-1, 1, 1, 1)
-    e = noise
+    t, r, e, drop = draws
+    column, null_label = (-1, 1, 1, 1), method.num_classes
     v = e - x
     z = (1 - t.reshape(column)) * x + t.reshape(column) * e
 
     def u(z, t, r, y):
-        return net(params, z, t, t - r, y)
+        return net(params, (z, {"t": t, "h": t - r, "y": y}), jvp=0)[0].u
 
     v_g = v
     if method.guidance_eq == "cfg":

@@ -1,54 +1,35 @@
-"""The evaluation step without weight files: for measuring and for compiling ahead."""
-
-from typing import NamedTuple
+"""The evaluation without weight files: for measuring and for compiling ahead."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import evaluate
 import sample
-import score
-from models import dit, inception, inception_weights, vae
+from metrics import features, inception_weights, scorer
+from models import vae
 from utils import sharding
 
 
-class Evaluation(NamedTuple):
-    """The parts of an evaluation; parameters are `ShapeDtypeStruct`s."""
-
-    net: object  # function (params, z, t, h, y) -> u
-    params: dict
-    autoencoder: vae.Autoencoder
-    features: score.Features
-    image_shape: tuple  # (H, W, C) of the images
-
-
-def evaluation(config, mesh):
-    """The parts of the evaluation of a config.
+def evaluator(config, model):
+    """The evaluator of a config, with `ShapeDtypeStruct`s as the weights of others.
 
     Where `dataset.vae` is `mse` or `ema`, the autoencoder is that of Stable Diffusion.
     """
-    net, shape = sample.make_net(config), sample.image_shape(config)
-    function = dit.as_function(net, sharding.gather(mesh))
-    params = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(0), shape))
     dtype = config.sampling.vae_dtype
     if config.dataset.vae in vae.REPOSITORIES:
         structure = vae.STABLE_DIFFUSION
         autoencoder = vae.build(structure, vae.param_shapes(structure), dtype=dtype)
     else:
         autoencoder = vae.load(config.dataset.vae, dtype=dtype)
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     if config.fid.features == "pixels":
-        features = score.load_features(config.fid)
+        network = features.load(config.fid)
     else:
-        features = score.Features(
-            "Inception",
-            inception_shapes(),
-            lambda params, images: inception.features(params, images, config.fid.resize),
-            config.fid.resize,
-            None,
-        )
-    return Evaluation(function, params, autoencoder, features, images.shape[1:])
+        network = features.of_inception(inception_shapes(), config.fid.resize, None)
+    score = scorer.Scorer(network, model.mesh, config.fid, images.shape[1:])
+    return evaluate.Evaluator(model, autoencoder, score, config.sampling)
 
 
 def inception_shapes():
@@ -65,41 +46,42 @@ def inception_shapes():
     )
 
 
-def stages(config, parts, batch_size):
-    """The stages of the evaluation of a batch as pure functions, and all of them as one.
+def stages(evaluator):
+    """The stages of the evaluation of a batch as pure functions, and `whole`, the step that runs.
 
     Returns:
-      name -> (function, its arguments as a tree of shapes; the weights come first).
+      name -> (function, its arguments as a tree of `ShapeDtypeStruct`s with shardings).
     """
-    index = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    times = jax.ShapeDtypeStruct((max(config.sampling.num_steps) + 1,), jnp.float32)
-    metrics, count, seed = config.fid.metrics, config.fid.num_samples, config.sampling.seed
-    num_classes, shape = config.dataset.num_classes, sample.image_shape(config)
+    model, score, autoencoder = evaluator.model, evaluator.score, evaluator.autoencoder
+    mesh, count = model.mesh, max(evaluator.options.num_steps)
+    everywhere, rows = sharding.replicated(mesh), sharding.by_row(mesh)
 
-    def generate(params, vae_params, index, times, decode):
-        labels = sample.draw_labels(seed, index, num_classes, config.fid.labels)
-        return sample.generate(
-            parts.net, decode, params, vae_params, index, labels, times, seed=seed, shape=shape
-        )
+    def copied(tree):
+        return sharding.with_shardings(tree, jax.tree.map(lambda _: everywhere, tree))
 
-    def sampling(params, index, times):
-        return generate(params, {}, index, times, lambda _, x: x)
+    params = model.param_shapes()
+    params = sharding.with_shardings(params, sharding.by_parameter(mesh, params))
+    vae_params, feature_params = copied(autoencoder.params), copied(score.features.params)
+    dim, metrics = score.dim, score.options.metrics
+    statistics = copied(jax.eval_shape(lambda: scorer.init_statistics(metrics, dim)))
+    start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    times = jax.ShapeDtypeStruct((count + 1,), jnp.float32, sharding=everywhere)
+    guidance = sample.guidances(evaluator.options)[0]
+    x = jax.ShapeDtypeStruct((score.batch_size, *model.image_shape), jnp.float32, sharding=rows)
+    shape = (score.batch_size, *score.image_shape)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
 
-    def whole(statistics, params, vae_params, feature_params, index, times):
-        images = generate(params, vae_params, index, times, parts.autoencoder.decode)
-        found = parts.features.apply(feature_params, images)
-        return score.add_features(statistics, found, index, count)
+    def sampling(params, start, times, guidance):
+        return evaluator.images(params, {}, start, times, guidance, lambda _, x: x)[0]
 
-    x = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-    images = jax.ShapeDtypeStruct((batch_size, *parts.image_shape), jnp.uint8)
-    vae_params, feature_params = parts.autoencoder.params, parts.features.params
-    dim = jax.eval_shape(parts.features.apply, feature_params, images)["pool"].shape[-1]
-    statistics = jax.eval_shape(lambda: score.init_statistics(metrics, dim))
     return {
-        "sampling": (sampling, (parts.params, index, times)),
-        "decoding": (parts.autoencoder.decode, (vae_params, x)),
-        "features": (parts.features.apply, (feature_params, images)),
-        "whole": (whole, (statistics, parts.params, vae_params, feature_params, index, times)),
+        "sampling": (jax.jit(sampling), (params, start, times, guidance)),
+        "decoding": (jax.jit(autoencoder.decode), (vae_params, x)),
+        "features": (jax.jit(score.features.apply), (feature_params, images)),
+        "whole": (
+            evaluator.step,
+            (statistics, params, vae_params, feature_params, start, times, guidance),
+        ),
     }
 
 

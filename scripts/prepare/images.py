@@ -9,16 +9,15 @@ from pathlib import Path
 import grain
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from models import inception_weights, vae
-from scripts import prepare_statistics, write_shards
+from metrics import inception_weights
+from models import vae
+from scripts.prepare import shards, statistics
 from utils import images, sharding
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-STORES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def run(args):
@@ -35,7 +34,7 @@ def run(args):
     if args.compute_latent:
         write_records(args, classes, items, decode)
     if args.compute_fid:
-        prepare_statistics.write(args, next(iter(items.values())), decode)
+        statistics.write(args, next(iter(items.values())), decode)
     bad.report()
 
 
@@ -134,7 +133,7 @@ def write_records(args, classes, items, decode):
         key, shape, dtype, flipped = "moments", encode.shape, encode.dtype, args.flip
         settings |= {"store": args.store, "flip": args.flip}
         make = lambda items: encode(decode(items))  # noqa: E731
-    job = write_shards.Job(
+    job = shards.Job(
         output=Path(args.output),
         key=key,
         shape=shape,
@@ -146,7 +145,7 @@ def write_records(args, classes, items, decode):
         records_per_shard=args.records_per_shard,
         settings=settings,
     )
-    write_shards.write(job, make, args.process_id, args.num_processes)
+    shards.write(job, make, args.process_id, args.num_processes)
     if key == "moments":
         encode.report()
 
@@ -162,7 +161,7 @@ class Encoder:
     def __init__(self, name, size, device_batch_size, flip, store):
         autoencoder = vae.load(name)
         mesh = sharding.make_mesh(1, jax.local_devices())
-        self.dtype, self._flip, self._size = np.dtype(STORES[store]), flip, size
+        self.dtype, self._flip, self._size = np.dtype(store), flip, size
         self._batch_size = device_batch_size * mesh.size
         self._rows = sharding.by_row(mesh)
         self._params = jax.device_put(autoencoder.params, sharding.replicated(mesh))

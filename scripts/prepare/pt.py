@@ -7,13 +7,10 @@ import functools
 from pathlib import Path
 
 import grain
-import ml_dtypes
 import numpy as np
 
-from scripts import write_shards
-from utils import torch_files
-
-STORES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+from formats import torch_files
+from scripts.prepare import shards
 
 
 def run(args):
@@ -22,8 +19,8 @@ def run(args):
     items = list_files(root)
     first = next(iter(items.values()))[0]
     shape = load(root / first)[0].shape
-    dtype = np.dtype(STORES[args.store])
-    job = write_shards.Job(
+    dtype = np.dtype(args.store)
+    job = shards.Job(
         output=Path(args.output),
         key="moments",
         shape=shape,
@@ -36,7 +33,7 @@ def run(args):
         settings={"source": "pt", "store": args.store, "num_classes": args.num_classes},
     )
     read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers)
-    write_shards.write(job, read, args.process_id, args.num_processes)
+    shards.write(job, read, args.process_id, args.num_processes)
 
 
 def list_files(root):

@@ -8,14 +8,13 @@ processes, and a run that was interrupted goes on with what is missing, under an
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils import dataset, processes
+from utils import dataset, files, processes
 
 PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
 
@@ -139,9 +138,7 @@ def _begin(job):
         raise ValueError(f"{job.output} holds another dataset; name another folder")
     else:
         job.output.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"unfinished-{PLAN}-{os.getpid()}")
-        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
-        os.replace(unfinished, path)
+        files.write_text(path, json.dumps(plan, indent=2) + "\n")
 
 
 def _finish(job, every):

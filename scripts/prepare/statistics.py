@@ -2,15 +2,14 @@
 
 import functools
 import itertools
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from models import inception, inception_weights
-from scripts import write_shards
-from utils import fid, processes, sharding
+from metrics import distances, inception, inception_weights, reference
+from scripts.prepare import shards
+from utils import files, processes, sharding
 
 DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
@@ -25,17 +24,18 @@ def write(args, items, decode):
     if path.exists() and not args.overwrite:
         return print(f"{path} is there already; nothing to do", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    count, files = args.num_processes, write_shards.digest([name for name, _ in items])[:12]
-    stem = f"unfinished-{path.stem}-{files}-{args.fid_resize}"
+    count, names = args.num_processes, shards.digest([name for name, _ in items])[:12]
+    stem = f"unfinished-{path.stem}-{names}-{args.fid_resize}"
     parts = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.npz") for i in range(count)]
     if args.overwrite or not parts[args.process_id].exists():
         start, stop = (len(items) * i // count for i in (args.process_id, args.process_id + 1))
         sums = moments(args, decode(items[start:stop]), stop - start)
-        _save(parts[args.process_id], sums)
+        with files.complete(parts[args.process_id]) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **sums)
     if not all(part.exists() for part in parts):
         return print("statistics: the rest is left to other processes", flush=True)
     joined = join([np.load(part) for part in parts])
-    fid.save_reference(path, **joined, resize=args.fid_resize)
+    reference.save_reference(path, **joined, resize=args.fid_resize)
     for part in parts:
         part.unlink(missing_ok=True)
     print(f"statistics of {len(items)} images -> {path}", flush=True)
@@ -52,9 +52,9 @@ def moments(args, stream, total):
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, acc, batch, weight):
         features = inception.features(params, batch, resize=args.fid_resize)
-        return {key: fid.add_moments(acc[key], features[key], weight) for key in acc}
+        return {key: distances.add_moments(acc[key], features[key], weight) for key in acc}
 
-    acc = {key: fid.init_moments(dim) for key, dim in DIMENSIONS.items()}
+    acc = {key: distances.init_moments(dim) for key, dim in DIMENSIONS.items()}
     acc = jax.device_put(acc, sharding.replicated(mesh))
     stream = iter(processes.progress(stream, total, "images"))
     while rows := list(itertools.islice(stream, batch_size)):
@@ -64,8 +64,8 @@ def moments(args, stream, total):
             if image is not None:
                 batch[i], weight[i] = image, 1
         acc = step(params, acc, *jax.device_put((batch, weight), sharding.by_row(mesh)))
-    mu, sigma = fid.finish_moments(acc["pool"])
-    mu_s, sigma_s = fid.finish_moments(acc["spatial"])
+    mu, sigma = distances.finish_moments(acc["pool"])
+    mu_s, sigma_s = distances.finish_moments(acc["spatial"])
     count = int(acc["pool"].count)
     return {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
 
@@ -82,10 +82,3 @@ def join(parts):
             scatter += (part["count"] - 1) * part[sigma] + part["count"] * np.outer(offset, offset)
         joined[sigma] = scatter / (total - 1)
     return joined
-
-
-def _save(path, arrays):
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(unfinished, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(unfinished, path)

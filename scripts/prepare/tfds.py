@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from scripts import write_shards
+from scripts.prepare import shards
 from utils import images
 
 
@@ -45,7 +45,7 @@ def run(args):
         sources = raw_examples(builder, args.splits)
         items = {split: [(split, i) for i in range(len(raw))] for split, raw in sources.items()}
         shape = example(next(iter(items.values()))[0])["image"].shape
-        job = write_shards.Job(
+        job = shards.Job(
             output=Path(args.output),
             key="image",
             shape=shape,
@@ -58,7 +58,7 @@ def run(args):
             settings={"tfds": args.name, "version": str(builder.version), "shape": shape},
         )
         make = functools.partial(map, example)
-        write_shards.write(job, make, args.process_id, args.num_processes)
+        shards.write(job, make, args.process_id, args.num_processes)
 
 
 def to_array(image, channels, size=None):

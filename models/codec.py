@@ -1,0 +1,93 @@
+"""What lies between a record and the network: a raw batch -> x, inside the compiled step.
+
+Two roads lead there. For latents a record holds the posterior moments of an autoencoder, from
+which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC, all of
+the network's inputs float32. The way back, x -> image, is models/vae.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Per-channel variance of ImageNet latents is close to one after this factor
+# (Rombach et al., arXiv 2112.10752, appendix D.1).
+SD_SCALE = 0.18215
+
+
+class Normalisation(NamedTuple):
+    """x = (z - shift) * scale for latents z; entries per channel or one for all."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+SD_NORMALISATION = Normalisation((0.0,), (SD_SCALE,))
+
+
+def normalisation(mean, std, channels) -> Normalisation:
+    """The factor 0.18215, or where mean and std (C,) are given, (z - mean_c) / std_c by channel.
+
+    Raises ValueError where only one is given, their number is not that of the channels, or a std
+    is not positive.
+    """
+    for name, values in (("latent_mean", mean), ("latent_std", std)):
+        if len(values) not in (0, channels):
+            raise ValueError(
+                f"dataset.{name} needs one number for each of the {channels} channels, or none"
+            )
+    if bool(mean) != bool(std):
+        raise ValueError("dataset.latent_std goes together with latent_mean: give both, or neither")
+    if not all(s > 0 for s in std):
+        raise ValueError(f"dataset.latent_std must be above 0, got {list(std)}")
+    if not mean:
+        return SD_NORMALISATION
+    return Normalisation(tuple(map(float, mean)), tuple(1 / float(s) for s in std))
+
+
+class Codec(NamedTuple):
+    """Turns raw batches into what the objective takes.
+
+    normalisation: of latents; pixels always become u / 127.5 - 1.
+    flip: mirror each row with probability 1/2.
+    labelled: whether there are classes; without, every row has the null label, which is 0.
+    """
+
+    normalisation: Normalisation = SD_NORMALISATION
+    flip: bool = False
+    labelled: bool = True
+
+    def encode(self, batch, key):
+        """One batch of raw records -> (x float32 (B, h, w, c), given), pure, for `jit`.
+
+        Args:
+          batch: {"moments": (B, h, w, 2c) mean then std of the posterior, unscaled, and for flips
+            "moments_flipped" of the same shape, those of the mirrored image} or
+            {"image": uint8 (B, h, w, c)}; and "label" int32 (B,).
+          key: one key for the whole batch. The draws have the logical shape of the batch, so that
+            they are the same on any number of devices.
+
+        Returns:
+          x, a fresh posterior sample or pixels in [-1, 1], and {"y": labels, int32 (B,)}.
+        """
+        noise_key, flip_key = jax.random.split(key)
+        given = {"y": batch["label"] if self.labelled else jnp.zeros_like(batch["label"])}
+        if "moments" not in batch:
+            image = batch["image"]  # (B, h, w, c)
+            if self.flip:
+                image = _choose(flip_key, image[:, :, ::-1], image)
+            return image.astype(jnp.float32) / 127.5 - 1.0, given
+        moments = batch["moments"]  # (B, h, w, 2c)
+        if self.flip:
+            # A latent cannot be mirrored itself: the VAE does not commute with mirroring.
+            moments = _choose(flip_key, batch["moments_flipped"], moments)
+        mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # (B, h, w, c)
+        z = mean + std * jax.random.normal(noise_key, mean.shape, jnp.float32)
+        shift, scale = self.normalisation
+        return (z - jnp.asarray(shift)) * jnp.asarray(scale), given
+
+
+def _choose(key, ours, theirs):
+    """Row by row `ours` or `theirs` (B, ...) with probability 1/2."""
+    choice = jax.random.bernoulli(key, 0.5, (ours.shape[0],) + (1,) * (ours.ndim - 1))
+    return jnp.where(choice, ours, theirs)

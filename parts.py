@@ -1,0 +1,165 @@
+"""From a config to the parts of a run: the one place that chooses networks and objectives.
+
+A new backbone is a module of models/ with NAMES, OPTIONS and `build`, and a line in BACKBONES; a
+new objective is a file of methods/ and a line in OBJECTIVES (docs/extending.md).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from configs import default
+from methods import flow, meanflow, path
+from metrics import scorer
+from models import codec, dit, network, vae
+from utils import sharding
+
+BACKBONES = (dit,)
+OBJECTIVES = {
+    "meanflow": meanflow.MeanFlow,
+    "flow": flow.Flow,
+}
+
+
+class Parts(NamedTuple):
+    """What a run is made of. Nothing here holds weights."""
+
+    mesh: object  # `jax.sharding.Mesh`
+    module: network.Network
+    net: Callable  # the module as `models.network.function` gives it
+    method: path.Objective
+    codec: codec.Codec
+    image_shape: tuple[int, int, int]  # (h, w, c) of what the network sees
+    num_classes: int
+
+    def param_shapes(self):
+        """The parameters of the network as a tree of `ShapeDtypeStruct`s."""
+        return network.param_shapes(self.module, self.image_shape)
+
+
+def make(config, mesh=None):
+    """The parts of a config; `mesh` is all devices, divided as `mesh.fsdp` says, by default.
+
+    Raises:
+      ValueError: an option that the chosen network, objective or codec does not have or take.
+    """
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    module = make_module(config)
+    return Parts(
+        mesh=mesh,
+        module=module,
+        net=network.function(module, sharding.gather(mesh)),
+        method=make_method(config),
+        codec=codec.Codec(
+            make_normalisation(config), config.dataset.use_flip, config.dataset.num_classes > 0
+        ),
+        image_shape=image_shape(config),
+        num_classes=config.dataset.num_classes,
+    )
+
+
+def check(config):
+    """Raises ValueError in a line about options that do not fit; asks for no device.
+
+    What joins sections without jax is checked before, by configs/checks.py.
+    """
+    module, method = make_module(config), make_method(config)
+    make_normalisation(config)
+    lacking = [name for name in method.conditions if name not in module.conditions]
+    if lacking:
+        raise ValueError(
+            f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which method.name "
+            f"{config.method.name} gives to the network"
+        )
+    check_parts_of_batch(method, config.training.batch_size, config.training.grad_accum_steps)
+    sampling = config.sampling
+    if sampling.method not in path.SAMPLERS:
+        raise ValueError(
+            f"sampling.method is one of {' | '.join(path.SAMPLERS)}, not {sampling.method!r}"
+        )
+    if sampling.sampling_timesteps:
+        path.check_times(sampling.sampling_timesteps)
+    if sampling.omega and not method.guided_at_sampling:
+        raise ValueError(
+            f"sampling.omega: the guidance of method.name {config.method.name} is trained in "
+            "(method.omega); leave it empty"
+        )
+    scorer.check_options(config.fid)
+
+
+def check_parts_of_batch(method, batch_size, parts):
+    """Raises ValueError where a batch cannot be computed in so many parts of equal layout."""
+    groups = method.groups(batch_size)
+    if batch_size % parts or groups % parts or method.groups(batch_size // parts) * parts != groups:
+        raise ValueError(
+            f"training.grad_accum_steps: a batch of {batch_size} with "
+            f"{method.equal_count(batch_size)} rows of r = t has {groups} equal groups, which "
+            f"cannot be divided into {parts} parts"
+        )
+
+
+def image_shape(config):
+    """(h, w, c) of what the network sees."""
+    return (config.dataset.image_size, config.dataset.image_size, config.dataset.image_channels)
+
+
+def network_dtype(config):
+    """The type of the network's products, by name."""
+    return "bfloat16" if config.training.half_precision else "float32"
+
+
+def make_module(config):
+    """The network that `model.cls` names."""
+    backbones = {name: backbone for backbone in BACKBONES for name in backbone.NAMES}
+    name = config.model.cls
+    if name not in backbones:
+        raise ValueError(f"model.cls: unknown network {name!r}; known: {', '.join(backbones)}")
+    backbone = backbones[name]
+    return backbone.build(
+        name,
+        image_shape=image_shape(config),
+        num_classes=config.dataset.num_classes,
+        dtype=jnp.dtype(network_dtype(config)),
+        **own_options(config, "model", backbone.OPTIONS, chosen_by="cls"),
+    )
+
+
+def make_method(config):
+    """The objective that `method.name` names."""
+    name = config.method.name
+    if name not in OBJECTIVES:
+        raise ValueError(f"method.name: {name!r} is not one of {' | '.join(OBJECTIVES)}")
+    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    options = own_options(
+        config, "method", [field for field in fields if field != "num_classes"], chosen_by="name"
+    )
+    return OBJECTIVES[name](num_classes=config.dataset.num_classes, **options)
+
+
+def own_options(config, section, names, chosen_by):
+    """The options `names` of a section as a dict.
+
+    Raises:
+      ValueError: another option of the section, which the chosen part does not have, is set.
+    """
+    values, defaults = config[section], default.get_config()[section]
+    for name in values:
+        if name not in (*names, chosen_by) and values[name] != defaults[name]:
+            raise ValueError(
+                f"{section}.{name} is no option of {section}.{chosen_by} {values[chosen_by]}, "
+                f"which has {', '.join(names)}"
+            )
+    return {name: values[name] for name in names}
+
+
+def make_normalisation(config):
+    """How latents are normalised."""
+    data = config.dataset
+    return codec.normalisation(data.latent_mean, data.latent_std, data.image_channels)
+
+
+def load_autoencoder(config):
+    """The autoencoder that a config names, with its weights."""
+    return vae.load(config.dataset.vae, make_normalisation(config), config.sampling.vae_dtype)

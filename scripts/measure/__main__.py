@@ -1,0 +1,56 @@
+"""Speed of training, evaluation and data on the devices at hand, with made-up data and weights.
+
+    python -m scripts.measure train --config=configs/load_config.py:NAME [--against plain]
+    python -m scripts.measure evaluation --config=configs/load_config.py:NAME
+    python -m scripts.measure data
+
+Options of the config follow as for main.py (`--config.training.batch_size=64`); `--json FILE` also
+writes what is printed. Times on busy or shared processors mean little; ratios of one run mean more.
+"""
+
+import argparse
+import sys
+
+import parts
+from scripts.measure import costs, data, evaluation, train
+
+COMMANDS = {
+    "train": (train, "the train step"),
+    "evaluation": (evaluation, "the evaluation's stages"),
+    "data": (data, "the data iterator"),
+}
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        module.add_arguments(command)
+        command.add_argument("--json", help="also write the results to this file")
+    try:
+        if argv[:1] == ["data"]:
+            args = parser.parse_args(argv)
+            costs.check_writable(args.json)
+            results = data.run(args)
+        else:
+            config, rest = costs.config_without_data(argv)
+            args = parser.parse_args(rest)
+            parts.check(config)
+            costs.check_writable(args.json)
+            results = COMMANDS[args.command][0].run(config, args)
+        costs.write_json(args.json, results)
+    except (ValueError, OSError) as error:
+        print(f"measure: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The handwritten digits of scikit-learn -> records of pixels."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from utils import dataset, files
+
+
+def run(args):
+    """The job behind `prepare_dataset digits`: 1,797 real 8x8 images, 0..16 stretched to 0..255."""
+    output = Path(args.output)
+    if dataset.is_dataset(output):
+        return print(f"{output} is there already; nothing to do")
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
+    classes = [str(name) for name in digits.target_names]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A folder of its own until it is whole: it is small, and made again if interrupted.
+        with files.complete(output) as unfinished:
+            unfinished.mkdir()
+            examples = (
+                {"image": x, "label": y} for x, y in zip(images, digits.target, strict=True)
+            )
+            count = dataset.write_shard(dataset.shard_path(unfinished, "train", 0, 1), examples)
+            dataset.write_metadata(
+                unfinished, "image", images.shape[1:], np.uint8, classes, {"train": [count]}
+            )
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not dataset.is_dataset(output):
+            raise ValueError(f"{output} holds something else; name a new folder") from error
+        return print(f"{output} is there already; another process was faster")
+    print(f"{count} images of {len(classes)} classes -> {output}")
