@@ -22,7 +22,7 @@ import parts
 import resume
 from methods import path
 from models import codec, network
-from utils import checkpoint, dataset, processes, sharding, train_metrics
+from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -278,7 +278,7 @@ def train(config, workdir):
 def open_batches(config, records, step, place):
     """The iterator over this process's rows, at its place (None: where `step` steps lead)."""
     size, seed = config.training.batch_size, config.training.seed
-    batches = dataset.RecordIterator(
+    batches = iterator.RecordIterator(
         records, size, seed, jax.process_index(), jax.process_count(),
         num_workers=config.dataset.num_workers, prefetch=config.dataset.prefetch_factor,
         flipped=config.dataset.use_flip,

@@ -12,9 +12,21 @@ from ml_collections import config_dict
 def get_config():
     """Returns the default `ConfigDict`. A fresh one at each call."""
     config = ml_collections.ConfigDict()
+    sections = dict(
+        dataset=_dataset, model=_model, method=_method, training=_training,
+        sampling=_sampling, fid=_fid, mesh=_mesh,
+    )  # fmt: skip
+    for name, fill in sections.items():
+        config[name] = ml_collections.ConfigDict()
+        fill(config[name])
+    _job(config)
+    return config
 
-    # The data ----------------------------------------------------------------------------------
-    config.dataset = dataset = ml_collections.ConfigDict()
+
+# The data -------------------------------------------------------------------------------------
+
+
+def _dataset(dataset):
     dataset.name = "imgnet_latent"  # folder below $DATA_ROOT that is read when root is empty
     dataset.root = ""  # record folder; $VARIABLES and ~ are expanded; empty: $DATA_ROOT/name
     dataset.image_size = 32  # height and width of what the network sees (latent or pixels)
@@ -27,8 +39,11 @@ def get_config():
     dataset.num_workers = 4  # threads of each process that read records
     dataset.prefetch_factor = 2  # batches that are read ahead
 
-    # The network -------------------------------------------------------------------------------
-    config.model = model = ml_collections.ConfigDict()
+
+# The network ----------------------------------------------------------------------------------
+
+
+def _model(model):
     model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, or DiT with the four sizes below
     model.depth = 0  # number of blocks; 0: that of cls
     model.hidden_size = 0  # width; 0: that of cls
@@ -39,8 +54,11 @@ def get_config():
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
     model.fused_attention = False  # a fused kernel where no JVP is taken (NVIDIA, half precision)
 
-    # The objective -----------------------------------------------------------------------------
-    config.method = method = ml_collections.ConfigDict()
+
+# The objective --------------------------------------------------------------------------------
+
+
+def _method(method):
     method.name = "meanflow"  # meanflow | flow (flow matching: the velocity alone)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
@@ -58,8 +76,11 @@ def get_config():
     method.norm_p = 1.0  # adaptive weight 1 / (error + norm_eps) ** norm_p; 0: plain squared error
     method.norm_eps = 0.01  # keeps the adaptive weight finite
 
-    # Training ----------------------------------------------------------------------------------
-    config.training = training = ml_collections.ConfigDict()
+
+# Training -------------------------------------------------------------------------------------
+
+
+def _training(training):
     training.seed = 42  # of the initial weights, the data order and every draw
     training.batch_size = 256  # images per step, over all devices of all hosts
     training.num_epochs = 240  # an epoch is num_records // batch_size steps
@@ -83,8 +104,11 @@ def get_config():
     training.wandb = ""  # project of Weights & Biases (needs pip install wandb); empty: not used
     training.profile_steps = ()  # (first, last) step of a profile, first > 1; empty: none
 
-    # Sampling ----------------------------------------------------------------------------------
-    config.sampling = sampling = ml_collections.ConfigDict()
+
+# Sampling -------------------------------------------------------------------------------------
+
+
+def _sampling(sampling):
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
     sampling.method = "ode"  # ode (average velocity) | euler | heun (instantaneous velocity)
@@ -98,8 +122,11 @@ def get_config():
     sampling.format = "png"  # what a sampling job writes beside its grid: png | npz
     sampling.vae_dtype = "float32"  # of the decoder's products: float32 | bfloat16, which is faster
 
-    # Evaluation --------------------------------------------------------------------------------
-    config.fid = fid = ml_collections.ConfigDict()
+
+# Evaluation -----------------------------------------------------------------------------------
+
+
+def _fid(fid):
     fid.on_training = True  # evaluate during training
     fid.num_samples = 50000  # generated images
     fid.device_batch_size = 20  # images per device at a time
@@ -111,12 +138,18 @@ def get_config():
     fid.weights = ("ema",)  # which weights: ema, ema_DECAY for a further average, params
     fid.metrics = ("fid",)  # fid, sfid, inception_score, precision_recall
 
-    # Devices -----------------------------------------------------------------------------------
-    config.mesh = mesh = ml_collections.ConfigDict()
+
+# Devices --------------------------------------------------------------------------------------
+
+
+def _mesh(mesh):
     mesh.fsdp = 1  # devices over which parameters, averages and optimizer are sharded
 
-    # The job -----------------------------------------------------------------------------------
+
+# The job --------------------------------------------------------------------------------------
+
+
+def _job(config):
     config.load_from = config_dict.placeholder(str)  # a run's workdir or a published checkpoint
     config.eval_only = False  # evaluate load_from and stop
     config.sample_only = False  # draw sampling.num_images from load_from and stop
-    return config

@@ -1,46 +1,24 @@
 """Reads files written by `torch.save`, without torch.
 
 Such a file is a pickle beside raw storages, either as members of a zip archive (`torch.save`
-since 1.6) or one after the other in a stream (the legacy form). A pickle may call
-any function of the reader's Python, so only the names listed here are known, each stands for a
-record of our own that does nothing but hold its arguments, and every other name is refused.
-Tensors become numpy arrays, ordered dictionaries plain dictionaries.
+since 1.6) or one after the other in a stream (the legacy form). The pickles are read by
+formats/pickles.py, which runs nothing.
 """
 
 import io
-import math
 import os
 import pickle
 import struct
 import zipfile
 import zlib
 
-import ml_dtypes  # noqa: F401, makes bfloat16 and float8 known to numpy
 import numpy as np
+
+from formats import pickles
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "uint8",
-}
-# Types that a tensor may name itself; for some there is no storage class.
-_DTYPES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 "
-    "uint64 uint32 uint16 uint8 bool complex64 complex128"
-).split()
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -59,10 +37,6 @@ _DAMAGE = (
 )
 
 
-class _RefusedError(ValueError):
-    """A message that is already complete: not to be wrapped as damage."""
-
-
 def load(path):
     """What `torch.save` stored, as nested dict, list, tuple and numpy arrays.
 
@@ -75,7 +49,7 @@ def load(path):
     with _open(path) as file:
         try:
             return _load_stream(file, path, os.path.getsize(path))
-        except _RefusedError:
+        except pickles.RefusedError:
             raise
         except _DAMAGE as error:
             raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
@@ -88,8 +62,8 @@ def load_pickle(path):
     """
     with _open(path) as file:
         try:
-            return _plain(_Unpickler(file, path).load(), None)
-        except _RefusedError:
+            return pickles.plain(pickles.Unpickler(file, path).load(), None)
+        except pickles.RefusedError:
             raise
         except _DAMAGE as error:
             raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
@@ -121,7 +95,7 @@ def _load_zip(archive, path):
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise _RefusedError(f"{path}: a zip archive without NAME/data.pkl is no torch file")
+        raise pickles.RefusedError(f"{path}: a zip archive without NAME/data.pkl is no torch file")
     folder = pickles[0].split("/")[0]
     order = "little"
     if f"{folder}/byteorder" in members:
@@ -137,25 +111,25 @@ def _load_zip(archive, path):
             cache[storage.key] = archive.read(info)
         return _elements(cache[storage.key], storage.dtype, storage.numel, order)
 
-    root = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
-    return _plain(root, fetch)
+    root = pickles.Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+    return pickles.plain(root, fetch)
 
 
 def _load_legacy(file, path, size):
     """Header, pickle, list of storage keys, then per storage its length and its bytes."""
     try:
-        magic = _Unpickler(file, path).load()
+        magic = pickles.Unpickler(file, path).load()
     except _DAMAGE:
         magic = None
     if magic != _LEGACY_MAGIC:
-        raise _RefusedError(f"{path}: not a torch file (neither zip nor legacy stream)")
-    if _Unpickler(file, path).load() != _LEGACY_PROTOCOL:
-        raise _RefusedError(f"{path}: a torch legacy stream of an unknown version")
-    system = _Unpickler(file, path).load()
+        raise pickles.RefusedError(f"{path}: not a torch file (neither zip nor legacy stream)")
+    if pickles.Unpickler(file, path).load() != _LEGACY_PROTOCOL:
+        raise pickles.RefusedError(f"{path}: a torch legacy stream of an unknown version")
+    system = pickles.Unpickler(file, path).load()
     order = "little" if system.get("little_endian", True) else "big"
-    unpickler = _Unpickler(file, path)
+    unpickler = pickles.Unpickler(file, path)
     root = unpickler.load()
-    keys = _Unpickler(file, path).load()
+    keys = pickles.Unpickler(file, path).load()
     cache = {}
     for key in keys:
         dtype = unpickler.storages[key].dtype
@@ -168,7 +142,7 @@ def _load_legacy(file, path, size):
             raise ValueError(f"storage {storage.key} holds {len(data)} of {storage.numel} numbers")
         return data
 
-    return _plain(root, fetch)
+    return pickles.plain(root, fetch)
 
 
 def _read(file, count, size):
@@ -181,186 +155,3 @@ def _elements(raw, dtype, numel, order):
     data = np.frombuffer(raw, dtype=dtype, count=numel)
     # In a file of the other byte order a swapped copy has the right values.
     return data.byteswap() if order == "big" else data
-
-
-# ------------------------------------------------------------- records that stand for globals
-# Each takes what the pickle gives, checks nothing and does nothing; `_plain` does the checking.
-# A `__setstate__` everywhere keeps a pickle from writing attributes of ours.
-
-
-class _Dict(dict):
-    def __setstate__(self, state):
-        """The attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
-
-
-class _Storage:
-    def __init__(self, key, dtype, numel, offset=0):
-        self.key, self.dtype, self.numel, self.offset = key, np.dtype(dtype), numel, offset
-
-    def __setstate__(self, state):
-        raise ValueError("state for a storage")
-
-
-class _Tensor:
-    def __init__(self, storage, offset, shape, strides, dtype=None):
-        self.storage, self.offset, self.dtype = storage, offset, dtype
-        self.shape, self.strides = tuple(shape), tuple(strides)
-
-    def __setstate__(self, state):
-        raise ValueError("state for a tensor")
-
-
-class _DtypeRecord:
-    def __init__(self, name, *_):
-        self.name, self.order = name, "="
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-    def numpy(self):
-        dtype = np.dtype(self.name if isinstance(self.name, str) else "O")
-        if dtype.kind not in "biufcSU":
-            raise ValueError(f"arrays of {self.name!r} are not read")
-        return dtype if self.order == "|" else dtype.newbyteorder(self.order)
-
-
-class _Array:
-    """A numpy array: made empty, filled by its state (version, shape, dtype, fortran, bytes)."""
-
-    def __init__(self, *_):
-        self.state = None
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def numpy(self):
-        _, shape, dtype, fortran, raw = self.state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        data = np.frombuffer(raw, dtype.numpy())
-        data = data.reshape(shape, order="F" if fortran else "C")
-        return data.astype(data.dtype.newbyteorder("="), copy=False)
-
-
-class _Function:
-    """Wraps a function of ours so that a pickle can call it and nothing else."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call):
-        self.call = call
-
-    def __call__(self, *args):
-        return self.call(*args)
-
-    def __setstate__(self, state):
-        raise ValueError("state for a function")
-
-
-def _tensor_v3(storage, offset, shape, strides, _grad, _hooks, dtype, *_):
-    return _Tensor(storage, offset, shape, strides, np.dtype(dtype))
-
-
-def _scalar(dtype, raw):
-    array = _Array()
-    array.state = (1, (), dtype, False, raw)
-    return array
-
-
-def _from_buffer(raw, dtype, shape, order):
-    array = _Array()
-    array.state = (1, shape, dtype, order == "F", raw)
-    return array
-
-
-def _encode(text, encoding):
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"bytes encoded as {encoding}")
-    return text.encode("latin1")
-
-
-def _known_globals():
-    first = _Function(lambda value, *_: value)
-    known = {
-        ("collections", "OrderedDict"): _Dict,
-        ("_codecs", "encode"): _Function(_encode),
-        ("torch", "Size"): _Function(tuple),
-        ("torch", "device"): _Function(lambda *args: args),
-        ("torch._utils", "_rebuild_tensor"): _Function(_Tensor),
-        ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: _Tensor(*args[:4])),
-        ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
-        ("torch._utils", "_rebuild_parameter"): first,
-        ("torch._utils", "_rebuild_parameter_with_state"): first,
-        ("torch.storage", "UntypedStorage"): "uint8",
-    }
-    for name, dtype in (_STORAGES | {name: name for name in _DTYPES}).items():
-        known["torch", name] = dtype
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        known[module, "_reconstruct"] = _Function(_Array)
-        known[module, "scalar"] = _Function(_scalar)
-        known[module.replace("multiarray", "numeric"), "_frombuffer"] = _Function(_from_buffer)
-    known["numpy", "dtype"] = _Function(_DtypeRecord)
-    known["numpy", "ndarray"] = None  # only ever an argument, of _reconstruct
-    return known
-
-
-_GLOBALS = _known_globals()
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, path):
-        super().__init__(file, encoding="latin1")
-        self.path = path
-        self.storages = {}
-
-    def find_class(self, module, name):
-        if (module, name) in _GLOBALS:
-            return _GLOBALS[module, name]
-        raise _RefusedError(f"{self.path}: refused, its pickle asks for {module}.{name}")
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _device, numel = pid[:5]
-        if kind != "storage":
-            raise ValueError(f"a {kind} where a storage was expected")
-        # Before torch 0.4 a storage could be a window (key, offset, length) of another.
-        view = pid[5] if len(pid) > 5 else None
-        self.storages.setdefault(key, _Storage(key, dtype, numel))
-        return _Storage(key, dtype, numel, view[1]) if view else self.storages[key]
-
-
-# -------------------------------------------------------------------------- records to arrays
-
-
-def _plain(value, fetch):
-    """Replace every record in a nested value; `fetch` gives the elements of a storage."""
-    if isinstance(value, _Tensor):
-        return _array(value, fetch)
-    if isinstance(value, _Array):
-        array = value.numpy()
-        return array[()] if array.ndim == 0 else array
-    if isinstance(value, dict):
-        return {key: _plain(item, fetch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, fetch) for item in value)
-    if isinstance(value, _Storage):
-        return fetch(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return value
-    raise ValueError(f"a {type(value).__name__} where data was expected")
-
-
-def _array(tensor, fetch):
-    data = fetch(tensor.storage)
-    data = data if tensor.dtype is None else data.view(tensor.dtype)
-    offset = tensor.offset + tensor.storage.offset
-    shape, strides = tensor.shape, tensor.strides
-    if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
-        raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
-    if math.prod(shape) == 0:
-        return np.zeros(shape, data.dtype)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if last >= len(data):
-        raise ValueError(f"a tensor reaches element {last} of a storage of {len(data)}")
-    item = data.dtype.itemsize
-    return np.lib.stride_tricks.as_strided(
-        data[offset:], shape, [s * item for s in strides], writeable=False
-    )

@@ -4,10 +4,13 @@ import json
 from typing import NamedTuple
 
 import jax
+import make
 import numpy as np
-from flax import traverse_util
 
-from models import dit, meanflow, released
+from formats import published
+from methods import meanflow, path
+from models import dit
+from utils import trees
 
 
 class Published(NamedTuple):
@@ -21,28 +24,28 @@ class Published(NamedTuple):
     def tree(self, prefix):
         """The parameters below `prefix` (`NAME/net/...`) as our tree."""
         flat = {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
-        return released.from_published(traverse_util.unflatten_dict(flat, sep="/"), prefix)
+        return published.from_published(trees.unflatten(flat), prefix)
 
     def batch(self, prefix):
-        """A batch of the objective, its rows in the order of `meanflow.split_rows`.
+        """A batch of the objective, its rows in the order of `path.split_rows`.
 
         Returns x, labels, `Draws`, the number of rows with r = t, and the permutation.
         """
         a = {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
         equal = a["t"] == a["r"]
-        order = meanflow.merge_rows(np.flatnonzero(~equal), np.flatnonzero(equal))
+        order = path.merge_rows(np.flatnonzero(~equal), np.flatnonzero(equal))
         order = np.asarray(order)
         x, y, t, r, noise, drop = (
             a[name][order] for name in ("x", "labels", "t", "r", "noise", "drop")
         )
-        return x, y, meanflow.Draws(t, r, noise, drop), int(equal.sum()), order
+        return x, y, path.Draws(t, r, noise, drop), int(equal.sum()), order
 
     def method(self, options, num_equal, batch_size):
         """The `MeanFlow` that a case of the json describes."""
         fields = meanflow.MeanFlow.__dataclass_fields__
         options = {k: v for k, v in options.items() if k in fields}
         share = min((num_equal + 0.5) / batch_size, 1.0)
-        return meanflow.MeanFlow(**options, data_proportion=share)
+        return make.method(num_classes=self.net.num_classes, **options | {"data_proportion": share})
 
 
 def load(golden):
@@ -52,14 +55,13 @@ def load(golden):
         arrays = dict(file)
     sizes = {k: info["model"][k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
     net = dit.DiT(**sizes, num_classes=info["model"]["num_classes"])
-    published = Published(info, arrays, net, None)
-    return published._replace(params=published.tree("params/"))
+    found = Published(info, arrays, net, None)
+    return found._replace(params=found.tree("params/"))
 
 
 def flat(tree):
     """Our tree -> {published name: numpy array}."""
-    tree = jax.device_get(tree)
-    return traverse_util.flatten_dict(released.to_published(tree, "tree"), sep="/")
+    return trees.flatten(published.to_published(jax.device_get(tree), "tree"))
 
 
 def distance(a, b):

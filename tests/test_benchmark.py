@@ -5,13 +5,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import make
 import pytest
 
-import sample
+import parts
 import train
-from models import meanflow, vae
-from scripts import benchmark, costs, stand_ins
-from utils import sharding
+from models import vae
+from scripts.measure import __main__ as measure
+from scripts.measure import costs, stand_ins
+from scripts.measure.train import plain_step
 
 TINY = (
     "--config=configs/load_config.py:digits --config.model.depth=1 --config.model.hidden_size=32 "
@@ -25,12 +27,10 @@ def get_config(*options):
 
 def count(config, plain):
     """FLOPs of a step by XLA."""
-    net, key = costs.unrolled(sample.make_net(config)), jax.random.key(0)
-    recipe, _ = train.make_recipe(config, net, 1)
-    step = partial(train.train_step, recipe, key)
-    if plain:
-        step = partial(benchmark.plain_step, recipe, benchmark.load_plain_loss(), key)
-    state = costs.state_shapes(config, net, recipe)
+    model, key = costs.unrolled(parts.make(config)), jax.random.key(0)
+    recipe, _ = train.make_recipe(config, model, 1)
+    step = partial(plain_step if plain else train.train_step, recipe, key)
+    state = costs.state_shapes(model, recipe)
     return costs.counted_flops(step, state, costs.batch_shapes(config))
 
 
@@ -39,8 +39,8 @@ def test_a_step_takes_three_quarters_of_the_plain_one(half_precision):
     config = get_config(f"--config.training.half_precision={half_precision}")
     ours, plain = count(config, plain=False), count(config, plain=True)
     assert ours <= 0.76 * plain, ours / plain
-    by_hand = costs.forward_flops(sample.make_net(config), (32, 32, 4)) * 256
-    assert costs.forward_passes(meanflow.MeanFlow(), 256) == 4.5
+    by_hand = parts.make_module(config).flops((32, 32, 4)) * 256
+    assert parts.make_method(config).passes(256) == 4.5
     # XLA also counts what is not a product, a few percent.
     assert 1 < ours / (4.5 * by_hand) < 1.03
     assert 1 < plain / (6 * by_hand) < 1.03
@@ -58,13 +58,13 @@ def test_a_step_takes_three_quarters_of_the_plain_one(half_precision):
     ],
 )
 def test_forward_passes(options, passes):
-    assert costs.forward_passes(meanflow.MeanFlow(**options), 16) == passes
+    assert make.method(**options).passes(16) == passes
 
 
 def test_train_beside_the_plain_step(tmp_path, capsys):
     file = tmp_path / "results.json"
     few = ["--steps=1", "--rounds=2", "--warmup=1", f"--json={file}"]
-    assert benchmark.main(["train", *TINY, "--against=plain", *few]) == 0
+    assert measure.main(["train", *TINY, "--against=plain", *few]) == 0
     results = json.loads(file.read_text())
     assert set(results) == {"this project", "plain", "ratio"}
     ours, plain = results["this project"], results["plain"]
@@ -80,14 +80,13 @@ def test_the_plain_step_learns_the_same():
     """Both candidates move the parameters alike, so that a comparison means something."""
     options = ["--config.training.learning_rate=1", "--config.training.warmup_steps=0"]
     config = costs.config_without_data([*TINY, *options])[0]
-    net, key = sample.make_net(config), jax.random.key(0)
-    recipe, _ = train.make_recipe(config, net, 1)
-    init = partial(train.init_state, recipe, net, sample.image_shape(config))
+    model, key = parts.make(config), jax.random.key(0)
+    recipe, _ = train.make_recipe(config, model, 1)
+    init = partial(train.init_state, recipe, model.module, model.image_shape)
     state = jax.jit(init)(key)
     batch = stand_ins.random_values(costs.batch_shapes(config))
     ours = jax.jit(partial(train.train_step, recipe, key))(state, batch)
-    plain_step = partial(benchmark.plain_step, recipe, benchmark.load_plain_loss(), key)
-    plain = jax.jit(plain_step)(state, batch)
+    plain = jax.jit(partial(plain_step, recipe, key))(state, batch)
     for a, b, start in zip(*map(jax.tree.leaves, (ours.ema_params, plain.ema_params, state.params)),
                            strict=True):  # fmt: skip
         moved = jnp.abs(a - start).max()
@@ -97,21 +96,24 @@ def test_the_plain_step_learns_the_same():
 
 def test_evaluation_by_stage(tmp_path):
     file = tmp_path / "results.json"
-    assert benchmark.main(["eval", *TINY, "--rounds=1", f"--json={file}"]) == 0
+    assert measure.main(["evaluation", *TINY, "--rounds=1", f"--json={file}"]) == 0
     results = json.loads(file.read_text())
     assert set(results) == {"sampling", "decoding", "features", "whole"}
     assert min(results.values()) > 0
 
 
 def test_stand_ins_have_the_shapes_of_the_real_networks():
-    parts = stand_ins.evaluation(get_config(), sharding.make_mesh(1))
-    assert parts.image_shape == (256, 256, 3)
-    number = sum(x.size for x in jax.tree.leaves(parts.autoencoder.params))
+    config = get_config("--config.fid.device_batch_size=2")
+    evaluator = stand_ins.evaluator(config, parts.make(config))
+    assert evaluator.score.image_shape == (256, 256, 3)
+    autoencoder = evaluator.autoencoder
+    number = sum(x.size for x in jax.tree.leaves(autoencoder.params))
     assert number == 83_653_863  # of stabilityai/sd-vae-ft-mse
-    stages = stand_ins.stages(get_config(), parts, 2)
+    stages = stand_ins.stages(evaluator)
+    assert stages["whole"][0] is evaluator.step
     found = jax.eval_shape(*[stages["features"][0], *stages["features"][1]])
     assert found["pool"].shape == (2, 2048)
-    assert parts.autoencoder.downscale == 8 and isinstance(parts.autoencoder, vae.Autoencoder)
+    assert autoencoder.downscale == 8 and isinstance(autoencoder, vae.Autoencoder)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_stand_ins_have_the_shapes_of_the_real_networks():
     ],
 )
 def test_a_wrong_option_is_one_line(words, capsys):
-    assert benchmark.main(words) == 1
+    assert measure.main(words) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

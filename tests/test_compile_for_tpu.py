@@ -11,7 +11,7 @@ TINY = (
 
 
 def compile_for(run_python, topology, *options, **kwargs):
-    command = ["-m", "scripts.compile_for_tpu", f"--topology={topology}", *TINY, *options]
+    command = ["-m", "scripts.measure.compile_for_tpu", f"--topology={topology}", *TINY, *options]
     return run_python(command, devices=1, **kwargs)
 
 

@@ -6,6 +6,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import parts
+import resume
 from configs import checks, default, load_config
 
 FLAG = "--config=configs/load_config.py:exp"
@@ -53,7 +55,7 @@ def write(tmp_path, monkeypatch):
 def refusal(*words):
     """The line with which a command line is refused."""
     with pytest.raises(ValueError) as caught:
-        load_config.from_command_line([FLAG, *words])
+        parts.check(load_config.from_command_line([FLAG, *words])[0])
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -95,6 +97,7 @@ def test_every_file_of_the_project_loads(monkeypatch):
         config = load_config.get_config(name)
         config.fid.cache_ref = ""  # a file may leave it to its user
         checks.validate(config)
+        parts.check(config)
 
 
 def test_order_of_precedence(write):
@@ -379,5 +382,32 @@ def test_the_checks_and_the_schema_agree():
     empty = {path for path, value in flat.items() if value == ()}
     assert empty == load_config.ELEMENTS.keys()
     numbers = {path for path, value in flat.items() if type(value) in (int, float)}
-    elsewhere = {"method.omega", "method.kappa", "method.P_mean", "fid.num_samples"}
+    elsewhere = {path for path in numbers if path.startswith("method.")} | {"fid.num_samples"}
     assert numbers - named == elsewhere, "a number without a range check"
+
+
+def test_every_option_says_whether_a_run_may_change_it():
+    for path in load_config.options(default.get_config()):
+        makes = path in resume.MAKE_THE_RUN or path.startswith(resume.MAKE_THE_RUN_BELOW)
+        assert makes != resume.may_change(path), path
+    named = {*resume.MAKE_THE_RUN, *resume.MAY_CHANGE}
+    assert named <= load_config.options(default.get_config()).keys()
+
+
+@pytest.mark.parametrize(
+    "word, line",
+    [
+        ("method.name=other", "method.name: 'other' is not one of meanflow | flow"),
+        (
+            "method.name=flow method.tangent=1,1",
+            "method.tangent is no option of method.name flow, which has noise_dist, ",
+        ),
+        ("model.cls=DiT_B_3", "model.cls: unknown network 'DiT_B_3'; known: DiT_S_2, "),
+        ("model.cls=DiT", "model.cls: DiT needs model.depth, model.hidden_size, model.num_heads, "),
+        ("sampling.method=rk4", "sampling.method is one of ode | euler | heun, not 'rk4'"),
+        ("sampling.omega=2", "sampling.omega: the guidance of method.name meanflow is trained in"),
+    ],
+)
+def test_what_a_part_does_not_have_is_refused_by_name(write, word, line):
+    write("")
+    assert refusal(*(f"--config.{part}" for part in word.split())).startswith(line)

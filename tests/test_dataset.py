@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from scripts import benchmark, benchmark_data
-from utils import dataset, torch_files
+from formats import torch_files
+from scripts.measure import __main__ as measure
+from scripts.measure import data as measure_data
+from utils import dataset
+from utils.iterator import RecordIterator, shuffled_indices
 
 SHAPE = (4, 4, 8)
 
@@ -171,9 +174,7 @@ def test_damage_found_while_reading_reaches_the_caller(tmp_path, num_workers):
     for start in range(70_000, len(content) // 2, 5_000):  # the index at the end stays whole
         content[start : start + 100] = bytes(100)
     path.write_bytes(content)
-    iterator = dataset.RecordIterator(
-        dataset.open_records(root), 10, seed=0, num_workers=num_workers
-    )
+    iterator = RecordIterator(dataset.open_records(root), 10, seed=0, num_workers=num_workers)
     caught = []
 
     def run():
@@ -197,7 +198,7 @@ def test_damage_found_while_reading_reaches_the_caller(tmp_path, num_workers):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 12, 30])
 def test_every_record_once_per_epoch(records, batch_size):
-    iterator = dataset.RecordIterator(records, batch_size, seed=1)
+    iterator = RecordIterator(records, batch_size, seed=1)
     labels = np.concatenate([b["label"] for b in take(iterator, -(-60 // batch_size))])[:60]
     epochs = labels.reshape(5, 12)
     for epoch in epochs:
@@ -206,19 +207,19 @@ def test_every_record_once_per_epoch(records, batch_size):
 
 
 def test_images_keep_their_labels(records):
-    for batch in take(dataset.RecordIterator(records, 5, seed=0), 6):
+    for batch in take(RecordIterator(records, 5, seed=0), 6):
         for row, label in enumerate(batch["label"]):
             np.testing.assert_array_equal(batch["moments"][row], example(label)["moments"])
 
 
 def test_order_depends_on_the_seed_alone(records):
-    first = take(dataset.RecordIterator(records, 5, seed=3, num_workers=0), 9)
-    assert_same(first, take(dataset.RecordIterator(records, 5, seed=3, num_workers=3), 9))
-    other = take(dataset.RecordIterator(records, 5, seed=4), 9)
+    first = take(RecordIterator(records, 5, seed=3, num_workers=0), 9)
+    assert_same(first, take(RecordIterator(records, 5, seed=3, num_workers=3), 9))
+    other = take(RecordIterator(records, 5, seed=4), 9)
     assert [tuple(b["label"]) for b in first] != [tuple(b["label"]) for b in other]
     # Neither is the next epoch of one seed an epoch of another.
     orders = {
-        tuple(dataset.shuffled_indices(12 * epoch, 12 * epoch + 12, 12, seed))
+        tuple(shuffled_indices(12 * epoch, 12 * epoch + 12, 12, seed))
         for seed in range(3)
         for epoch in range(3)
     }
@@ -226,17 +227,17 @@ def test_order_depends_on_the_seed_alone(records):
 
 
 def test_order_is_well_mixed():
-    order = dataset.shuffled_indices(0, 5000, 5000, seed=0)
+    order = shuffled_indices(0, 5000, 5000, seed=0)
     assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.05
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
-    later = dataset.shuffled_indices(5000, 10000, 5000, seed=0)
+    later = shuffled_indices(5000, 10000, 5000, seed=0)
     assert abs(np.corrcoef(order, later)[0, 1]) < 0.05
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_the_batches_of_one(records, count):
-    whole = take(dataset.RecordIterator(records, 6, seed=2), 7)
-    parts = [take(dataset.RecordIterator(records, 6, 2, p, count), 7) for p in range(count)]
+    whole = take(RecordIterator(records, 6, seed=2), 7)
+    parts = [take(RecordIterator(records, 6, 2, p, count), 7) for p in range(count)]
     joined = [
         {key: np.concatenate([part[key] for part in step]) for key in step[0]}
         for step in zip(*parts, strict=True)
@@ -248,60 +249,60 @@ def test_processes_share_the_batches_of_one(records, count):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_place_is_that_of_the_whole_run(records, count):
     for p in range(count):
-        iterator = dataset.RecordIterator(records, 6, 2, p, count, num_workers=2, prefetch=4)
+        iterator = RecordIterator(records, 6, 2, p, count, num_workers=2, prefetch=4)
         take(iterator, 5)
         assert iterator.get_state() == {"position": 30, "seed": 2, "num_records": 12}
 
 
 def test_batch_not_divisible_over_processes(records):
     with pytest.raises(ValueError, match="batch_size 5 is not divisible by 2 processes"):
-        dataset.RecordIterator(records, 5, 0, 0, 2)
+        RecordIterator(records, 5, 0, 0, 2)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 1000])
 def test_resumes_anywhere(records, steps):
-    iterator = dataset.RecordIterator(records, 5, seed=7, num_workers=2, prefetch=3)
+    iterator = RecordIterator(records, 5, seed=7, num_workers=2, prefetch=3)
     take(iterator, steps)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 8)
-    again = dataset.RecordIterator(records, 5, seed=7)
+    again = RecordIterator(records, 5, seed=7)
     take(again, 2)
     again.set_state(state)
     assert_same(take(again, 8), expected)
 
 
 def test_resumes_under_other_process_counts_and_batch_sizes(records):
-    iterator = dataset.RecordIterator(records, 6, seed=7)
+    iterator = RecordIterator(records, 6, seed=7)
     take(iterator, 3)
     state = iterator.get_state()
     expected = take(iterator, 4)
     for p in range(3):
-        part = dataset.RecordIterator(records, 6, 7, p, 3)
+        part = RecordIterator(records, 6, 7, p, 3)
         part.set_state(state)
         rows = slice(2 * p, 2 * p + 2)
         assert_same(take(part, 4), [{k: v[rows] for k, v in b.items()} for b in expected])
-    larger = dataset.RecordIterator(records, 12, seed=7)
+    larger = RecordIterator(records, 12, seed=7)
     larger.set_state(state)
     labels = np.concatenate([b["label"] for b in take(larger, 2)])
     np.testing.assert_array_equal(labels, np.concatenate([b["label"] for b in expected]))
 
 
 def test_a_place_in_other_data_is_refused(records):
-    iterator = dataset.RecordIterator(records, 6, seed=7)
+    iterator = RecordIterator(records, 6, seed=7)
     for name, value in (("seed", 8), ("num_records", 13)):
         with pytest.raises(ValueError, match=f"{name} {value}, here it is"):
             iterator.set_state(iterator.get_state() | {name: value})
 
 
 def test_a_far_place_costs_nothing(records):
-    iterator = dataset.RecordIterator(records, 6, seed=7)
+    iterator = RecordIterator(records, 6, seed=7)
     iterator.set_state(iterator.get_state() | {"position": 6 * 10**14})
     assert len(next(iterator)["label"]) == 6
 
 
 def test_close_ends_the_threads(records):
     before = set(threading.enumerate())
-    iterator = dataset.RecordIterator(records, 6, seed=7, num_workers=3)
+    iterator = RecordIterator(records, 6, seed=7, num_workers=3)
     next(iterator)
     started = set(threading.enumerate()) - before
     assert started
@@ -314,7 +315,7 @@ def test_close_ends_the_threads(records):
 def test_benchmark(tmp_path, capsys):
     words = "--num_records=64 --pt_files=20 --latent_size=4 --batch_size=16 --rounds=1".split()
     words += ["--seconds=0.02", f"--folder={tmp_path}", f"--json={tmp_path / 'out.json'}"]
-    assert benchmark.main(["data", *words]) == 0
+    assert measure.main(["data", *words]) == 0
     results = json.loads((tmp_path / "out.json").read_text())
     names = ["records, float32", "records, float16", ".pt files"]
     assert list(results["latents_per_second"]) == names
@@ -325,8 +326,8 @@ def test_benchmark(tmp_path, capsys):
 
 
 def test_benchmark_reads_the_same_latents_either_way(tmp_path):
-    benchmark_data.write_records(tmp_path / "records", 5, 4, "float32")
-    benchmark_data.write_pt_files(tmp_path / "pt", 5, 4)
+    measure_data.write_records(tmp_path / "records", 5, 4, "float32")
+    measure_data.write_pt_files(tmp_path / "pt", 5, 4)
     batch = dataset.open_records(tmp_path / "records").read(np.arange(5))
     for i, path in enumerate(sorted((tmp_path / "pt").iterdir())):
         content = torch_files.load(path)
@@ -336,15 +337,16 @@ def test_benchmark_reads_the_same_latents_either_way(tmp_path):
 
 EPOCHS = """
 import sys
-from scripts import benchmark_data
+from scripts.measure import data
 from utils import dataset
+from utils.iterator import RecordIterator, shuffled_indices
 records = dataset.open_records(sys.argv[1])
-iterator = dataset.RecordIterator(records, 64, seed=0, num_workers=2, prefetch=4)
+iterator = RecordIterator(records, 64, seed=0, num_workers=2, prefetch=4)
 peaks = []
 for epoch in range(4):
     for _ in range(records.num_records // 64):
         next(iterator)
-    peaks.append(benchmark_data.peak_memory())
+    peaks.append(data.peak_memory())
 print(*peaks)
 """
 

@@ -1,13 +1,17 @@
 """One device and eight give the same numbers, however the parameters are sharded."""
 
 import jax
+import make
 import numpy as np
 import optax
 import pytest
 
+import parts
 import sample
 import train
-from models import dit, meanflow, vae
+from configs import default
+from methods import path
+from models import codec, dit, network, vae
 from utils import sharding
 
 BATCH, SHAPE, CLASSES, STEPS = 32, (8, 8, 4), 10, 3
@@ -21,12 +25,10 @@ def numbers(fsdp):
     """Losses and gradients of a few steps, and samples, on all devices."""
     mesh = sharding.make_mesh(fsdp)
     net = small_net()
-    function = dit.as_function(net, sharding.gather(mesh))
+    function = network.function(net, sharding.gather(mesh))
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
-    pair = dit.as_pair_function(net, sharding.gather(mesh))
-    recipe = train.Recipe(
-        function, pair, meanflow.MeanFlow(), optimizer, (0.9,), num_classes=CLASSES
-    )
+    method = make.method(num_classes=CLASSES)
+    recipe = train.Recipe(function, method, codec.Codec(), optimizer, (0.9,))
     state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
     # Fresh weights predict zero: all are moved, so that everything counts.
     state = jax.device_get(state._replace(params=moved(state.params)))
@@ -49,10 +51,11 @@ def numbers(fsdp):
         losses.append(float(state.sums["loss"]))
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
-    sampler = sample.Sampler(
-        function, vae.load("none"), mesh, shape=SHAPE, seed=3, device_batch_size=16 // mesh.size
-    )
-    times = meanflow.sample_times(2)
+    model = parts.Parts(mesh, net, function, method, codec.Codec(), SHAPE, CLASSES)
+    options = default.get_config().sampling
+    options.seed = 3
+    sampler = sample.Sampler(model, vae.load("none"), options, 16 // mesh.size)
+    times = path.sample_times(2)
     images = np.concatenate(list(sampler(state.params, np.arange(20) % CLASSES, times)))
     return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
 
@@ -101,17 +104,18 @@ def test_eight_devices_equal_one(one_device, eight_devices, fsdp):
 def test_gradient_accumulation_changes_nothing():
     """Four parts of a batch give the gradient of the whole."""
     net = small_net()
-    function = dit.as_function(net)
+    function = network.function(net)
     x = jax.random.normal(jax.random.key(0), (BATCH, *SHAPE))
     y = jax.random.randint(jax.random.key(1), (BATCH,), 0, CLASSES)
-    method = meanflow.MeanFlow()
-    draws = meanflow.draw(jax.random.key(2), x.shape, method)
-    params = moved(dit.init_params(net, jax.random.key(0), SHAPE))
+    method = make.method(num_classes=CLASSES)
+    draws = method.draw(jax.random.key(2), x.shape)
+    params = moved(network.init_params(net, jax.random.key(0), SHAPE))
 
-    def gradients(parts):
-        pair = dit.as_pair_function(net)
-        recipe = train.Recipe(function, pair, method, None, (), CLASSES, grad_accum_steps=parts)
-        return jax.jit(lambda p: train.gradients(recipe, p, x, y, draws))(params)
+    def gradients(count):
+        parts.check_parts_of_batch(method, BATCH, count)
+        recipe = train.Recipe(function, method, codec.Codec(), None, (), grad_accum_steps=count)
+        key = jax.random.key(3)
+        return jax.jit(lambda p: train.gradients(recipe, p, x, {"y": y}, draws, {}, key))(params)
 
     (loss, rows), grads = gradients(1)
     (loss_4, rows_4), grads_4 = gradients(4)

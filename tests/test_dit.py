@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import optax
-import plain_meanflow
 import pytest
-from models.meanflow import MeanFlow
 
-from models import dit, meanflow
+from models import dit, network
+from scripts.measure import plain
 
 CLASSES, SHAPE = 3, (4, 4, 2)
 
@@ -19,28 +19,22 @@ CLASSES, SHAPE = 3, (4, 4, 2)
 )
 def test_two_batches_side_by_side_are_equal_to_the_plain_transcription(share, guidance):
     """With the DiT itself, also where one of the two batches is empty."""
-    method = MeanFlow(data_proportion=share, **guidance)
+    method = make.method(data_proportion=share, **guidance)
     net = dit.DiT(depth=2, hidden_size=16, num_heads=2, patch_size=2, num_classes=CLASSES)
-    params = dit.init_params(net, jax.random.key(0), SHAPE)
+    params = network.init_params(net, jax.random.key(0), SHAPE)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
     x = jax.random.normal(jax.random.key(2), (8, *SHAPE))
     y = jnp.arange(8) % CLASSES
-    draws = meanflow.draw(jax.random.key(3), x.shape, method)
+    draws = method.draw(jax.random.key(3), x.shape)
 
     def ours(params):
-        return meanflow.loss(
-            dit.as_function(net), params, x, y, draws, method, null_label=CLASSES,
-            num_equal=meanflow.equal_count(8, share), net_pair=dit.as_pair_function(net),
-        )[0]  # fmt: skip
+        return method.loss(network.function(net), params, x, {"y": y}, draws, {})[0]
 
-    def plain(params):
-        return plain_meanflow.loss(
-            dit.as_function(net), params, x, y, draws.t, draws.r, draws.noise, draws.drop, method,
-            CLASSES,
-        )[0]  # fmt: skip
+    def oracle(params):
+        return plain.loss(network.function(net), params, x, y, draws, method)[0]
 
     found, grads = jax.jit(jax.value_and_grad(ours))(params)
-    expected, expected_grads = jax.jit(jax.value_and_grad(plain))(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(oracle))(params)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     scale = optax.tree.norm(expected_grads)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
@@ -62,20 +56,18 @@ def test_training_with_an_attention_that_has_no_jvp(monkeypatch, share):
     )
     fused = lambda q, k, v, implementation: kernel(q, k, v)  # noqa: E731
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    method = MeanFlow(data_proportion=share)
+    method = make.method(data_proportion=share)
     x = jax.random.normal(jax.random.key(2), (8, *SHAPE))
-    draws = meanflow.draw(jax.random.key(3), x.shape, method)
+    draws = method.draw(jax.random.key(3), x.shape)
 
     def value_and_grad(**options):
         net = dit.DiT(2, 16, 2, patch_size=2, num_classes=CLASSES, **options)
-        params = dit.init_params(net, jax.random.key(0), SHAPE)
+        params = network.init_params(net, jax.random.key(0), SHAPE)
         params = jax.tree.map(
             lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), params
         )
-        loss = lambda params: meanflow.loss(  # noqa: E731
-            dit.as_function(net), params, x, jnp.arange(8) % CLASSES, draws, method,
-            null_label=CLASSES, num_equal=int(8 * share), net_pair=dit.as_pair_function(net),
-        )[0]  # fmt: skip
+        given = {"y": jnp.arange(8) % CLASSES}
+        loss = lambda p: method.loss(network.function(net), p, x, given, draws, {})[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(params)
 
     found, expected = value_and_grad(fused_attention=True, remat=True), value_and_grad()

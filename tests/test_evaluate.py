@@ -7,8 +7,9 @@ import pytest
 from inception_writer import random_weights, write_pth
 
 import main
-from models import inception, inception_weights
-from utils import dataset, fid, processes
+from metrics import distances, inception, inception_weights
+from metrics.reference import load_reference, save_reference
+from utils import dataset, processes
 
 SAMPLES = 22  # fill no batch evenly
 
@@ -33,7 +34,7 @@ def reference(golden, tmp_path_factory):
         spatial = [file[name] for name in file.files if name.startswith("ref") and "spat" in name]
     path = tmp_path_factory.mktemp("reference") / "stats.npz"
     moments = [(a.mean(0), np.cov(a, rowvar=False)) for a in (*pools[:1], *spatial[:1])]
-    fid.save_reference(path, *moments[0], *moments[1], resize="half_pixel")
+    save_reference(path, *moments[0], *moments[1], resize="half_pixel")
     return path
 
 
@@ -41,10 +42,10 @@ def reference(golden, tmp_path_factory):
 def command(golden, weights, reference):
     """Options of the evaluation; the sizes come from the golden data."""
     model = json.loads((golden / "meanflow.json").read_text())["model"]
-    released = golden / "released_checkpoint" / "orbax"
+    published = golden / "released_checkpoint" / "orbax"
     options = {
         "eval_only": True,
-        "load_from": released,
+        "load_from": published,
         "dataset.image_size": model["input_size"],
         "dataset.image_channels": model["in_channels"],
         "dataset.num_classes": model["num_classes"],
@@ -109,12 +110,12 @@ def test_the_score_is_that_of_the_images_by_hand(result, images, weights, refere
     params = inception_weights.load(weights)
     features = inception.features(params, images)
     pool = np.asarray(features["pool"], np.float64)
-    known = fid.load_reference(reference)
-    expected = fid.frechet_distance(
+    known = load_reference(reference)
+    expected = distances.frechet_distance(
         pool.mean(0), np.cov(pool, rowvar=False), known["mu"], known["sigma"]
     )
     assert result["fid"] == pytest.approx(expected, rel=1e-4)
-    score, _ = fid.inception_score(np.asarray(features["logits_no_bias"]))
+    score, _ = distances.inception_score(np.asarray(features["logits_no_bias"]))
     assert result["inception_score"] == pytest.approx(score, rel=1e-4)
 
 
@@ -137,7 +138,7 @@ def test_precision_and_recall_are_those_of_the_images_by_hand(images, command, w
     (found,) = json.loads((tmp_path / "results.json").read_text())
     params = inception_weights.load(weights)
     pools = [np.asarray(inception.features(params, x)["pool"]) for x in (real, images)]
-    expected = fid.precision_recall(*pools)
+    expected = distances.precision_recall(*pools)
     assert 0 < expected[1] < 1  # else it would say little
     assert (found["precision"], found["recall"]) == pytest.approx(expected)
 
@@ -149,18 +150,18 @@ def expected_labels(count, command):
     return np.asarray(sample.draw_labels(0, np.arange(count), classes, "random"))
 
 
-REFUSED = {
-    "another resize": (["--config.fid.resize=tf1"], "fid.resize is tf1"),
-    "precision without images": (["--config.fid.metrics=precision_recall"], "precision_recall"),
-    "no weights": (["--config.fid.inception_weights=nowhere.pth"], "nowhere.pth"),
-    "no vae": (["--config.dataset.vae=nowhere"], "nowhere"),
-    "no statistics": (["--config.fid.cache_ref=nowhere.npz"], "nowhere.npz"),
-    "pixel statistics": (["--config.fid.features=pixels"], "fid.metrics"),
+REFUSED = {  # the options, the exit status and what the line names
+    "another resize": (["--config.fid.resize=tf1"], 1, "fid.resize is tf1"),
+    "precision without images": (["--config.fid.metrics=precision_recall"], 1, "precision_recall"),
+    "no weights": (["--config.fid.inception_weights=nowhere.pth"], 1, "nowhere.pth"),
+    "no vae": (["--config.dataset.vae=nowhere"], 1, "nowhere"),
+    "no statistics": (["--config.fid.cache_ref=nowhere.npz"], 1, "nowhere.npz"),
+    "pixel statistics": (["--config.fid.features=pixels"], 2, "fid.metrics"),
 }
 
 
-@pytest.mark.parametrize("options, named", REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused(command, tmp_path, capsys, options, named):
-    assert main.main([f"--workdir={tmp_path}", *command, *options]) == 1
+@pytest.mark.parametrize("options, status, named", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(command, tmp_path, capsys, options, status, named):
+    assert main.main([f"--workdir={tmp_path}", *command, *options]) == status
     err = capsys.readouterr().err
     assert err.startswith("error: ") and named in err and "Traceback" not in err

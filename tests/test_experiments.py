@@ -8,14 +8,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+import parts
 import sample
 import train
 from configs import load_config
-from models import dit, meanflow
+from models import dit, network
 from scripts import prepare_dataset
 from utils import train_metrics
 
@@ -79,9 +81,9 @@ def test_main_results(name, epochs, omega, kappa, start, end, steps, fid):
         "cfg", omega, kappa, start, end,
     )  # fmt: skip
     assert config.training.num_epochs == epochs and steps in config.sampling.num_steps
-    net = sample.make_net(config)
+    net = parts.make_module(config)
     assert (net.depth, net.hidden_size, net.num_heads, net.patch_size) == SIZES[name][:4]
-    shapes = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(0), (32, 32, 4)))
+    shapes = network.param_shapes(net, (32, 32, 4))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert abs(count / 1e6 - SIZES[name][4]) < 1
     cells = [f"`{name}`", str(epochs), f"({omega}, {kappa}), [{start}, {end}]", str(steps)]
@@ -143,8 +145,8 @@ ABLATIONS = {  # what differs from the base: (fields of the objective, fields of
 
 def changed_fields(config, base):
     """What differs in the objective and in the network."""
-    methods = [vars(meanflow.MeanFlow(**c.method)) for c in (config, base)]
-    nets = [vars(sample.make_net(c)) for c in (config, base)]
+    methods = [vars(parts.make_method(c)) for c in (config, base)]
+    nets = [vars(parts.make_module(c)) for c in (config, base)]
     return [
         {name: new[name] for name in old if not name.startswith("_") and new[name] != old[name]}
         for new, old in (methods, nets)
@@ -174,14 +176,14 @@ def test_table_5_keeps_the_effective_scale():
     rows = table_rows("| kappa |")
     assert [float(row[0]) for row in rows] == [0, 0.5, 0.8, 0.9, 0.95]
     for row in rows:
-        method = meanflow.MeanFlow(**load("ablation_b4", *overrides(row[1])).method)
+        method = parts.make_method(load("ablation_b4", *overrides(row[1])))
         assert method.guidance_eq == "cfg" and method.kappa == float(row[0])
         assert method.omega / (1 - method.kappa) == pytest.approx(2)
 
 
 def test_b4_with_other_guidance():
     none, omega, kappa = (
-        meanflow.MeanFlow(**load("run_b4", *overrides(row[0])).method)
+        parts.make_method(load("run_b4", *overrides(row[0])))
         for row in table_rows("| override of `run_b4` |")
     )
     assert none.guidance_eq == "none"
@@ -200,17 +202,17 @@ def test_every_training_knob_of_the_page_parses():
 
 # The time embeddings ---------------------------------------------------------------------------
 
-TINY = dict(image_size=4, num_classes=3, depth=1, hidden_size=16, num_heads=2, patch_size=2)
+TINY = dict(num_classes=3, depth=1, hidden_size=16, num_heads=2, patch_size=2)
 
 
 @functools.cache
 def tiny_net(time_cond):
     """A network, its compiled forward pass, and random parameters."""
-    net = dit.build("DiT", time_cond=time_cond, **TINY)
-    shapes = jax.eval_shape(lambda: dit.init_params(net, jax.random.key(1), (4, 4, 1)))
+    net = dit.DiT(time_cond=tuple(time_cond.split(",")), **TINY)
+    shapes = network.param_shapes(net, (4, 4, 1))
     rng = np.random.RandomState(0)
     params = jax.tree.map(lambda s: 0.3 * rng.randn(*s.shape).astype(np.float32), shapes)
-    return jax.jit(dit.as_function(net)), params
+    return jax.jit(network.function(net)), params
 
 
 @pytest.mark.parametrize("time_cond", ["t,r", "t,h", "t,r,h", "h"])
@@ -226,8 +228,9 @@ def test_which_times_are_embedded(time_cond):
     for name in embedders:
         silent = {other: jax.tree.map(np.zeros_like, params[other]) for other in embedders - {name}}
         rest = {key: value for key, value in params.items() if key not in embedders}
-        u = net(params | silent, x, t, t - r, y)
-        want = only_h(rest | {"h_embedder": params[name]}, x, t, times[name[0]], y)
+        u = net(params | silent, (x, {"t": t, "h": t - r, "y": y}))[0].u
+        c = {"t": t, "h": times[name[0]], "y": y}
+        want = only_h(rest | {"h_embedder": params[name]}, (x, c))[0].u
         np.testing.assert_allclose(u, want, rtol=1e-4, atol=1e-5)
 
 
@@ -318,10 +321,12 @@ def test_without_classes_the_network_is_given_the_null_label(num_classes):
     def net(params, z, t, h, y):
         return params["w"] * (z + y[:, None, None, None])
 
-    recipe, _ = train.make_recipe(load("cifar10"), dit.build("DiT", **TINY), 10)
-    recipe = dataclasses.replace(recipe, net=net, net_pair=None, num_classes=num_classes)
+    words = [f"--config.dataset.num_classes={num_classes}"]
+    config = load("cifar10", "--config.dataset.image_size=4", "--config.model.patch_size=2", *words)
+    recipe, _ = train.make_recipe(config, parts.make(config), 10)
+    recipe = dataclasses.replace(recipe, net=make.as_net(net))
     params = {"w": jnp.ones(())}
-    sums, opt_state = train_metrics.zero_sums(), recipe.optimizer.init(params)
+    sums, opt_state = train_metrics.zero_sums(recipe.method.rows), recipe.optimizer.init(params)
     state = train.TrainState(jnp.int32(0), params, (params,), opt_state, sums)
     image = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3)).astype(np.uint8)
     step = jax.jit(lambda batch: train.train_step(recipe, jax.random.key(1), state, batch).sums)
@@ -341,4 +346,4 @@ def test_samples_without_classes_have_the_null_label():
 
 def test_guidance_without_classes_is_refused():
     with pytest.raises(ValueError, match="method.guidance_eq must be none"):
-        load("cifar10", "--config.method.guidance_eq=cfg")
+        parts.check(load("cifar10", "--config.method.guidance_eq=cfg"))

@@ -1,4 +1,4 @@
-"""utils/fid.py: closed forms, golden values, and the streamed moments against float64."""
+"""Distances and their reference: closed forms, golden values, streamed moments against float64."""
 
 import json
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils import fid
+from metrics import distances
+from metrics.reference import load_reference, save_reference
 
 DIM = 24
 
@@ -25,14 +26,14 @@ def exact_moments(features):
 
 def stream(features, batch, acc=None, add=None):
     """Moments through the accumulator; the last batch is filled up with rows that do not count."""
-    acc = fid.init_moments(features.shape[1]) if acc is None else acc
-    add = add or jax.jit(fid.add_moments)
+    acc = distances.init_moments(features.shape[1]) if acc is None else acc
+    add = add or jax.jit(distances.add_moments)
     for start in range(0, len(features), batch):
         part = features[start : start + batch]
         rows = np.full((batch, features.shape[1]), np.nan, np.float32)
         rows[: len(part)] = part
         acc = add(acc, rows, (np.arange(batch) < len(part)).astype(np.float32))
-    return fid.finish_moments(acc)
+    return distances.finish_moments(acc)
 
 
 def covariance(rng, dim=DIM):
@@ -46,20 +47,20 @@ def covariance(rng, dim=DIM):
 def test_the_distance_of_a_set_with_itself_is_zero():
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal(DIM), covariance(rng)
-    assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-10
+    assert abs(distances.frechet_distance(mu, sigma, mu, sigma)) < 1e-10
     few = exact_moments(correlated(rng, DIM // 3))  # fewer samples than dimensions
-    assert abs(fid.frechet_distance(*few, *few)) < 1e-10
+    assert abs(distances.frechet_distance(*few, *few)) < 1e-10
 
 
 def test_known_changes_of_gaussian_moments_have_the_closed_form():
     rng = np.random.default_rng(1)
     mu, sigma, shift = rng.standard_normal(DIM), covariance(rng), rng.standard_normal(DIM)
-    moved = fid.frechet_distance(mu, sigma, mu + shift, sigma)
+    moved = distances.frechet_distance(mu, sigma, mu + shift, sigma)
     np.testing.assert_allclose(moved, np.sum(shift**2), rtol=1e-12)
-    wider = fid.frechet_distance(mu, sigma, mu, 4 * sigma)  # (2 - 1)^2 tr S
+    wider = distances.frechet_distance(mu, sigma, mu, 4 * sigma)  # (2 - 1)^2 tr S
     np.testing.assert_allclose(wider, np.trace(sigma), rtol=1e-12)
     a, b = rng.uniform(1, 2, DIM), rng.uniform(1, 2, DIM)
-    diagonal = fid.frechet_distance(mu, np.diag(a), mu, np.diag(b))
+    diagonal = distances.frechet_distance(mu, np.diag(a), mu, np.diag(b))
     np.testing.assert_allclose(diagonal, np.sum((np.sqrt(a) - np.sqrt(b)) ** 2), rtol=1e-10)
 
 
@@ -69,15 +70,15 @@ def test_the_distance_agrees_with_the_root_of_the_product():
     cross = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
     expected = np.trace(s1) + np.trace(s2) - 2 * cross
     zero = np.zeros(DIM)
-    np.testing.assert_allclose(fid.frechet_distance(zero, s1, zero, s2), expected, rtol=1e-10)
-    assert fid.frechet_distance(zero, s1, zero, s2) == pytest.approx(
-        fid.frechet_distance(zero, s2, zero, s1), rel=1e-12
+    np.testing.assert_allclose(distances.frechet_distance(zero, s1, zero, s2), expected, rtol=1e-10)
+    assert distances.frechet_distance(zero, s1, zero, s2) == pytest.approx(
+        distances.frechet_distance(zero, s2, zero, s1), rel=1e-12
     )
 
 
 def test_moments_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="cannot be compared"):
-        fid.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+        distances.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
 
 
 @pytest.mark.parity
@@ -86,7 +87,7 @@ def test_golden_distance(golden, name, kind):
     sets = np.load(golden / "inception" / "sets.npz")
     expected = json.loads((golden / "inception" / "expected.json").read_text())
     moments = [exact_moments(sets[f"{which}_{kind}"]) for which in ("gen", "ref")]
-    assert abs(fid.frechet_distance(*moments[0], *moments[1]) - expected[name]) < 1e-3
+    assert abs(distances.frechet_distance(*moments[0], *moments[1]) - expected[name]) < 1e-3
     streamed = stream(sets[f"gen_{kind}"], 40)
     np.testing.assert_allclose(streamed[0], moments[0][0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(streamed[1], moments[0][1], atol=1e-6 * moments[0][1].max())
@@ -103,22 +104,22 @@ def test_streamed_moments_agree_with_two_passes_in_float64(batch):
     exact, streamed = exact_moments(features), stream(features, batch)
     np.testing.assert_allclose(streamed[0], exact[0], rtol=1e-7)
     np.testing.assert_allclose(streamed[1], exact[1], atol=1e-6 * np.abs(exact[1]).max())
-    distance = fid.frechet_distance(*exact, *reference)
-    assert abs(fid.frechet_distance(*streamed, *reference) - distance) < 1e-6 * distance
+    distance = distances.frechet_distance(*exact, *reference)
+    assert abs(distances.frechet_distance(*streamed, *reference) - distance) < 1e-6 * distance
 
 
 def test_small_terms_after_a_large_one_are_not_lost():
     """Below half a unit in the last place of the sum a plain float32 sum would not move at all."""
     large, small, repeats = 100.0, 0.01, 10000
     rows, ones = jnp.array([[-1.0], [1.0]]), jnp.ones(2)
-    acc = fid.add_moments(fid.init_moments(1), large * rows, ones)
+    acc = distances.add_moments(distances.init_moments(1), large * rows, ones)
 
     def step(acc, _):
-        return fid.add_moments(acc, small * rows, ones), None
+        return distances.add_moments(acc, small * rows, ones), None
 
     acc, _ = jax.jit(lambda acc: jax.lax.scan(step, acc, length=repeats))(acc)
     expected = 2 * (large**2 + repeats * small**2) / (2 * (1 + repeats) - 1)
-    np.testing.assert_allclose(fid.finish_moments(acc)[1], expected, rtol=1e-7)
+    np.testing.assert_allclose(distances.finish_moments(acc)[1], expected, rtol=1e-7)
 
 
 def test_rows_without_weight_do_not_count():
@@ -126,31 +127,31 @@ def test_rows_without_weight_do_not_count():
     features = correlated(rng, 100)
     weight = (rng.random(100) < 0.5).astype(np.float32)
     features[weight == 0] = np.nan
-    acc = jax.jit(fid.add_moments)(fid.init_moments(DIM), features, weight)
-    mu, sigma = fid.finish_moments(acc)
+    acc = jax.jit(distances.add_moments)(distances.init_moments(DIM), features, weight)
+    mu, sigma = distances.finish_moments(acc)
     exact = exact_moments(features[weight > 0])
     assert acc.count == weight.sum()
     np.testing.assert_allclose(mu, exact[0], rtol=1e-6)
     np.testing.assert_allclose(sigma, exact[1], atol=1e-5)
-    nothing = jax.jit(fid.add_moments)(acc, features, np.zeros(100, np.float32))
-    np.testing.assert_array_equal(fid.finish_moments(nothing)[1], sigma)
+    nothing = jax.jit(distances.add_moments)(acc, features, np.zeros(100, np.float32))
+    np.testing.assert_array_equal(distances.finish_moments(nothing)[1], sigma)
 
 
 def test_an_empty_first_batch_does_no_harm():
     rng = np.random.default_rng(6)
     features = correlated(rng, 50)
-    acc = fid.add_moments(fid.init_moments(DIM), features, jnp.zeros(50))
+    acc = distances.add_moments(distances.init_moments(DIM), features, jnp.zeros(50))
     np.testing.assert_allclose(
         stream(features, 25, acc)[1], exact_moments(features)[1], rtol=1e-4, atol=1e-5
     )
 
 
 def test_the_accumulators_can_be_donated():
-    add = jax.jit(fid.add_moments, donate_argnums=0)
+    add = jax.jit(distances.add_moments, donate_argnums=0)
     rng = np.random.default_rng(7)
     stream(correlated(rng, 20), 10, add=add)
-    add = jax.jit(fid.add_scores, donate_argnums=0)
-    add(fid.init_scores(2, 5), jnp.zeros((4, 5)), jnp.array([0, 0, 1, 1]), jnp.ones(4))
+    add = jax.jit(distances.add_scores, donate_argnums=0)
+    add(distances.init_scores(2, 5), jnp.zeros((4, 5)), jnp.array([0, 0, 1, 1]), jnp.ones(4))
 
 
 def test_useless_moments_are_refused():
@@ -166,22 +167,22 @@ def test_moments_do_not_depend_on_the_devices(run_python):
         """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from utils import fid
+from metrics import distances
 features = (3 + np.random.default_rng(0).standard_normal((640, 16))).astype(np.float32)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 assert mesh.size == 8
 def run(rows, acc_sharding):
-    add = jax.jit(fid.add_moments, out_shardings=acc_sharding)
-    acc = fid.init_moments(16)
+    add = jax.jit(distances.add_moments, out_shardings=acc_sharding)
+    acc = distances.init_moments(16)
     for part in np.split(features, 10):
         weight = np.ones(64, np.float32)
         if rows is not None:
             part, weight = jax.device_put(part, rows), jax.device_put(weight, rows)
         acc = add(acc, part, weight)
-    return fid.finish_moments(acc)
+    return distances.finish_moments(acc)
 single = run(None, None)
-sharded = fid.Moments(whole, whole, whole, whole, rows, rows)
+sharded = distances.Moments(whole, whole, whole, whole, rows, rows)
 exact = np.cov(features.astype(np.float64), rowvar=False)
 for acc_sharding in (whole, sharded):
     mu, sigma = run(rows, acc_sharding)
@@ -197,10 +198,10 @@ for acc_sharding in (whole, sharded):
 
 def test_inception_score_of_certain_and_of_useless_predictions():
     certain = 50.0 * np.eye(6)[np.arange(60) % 6]
-    np.testing.assert_allclose(fid.inception_score(certain, 2), (6, 0), atol=1e-6)
-    np.testing.assert_allclose(fid.inception_score(np.zeros((20, 6)), 2), (1, 0), atol=1e-12)
+    np.testing.assert_allclose(distances.inception_score(certain, 2), (6, 0), atol=1e-6)
+    np.testing.assert_allclose(distances.inception_score(np.zeros((20, 6)), 2), (1, 0), atol=1e-12)
     with pytest.raises(ValueError, match="cannot make 10 splits"):
-        fid.inception_score(np.zeros((5, 6)))
+        distances.inception_score(np.zeros((5, 6)))
 
 
 @pytest.mark.parity
@@ -208,15 +209,15 @@ def test_golden_inception_score(golden):
     logits = np.load(golden / "inception" / "sets.npz")["gen_logits_no_bias"]
     expected = json.loads((golden / "inception" / "expected.json").read_text())["inception_score"]
     wanted, splits = (expected["mean"], expected["std"]), expected["splits"]
-    np.testing.assert_allclose(fid.inception_score(logits, splits), wanted, rtol=1e-10)
+    np.testing.assert_allclose(distances.inception_score(logits, splits), wanted, rtol=1e-10)
 
-    acc, n, batch = fid.init_scores(splits, logits.shape[1]), len(logits), 40
-    add = jax.jit(fid.add_scores)
+    acc, n, batch = distances.init_scores(splits, logits.shape[1]), len(logits), 40
+    add = jax.jit(distances.add_scores)
     for start in range(0, n, batch):
         index = np.arange(start, start + batch)
         rows = np.where((index < n)[:, None], logits[np.minimum(index, n - 1)], np.nan)
         acc = add(acc, rows, np.minimum(index, n - 1) * splits // n, index < n)
-    np.testing.assert_allclose(fid.finish_scores(acc), wanted, rtol=1e-6)
+    np.testing.assert_allclose(distances.finish_scores(acc), wanted, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------- precision and recall
@@ -225,22 +226,22 @@ def test_golden_inception_score(golden):
 def test_precision_and_recall_of_known_sets():
     rng = np.random.default_rng(8)
     reference = rng.standard_normal((50, 4)).astype(np.float32)
-    assert fid.precision_recall(reference, reference) == (1, 1)
-    assert fid.precision_recall(reference, reference + 100) == (0, 0)
+    assert distances.precision_recall(reference, reference) == (1, 1)
+    assert distances.precision_recall(reference, reference + 100) == (0, 0)
     # The generated samples are half of the reference: nothing is wrong, something is missing.
     line = np.arange(40, dtype=np.float32)[:, None]
-    precision, recall = fid.precision_recall(line, line[:20])
+    precision, recall = distances.precision_recall(line, line[:20])
     assert precision == 1 and recall == 23 / 40  # the balls of radius 3 reach samples 20 to 22
     with pytest.raises(ValueError, match="3 generated samples"):
-        fid.precision_recall(reference, reference[:3])
+        distances.precision_recall(reference, reference[:3])
 
 
 def test_precision_and_recall_do_not_depend_on_the_block_size():
     rng = np.random.default_rng(9)
     reference = rng.standard_normal((70, 5)).astype(np.float32)
     generated = 0.3 + rng.standard_normal((60, 5)).astype(np.float32)
-    whole = fid.precision_recall(reference, generated)
-    assert fid.precision_recall(reference, generated, rows=16) == whole
+    whole = distances.precision_recall(reference, generated)
+    assert distances.precision_recall(reference, generated, rows=16) == whole
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
 
 
@@ -248,7 +249,7 @@ def test_precision_and_recall_do_not_depend_on_the_block_size():
 def test_golden_precision_and_recall(golden):
     sets = np.load(golden / "inception" / "sets.npz")
     expected = json.loads((golden / "inception" / "expected.json").read_text())
-    found = fid.precision_recall(sets["ref_pool"], sets["gen_pool"], expected["nearest_k"])
+    found = distances.precision_recall(sets["ref_pool"], sets["gen_pool"], expected["nearest_k"])
     np.testing.assert_allclose(found, (expected["precision"], expected["recall"]), rtol=1e-6)
 
 
@@ -259,13 +260,13 @@ def test_reference_round_trip(tmp_path):
     rng = np.random.default_rng(10)
     mu, sigma = rng.standard_normal(4), covariance(rng, 4)
     mu_s, sigma_s = rng.standard_normal(3), covariance(rng, 3)
-    fid.save_reference(tmp_path / "a.npz", mu, sigma, mu_s, sigma_s, resize="tf1")
-    read = fid.load_reference(tmp_path / "a.npz")
+    save_reference(tmp_path / "a.npz", mu, sigma, mu_s, sigma_s, resize="tf1")
+    read = load_reference(tmp_path / "a.npz")
     assert read["resize"] == "tf1" and list(tmp_path.iterdir()) == [tmp_path / "a.npz"]
     for name, value in (("mu", mu), ("sigma", sigma), ("mu_s", mu_s), ("sigma_s", sigma_s)):
         np.testing.assert_array_equal(read[name], value)
     np.savez(tmp_path / "b.npz", ref_mu=mu.astype(np.float32), ref_sigma=sigma)
-    read = fid.load_reference(tmp_path / "b.npz")
+    read = load_reference(tmp_path / "b.npz")
     assert read["mu"].dtype == np.float64 and read["mu_s"] is None and read["resize"] is None
     np.testing.assert_array_equal(read["sigma"], sigma)
 
@@ -290,18 +291,18 @@ def test_reference_round_trip(tmp_path):
 def test_bad_references_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=rf"bad\.npz: .*{message}") as caught:
-        fid.load_reference(tmp_path / "bad.npz")
+        load_reference(tmp_path / "bad.npz")
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_reference(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.npz: no such file"):
-        fid.load_reference(tmp_path / "none.npz")
-    fid.save_reference(tmp_path / "good.npz", np.zeros(50), np.eye(50))
+        load_reference(tmp_path / "none.npz")
+    save_reference(tmp_path / "good.npz", np.zeros(50), np.eye(50))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:2000])
     (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "one.npy", np.zeros(3))
     for name in ("cut.npz", "text.npz", "one.npy"):
         with pytest.raises(ValueError, match=f"{name}: not a readable npz") as caught:
-            fid.load_reference(tmp_path / name)
+            load_reference(tmp_path / name)
         assert "\n" not in str(caught.value)

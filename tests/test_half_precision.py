@@ -2,27 +2,23 @@
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import optax
 import pytest
 from sklearn.datasets import load_digits
 
 import train
-from models import dit, meanflow
+from models import codec, dit, network
 
 STEPS, BATCH, SHAPE = 150, 64, (8, 8, 1)
+METHOD = make.method(num_classes=10)
 
 
 def make_recipe(dtype):
-    net = dit.build(
-        "DiT", image_size=8, num_classes=10, dtype=dtype,
-        depth=2, hidden_size=64, num_heads=2, patch_size=2,
-    )  # fmt: skip
-    function = dit.as_function(net)
+    net = dit.DiT(2, 64, num_heads=2, patch_size=2, num_classes=10, dtype=dtype)
     optimizer = optax.adamw(2e-3, b2=0.95)
-    method = meanflow.MeanFlow()
-    pair = dit.as_pair_function(net)
-    return net, train.Recipe(function, pair, method, optimizer, (0.9,), num_classes=10)
+    return net, train.Recipe(network.function(net), METHOD, codec.Codec(), optimizer, (0.9,))
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +30,13 @@ def trained():
 
     def batch(i):
         rows = np.random.RandomState(i).permutation(len(images))[:BATCH]
-        draws = meanflow.draw(jax.random.key(i), (BATCH, *SHAPE), meanflow.MeanFlow())
-        return images[rows], labels[rows], draws
+        draws = METHOD.draw(jax.random.key(i), (BATCH, *SHAPE))
+        return images[rows], {"y": labels[rows]}, draws
 
     net, recipe = make_recipe(jnp.float32)
     state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
-    step = jax.jit(lambda state, *batch: train.update(recipe, state, *batch))
+    key = jax.random.key(0)
+    step = jax.jit(lambda state, *batch: train.update(recipe, state, *batch, key))
     errors = []
     for i in range(STEPS):
         before = state.sums["error_r=t"]
@@ -54,7 +51,8 @@ def test_gradients_in_bfloat16_point_the_same_way(trained):
 
     def numbers(dtype):
         _, recipe = make_recipe(dtype)
-        gradients = jax.jit(lambda *args: train.gradients(recipe, params, *args))
+        key = jax.random.key(0)
+        gradients = jax.jit(lambda *args: train.gradients(recipe, params, *args, {}, key))
         for batch in batches:
             (loss, rows), grads = gradients(*batch)
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((loss, grads)))

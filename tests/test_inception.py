@@ -1,4 +1,4 @@
-"""models/inception.py against golden features, a plain port, and interpolation by hand."""
+"""metrics/inception.py against golden features, a plain port, and interpolation by hand."""
 
 import json
 
@@ -8,7 +8,7 @@ import plain_inception
 import pytest
 from inception_writer import random_weights, write_pth
 
-from models import inception, inception_weights
+from metrics import inception, inception_weights
 
 TOLERANCE = {"pool": 1.5e-4, "logits": 5e-4, "spatial": 1.5e-4}
 

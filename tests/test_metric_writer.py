@@ -80,7 +80,7 @@ def test_half_written_files_are_tolerated(tmp_path):
     writer.scalars(30, {"loss": 3})
     assert [line["step"] for line in read_jsonl(tmp_path)] == [10, 20, 30]
     assert [step for step, _ in points(tmp_path)] == [10, 30]
-    assert not list(tmp_path.glob(".metrics*"))
+    assert not list(tmp_path.glob("unfinished-*"))
 
 
 def test_without_a_resume_step_nothing_is_taken_back(tmp_path):

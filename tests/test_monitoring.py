@@ -7,6 +7,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,11 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import observe
+import parts
 import sample
 import train
 from configs import load_config
-from models import flops
-from utils import dataset, processes, train_metrics
+from utils import chips, dataset, processes, train_metrics
 from utils.metric_writer import MetricWriter
 
 RECORDS, BATCH, TOTAL, LOG = 24, 8, 7, 2  # 3 steps per epoch; the last line has one step
@@ -49,7 +50,7 @@ def run(tmp_path_factory):
     (folder / "workdir").mkdir()
     labels, grid = [], sample.grid
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(flops.CHIPS, "cpu", flops.Chip("made up", 1e9, 0))
+        patch.setitem(chips.CHIPS, "cpu", chips.Chip("made up", 1e9, 0))
         patch.setattr(sample, "grid", lambda *a: labels.append(a[2].tolist()) or grid(*a))
         train.train_job(config, folder / "workdir")
     return config, folder / "workdir", labels
@@ -106,16 +107,14 @@ def test_mfu(run, monkeypatch):
     rates, shares = column(workdir, "images_per_second"), column(workdir, "mfu")
     assert shares == pytest.approx({step: rate * needed / 1e9 for step, rate in rates.items()})
     # B/4: 5.6 G multiply-adds for a forward pass (paper).
-    config, _ = load_config.from_command_line(
-        ["--config=configs/load_config.py:default", "--config.dataset.root=x"]
-    )
-    chips = types.SimpleNamespace(
+    model = parts.make(make.config())
+    slice_of = types.SimpleNamespace(
         devices=np.array([types.SimpleNamespace(device_kind="TPU v5 lite")] * 4), size=4
     )
-    peak = observe.peak_rate(config, sample.make_net(config), chips)
+    peak = observe.peak_rate(model._replace(mesh=slice_of), 256)
     assert peak == pytest.approx(4 * 197e12 / (4.5 * 2 * 5.6e9), rel=0.02)
-    chips.devices[0].device_kind = "a CPU"
-    assert observe.peak_rate(config, sample.make_net(config), chips) is None
+    slice_of.devices[0].device_kind = "a CPU"
+    assert observe.peak_rate(model._replace(mesh=slice_of), 256) is None
 
 
 def test_each_average_is_evaluated_by_itself(run):
@@ -172,17 +171,22 @@ def test_a_profile_for_tensorboard_and_perfetto(run):
 # Without a run ---------------------------------------------------------------------------------
 
 
+ROWS = ("error", "v_loss")
+SCALARS = dict.fromkeys(("loss", *train_metrics.NORMS), 3.0)
+
+
 def test_raw_loss_by_kind_of_row_and_by_time():
     t = jnp.array([0.1, 0.3, 0.3, 0.9, 1.0])
     r = jnp.array([0.1, 0.3, 0.1, 0.9, 0.0])
     error = jnp.array([1.0, 2.0, 4.0, 8.0, 16.0])
-    scalars = dict.fromkeys(train_metrics.SCALARS, 3.0)
-    sums = train_metrics.zero_sums()
+    sums = train_metrics.zero_sums(ROWS)
     for step in range(2):
-        sums = train_metrics.add(sums, step, scalars, error * (1 + step), t, r, True, False)
-    means = train_metrics.means(jax.device_get(sums))
+        rows = {"error": error * (1 + step), "v_loss": jnp.full(5, 3.0)}
+        sums = train_metrics.add(sums, step, SCALARS, rows, t, r, True, False)
+    means = train_metrics.means(jax.device_get(sums), ROWS)
     want = {
-        **dict.fromkeys(train_metrics.SCALARS, 3.0),
+        **SCALARS,
+        "v_loss": 3.0,
         "raw_loss/all": 1.5 * 31 / 5,
         "raw_loss/r=t": 1.5 * 11 / 3,
         "raw_loss/r<t": 1.5 * 10,
@@ -195,17 +199,17 @@ def test_raw_loss_by_kind_of_row_and_by_time():
 
 def test_a_step_that_is_not_finite_is_named():
     t = jnp.array([0.5])
-    sums = train_metrics.zero_sums()
-    scalars = dict.fromkeys(train_metrics.SCALARS, 1.0)
-    sums = train_metrics.add(sums, 6, scalars, t, t, t, True, False)
+    sums = train_metrics.zero_sums(ROWS)
+    rows = {"error": t, "v_loss": t}
+    sums = train_metrics.add(sums, 6, SCALARS, rows, t, t, True, False)
     train_metrics.check_finite(jax.device_get(sums))
-    scalars = scalars | {"grad_norm": float("nan")}
-    bad = train_metrics.add(sums, 7, scalars, t, t, t, False, False)
+    scalars = SCALARS | {"grad_norm": float("nan")}
+    bad = train_metrics.add(sums, 7, scalars, rows, t, t, False, False)
     with pytest.raises(FloatingPointError, match="step 8: grad_norm not finite"):
         train_metrics.check_finite(jax.device_get(bad))
-    skipped = train_metrics.add(sums, 7, scalars, t, t, t, False, True)
-    means = train_metrics.means(jax.device_get(skipped))
-    assert means["grad_norm"] == 1 and means["skipped_steps"] == 1
+    skipped = train_metrics.add(sums, 7, scalars, rows, t, t, False, True)
+    means = train_metrics.means(jax.device_get(skipped), ROWS)
+    assert means["grad_norm"] == 3 and means["skipped_steps"] == 1
 
 
 def test_memory_where_the_backend_tells(monkeypatch):

@@ -13,9 +13,12 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from models import inception, inception_weights, vae
-from scripts import prepare_dataset, prepare_images
-from utils import dataset, fid, images
+from metrics import inception, inception_weights
+from metrics.reference import load_reference
+from models import vae
+from scripts import prepare_dataset
+from scripts.prepare.images import list_images
+from utils import dataset, images
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32
@@ -233,13 +236,13 @@ def test_bad_images_are_skipped_and_counted(tree, tmp_path, golden, latents, cap
 
 
 def test_the_order_is_not_that_of_the_file_system(tree, monkeypatch):
-    classes, expected = prepare_images.list_images(tree)
+    classes, expected = list_images(tree)
     scandir, listdir = os.scandir, os.listdir
     monkeypatch.setattr(
         os, "scandir", lambda path: sorted(scandir(path), key=lambda e: e.name)[::-1]
     )
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path))[::-1])
-    assert prepare_images.list_images(tree) == (classes, expected)
+    assert list_images(tree) == (classes, expected)
     assert classes == ["n01", "n02", "n10"] and expected["train"][0][0] == "train/n01/cmyk.jpg"
 
 
@@ -298,7 +301,7 @@ def test_two_processes_that_join_and_overwrite(tree, pixels, tmp_path, run_pytho
 
 def run_script(folder, **environment):
     """`prepare_data.sh` in a folder that stands for the repository, with nothing to install."""
-    for part in ("scripts", "models", "utils"):
+    for part in ("scripts", "models", "metrics", "formats", "utils"):
         if not (folder / part).exists():
             (folder / part).symlink_to(ROOT / part)
     (folder / "install.sh").write_text(f"echo {sys.executable}")
@@ -352,7 +355,7 @@ def test_statistics(tree, tmp_path, monkeypatch, capsys):
         for p in range(count):
             prepare(tree, output, *more, f"--num_processes={count}", f"--process_id={p}")
         assert [path.name for path in output.iterdir()] == ["imagenet_32_fid_stats.npz"]
-        reference = fid.load_reference(output / "imagenet_32_fid_stats.npz")
+        reference = load_reference(output / "imagenet_32_fid_stats.npz")
         np.testing.assert_allclose(reference["mu"], expected[:, :2048].mean(0), atol=1e-6)
         np.testing.assert_allclose(reference["mu_s"], expected[:, -2023:].mean(0), atol=1e-6)
         sigma = np.cov(expected[:, :2048], rowvar=False)

@@ -12,7 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from scripts import prepare_dataset, prepare_tfds
+from scripts import prepare_dataset
+from scripts.prepare import tfds as prepare_tfds
 from utils import dataset
 
 

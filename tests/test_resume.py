@@ -7,16 +7,19 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import optax
 import pytest
 from jobs import Jobs, metrics
 
+import parts
 import resume
-import sample
 import train
+import weights as weights_of
 from configs import load_config
-from models import dit, meanflow, released
+from formats import published
+from models import codec, dit
 from utils import checkpoint, sharding, train_metrics
 
 
@@ -36,7 +39,7 @@ def state_of(step):
     (adam, *rest) = optax.adam(0.1).init(weights)
     # Zeros would leave files so small that the largest is one nobody reads.
     adam = (adam._replace(mu=average, nu=weights), *rest)
-    return State(jnp.int32(step), weights, (average,), adam, train_metrics.zero_sums())
+    return State(jnp.int32(step), weights, (average,), adam, train_metrics.zero_sums(("error",)))
 
 
 def config_of(*words):
@@ -244,7 +247,7 @@ def test_every_option_that_may_change_exists():
 def test_training_goes_on_from_a_published_checkpoint(golden):
     """Its weights, average, step and Adam's moments: an update is the one that optax computes."""
     path = golden / "released_checkpoint" / "msgpack"
-    weights = released.load(path)
+    weights = published.load(path)
     kernel = weights["params"]["x_embedder"]["kernel"]
     net = dit.DiT(
         depth=len(weights["params"]["blocks"]["adaLN"]["bias"]),
@@ -257,10 +260,11 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
     config = config_of(
         "training.lr_schedule=const", "training.learning_rate=0.01", "training.warmup_steps=0"
     )
-    recipe, _ = train.make_recipe(config, net, 10)
+    model = parts.make(config)._replace(module=net)
+    recipe, _ = train.make_recipe(config, model, 10)
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
-    loaded = sample.load_weights(path, fresh.params, optimizer=True)
+    loaded = weights_of.load(path, fresh.params, optimizer=True)
     state = resume.from_weights(fresh, loaded, shardings, config.training.ema_val)
 
     assert int(state.step) == weights["step"]
@@ -285,20 +289,20 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
 
 def test_load_weights_takes_a_run_with_its_optimizer(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = sample.load_weights(workdir, shapes, optimizer=True)
+    weights = weights_of.load(workdir, shapes, optimizer=True)
     state = state_of(0)
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
     state = resume.from_weights(state, weights, shardings, config_of().training.ema_val)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(30))
-    assert sample.load_weights(workdir, shapes)["opt_state"] is None
+    assert weights_of.load(workdir, shapes)["opt_state"] is None
 
 
 def test_averages_are_known_by_their_decays():
     emas = ({"kernel": jnp.ones(3)}, {"kernel": jnp.zeros(3)})
     weights = {"step": 1, "params": emas[0], "ema_params": emas, "ema_vals": [0.999, 0.9999]}
-    assert sample.choose_weights(weights, "ema_0.9999") is emas[1]
+    assert weights_of.choose(weights, "ema_0.9999") is emas[1]
     with pytest.raises(ValueError, match=r"'ema_0.5' is none of params, ema, ema_0.999, ema_0.9"):
-        sample.choose_weights(weights, "ema_0.5")
+        weights_of.choose(weights, "ema_0.5")
     state = State(jnp.int32(0), emas[0], (emas[0],) * 3, (), {})
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
     found = resume.from_weights(
@@ -309,7 +313,7 @@ def test_averages_are_known_by_their_decays():
 
 def test_the_decays_are_those_of_the_run(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = sample.load_weights(workdir, shapes)
+    weights = weights_of.load(workdir, shapes)
     assert tuple(weights["ema_vals"]) == tuple(config_of().training.ema_val)
 
 
@@ -351,11 +355,14 @@ def one_step(scale=1.0, **options):
     config = config_of(*[f"training.{name}={value}" for name, value in options.items()])
     optimizer, _ = train.make_optimizer(config.training, 10)
     skip = config.training.skip_nonfinite
-    method = meanflow.MeanFlow(guidance_eq="none")
-    recipe = train.Recipe(net, None, method, optimizer, (0.9,), 3, skip_nonfinite=skip)
+    method = make.method(guidance_eq="none")
+    recipe = train.Recipe(
+        make.as_net(net), method, codec.Codec(), optimizer, (0.9,), skip_nonfinite=skip
+    )
     params = {"a": jnp.float32(0.5 * scale), "b": jnp.float32(-0.2 * scale)}
     opt_state = optimizer.init(params)
-    state = train.TrainState(jnp.int32(0), params, (params,), opt_state, train_metrics.zero_sums())
+    sums = train_metrics.zero_sums(method.rows)
+    state = train.TrainState(jnp.int32(0), params, (params,), opt_state, sums)
     images = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 1)).astype(np.uint8)
     batch = {"image": images, "label": np.arange(8, dtype=np.int32) % 3}
     return state, jax.jit(lambda s: train.train_step(recipe, jax.random.key(1), s, batch))(state)

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from configs import load_config
-from models import inception_weights, released
+from formats import published
+from metrics import inception_weights, reference
 from scripts import prepare_dataset
-from utils import checkpoint, fid
+from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if path.parent.name != "tests"
+    path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]
+    if path.relative_to(ROOT).parts[0] != "tests"
 ]
 
 
@@ -90,14 +93,14 @@ def test_evil_latents_are_refused_by_name(tmp_path, trace, write, capfd):
 def test_evil_statistics_are_refused_by_name(tmp_path, trace, write):
     write(tmp_path / "evil.npz", trace)
     with pytest.raises(ValueError, match=r"evil\.npz"):
-        fid.load_reference(tmp_path / "evil.npz")
+        reference.load_reference(tmp_path / "evil.npz")
 
 
 @pytest.mark.parametrize("write", [evil_torch, evil_pickle])
 def test_evil_checkpoints_are_refused_by_name(tmp_path, trace, write):
     write(tmp_path / "checkpoint_7", trace)
     with pytest.raises(ValueError, match="checkpoint_7"):
-        released.load(tmp_path / "checkpoint_7")
+        published.load(tmp_path / "checkpoint_7")
     for item in ("params", "ema_params", "config", "data", "checksums"):
         folder = tmp_path / "run" / "checkpoints" / "7" / item
         folder.mkdir(parents=True)

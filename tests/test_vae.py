@@ -1,4 +1,4 @@
-"""The way between images, records and the space of the network (models/vae.py)."""
+"""The way between images, records and the network (models/codec.py, models/vae.py)."""
 
 import json
 import shutil
@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 
-from models import vae
+import train
+from models import codec, vae
+from utils import dataset
 
 STYLES = ("tiny", "tiny_legacy_names")
 TOLERANCE = 2e-5
@@ -28,15 +31,21 @@ def moments_of(mean, std, batch=64):
     return np.broadcast_to(row, (batch, 4, 4, row.size))
 
 
-# to_x
+# Codec
+
+
+def encode(batch, key, **options):
+    """x of a batch that may lack labels."""
+    rows = len(next(iter(batch.values())))
+    return codec.Codec(**options).encode({"label": np.zeros(rows, np.int32), **batch}, key)[0]
 
 
 def test_latents_are_sampled_from_their_moments_and_scaled():
     mean, std = np.array([1.0, -2.0]), np.array([0.5, 3.0])
     batch = {"moments": moments_of(mean, std, 4096), "label": np.zeros(4096)}
-    x = jax.jit(vae.to_x)(batch, jax.random.key(0))
+    x = jax.jit(encode)(batch, jax.random.key(0))
     assert x.shape == (4096, 4, 4, 2) and x.dtype == jnp.float32
-    samples = np.asarray(x).reshape(-1, 2) / vae.SD_SCALE
+    samples = np.asarray(x).reshape(-1, 2) / codec.SD_SCALE
     error = 5 * std / np.sqrt(len(samples))
     assert np.all(np.abs(samples.mean(0) - mean) < error)
     assert np.all(np.abs(samples.std(0) - std) < error)
@@ -45,7 +54,7 @@ def test_latents_are_sampled_from_their_moments_and_scaled():
 
 def test_each_key_gives_a_fresh_sample_and_the_same_key_the_same():
     batch = {"moments": moments_of([0.0], [1.0])}
-    x = [vae.to_x(batch, jax.random.key(seed)) for seed in (0, 0, 1)]
+    x = [encode(batch, jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(x[0], x[1])
     assert abs(np.corrcoef(x[0].ravel(), x[2].ravel())[0, 1]) < 0.1
     assert abs(np.corrcoef(x[0][0].ravel(), x[0][1].ravel())[0, 1]) < 0.9, "rows share their noise"
@@ -54,29 +63,47 @@ def test_each_key_gives_a_fresh_sample_and_the_same_key_the_same():
 def test_latents_are_normalised_by_channel():
     mean, std = [1.0, -2.0], [0.5, 4.0]
     batch = {"moments": moments_of(np.array([1.5, 6.0]), np.zeros(2))}
-    normalisation = vae.normalisation(mean, std)
-    x = vae.to_x(batch, jax.random.key(0), normalisation=normalisation)
+    normalisation = codec.normalisation(mean, std, 2)
+    x = encode(batch, jax.random.key(0), normalisation=normalisation)
     np.testing.assert_allclose(x, np.broadcast_to([1.0, 2.0], x.shape), rtol=1e-6)
 
 
 def test_without_mean_and_std_the_factor_is_that_of_stable_diffusion():
-    assert vae.normalisation() == vae.normalisation((), []) == vae.SD_NORMALISATION
+    assert codec.normalisation((), [], 4) == codec.SD_NORMALISATION == codec.Codec().normalisation
     batch = {"moments": moments_of(np.ones(1), np.zeros(1))}
-    np.testing.assert_allclose(vae.to_x(batch, jax.random.key(0)), 0.18215, rtol=1e-7)
+    np.testing.assert_allclose(encode(batch, jax.random.key(0)), 0.18215, rtol=1e-7)
 
 
-@pytest.mark.parametrize("mean, std", [([0.0], []), ([0.0, 0.0], [1.0]), ([0.0], [0.0])])
-def test_a_normalisation_that_makes_no_sense_is_refused(mean, std):
-    with pytest.raises(ValueError, match="dataset.latent_std"):
-        vae.normalisation(mean, std)
+@pytest.mark.parametrize(
+    "mean, std, channels, named",
+    [
+        ([0.0], [], 1, "latent_std goes together"),
+        ([], [1.0], 1, "latent_std goes together"),
+        ([0.0, 0.0], [1.0], 2, "latent_std needs one number for each of the 2 channels"),
+        ([0.0], [1.0, 1.0], 2, "latent_mean needs one number for each of the 2 channels"),
+        ([0.0], [0.0], 1, "latent_std must be above 0"),
+    ],
+)
+def test_a_normalisation_that_makes_no_sense_is_refused(mean, std, channels, named):
+    with pytest.raises(ValueError, match=f"dataset.{named}"):
+        codec.normalisation(mean, std, channels)
+
+
+def test_labels_go_on_into_the_network_or_are_none():
+    labels = np.array([2, 0, 1], np.int32)
+    batch = {"image": np.zeros((3, 2, 2, 1), np.uint8), "label": labels}
+    for labelled, expected in ((True, labels), (False, np.zeros(3))):
+        _, given = codec.Codec(labelled=labelled).encode(batch, jax.random.key(0))
+        assert given.keys() == {"y"} and given["y"].dtype == np.int32
+        np.testing.assert_array_equal(given["y"], expected)
 
 
 def test_half_precision_moments_are_sampled_in_float32():
     exact = {"moments": moments_of(np.array([0.5]), np.array([0.25]))}
-    x = vae.to_x(exact, jax.random.key(0))
+    x = encode(exact, jax.random.key(0))
     for dtype in (np.float16, jnp.bfloat16):
         stored = {"moments": exact["moments"].astype(dtype)}
-        np.testing.assert_array_equal(vae.to_x(stored, jax.random.key(0)), x)
+        np.testing.assert_array_equal(encode(stored, jax.random.key(0)), x)
 
 
 def test_a_flip_chooses_the_moments_of_the_mirrored_image_row_by_row():
@@ -84,11 +111,11 @@ def test_a_flip_chooses_the_moments_of_the_mirrored_image_row_by_row():
         "moments": moments_of(np.zeros(1), np.zeros(1), 1000),
         "moments_flipped": moments_of(np.ones(1), np.zeros(1), 1000),
     }
-    x = np.asarray(vae.to_x(batch, jax.random.key(3), flip=True)) / vae.SD_SCALE
+    x = np.asarray(encode(batch, jax.random.key(3), flip=True)) / codec.SD_SCALE
     flipped = x[:, 0, 0, 0].round()
     np.testing.assert_allclose(x, np.broadcast_to(flipped[:, None, None, None], x.shape), atol=1e-6)
     assert 400 < flipped.sum() < 600
-    x = vae.to_x(batch, jax.random.key(3))
+    x = encode(batch, jax.random.key(3))
     np.testing.assert_array_equal(x, 0.0)
 
 
@@ -96,26 +123,34 @@ def test_the_flip_does_not_look_at_the_noise():
     """One number per image: with a shared key both would come from the same random bits."""
     moments = np.zeros((4096, 1, 1, 2), np.float32) + [0, 1]
     batch = {"moments": moments, "moments_flipped": moments + [100, 0]}
-    z = np.asarray(vae.to_x(batch, jax.random.key(0), flip=True)).ravel() / vae.SD_SCALE
+    z = np.asarray(encode(batch, jax.random.key(0), flip=True)).ravel() / codec.SD_SCALE
     flipped = z > 50
     assert abs(np.corrcoef(flipped, z - 100 * flipped)[0, 1]) < 0.08  # five standard deviations
 
 
-def test_flipped_latents_that_are_not_there_are_asked_for():
-    batch = {"moments": moments_of(np.zeros(1), np.ones(1))}
+def test_flipped_latents_that_are_not_there_are_asked_for(tmp_path):
+    moments = moments_of(np.zeros(1), np.ones(1), 4)
+    examples = ({"moments": row, "label": 0} for row in moments)
+    count = dataset.write_shard(dataset.shard_path(tmp_path, "train", 0, 1), examples)
+    shape = moments.shape[1:]
+    dataset.write_metadata(tmp_path, "moments", shape, np.float32, 1, {"train": [count]})
+    options = {"root": tmp_path, "image_size": shape[0], "image_channels": 1, "num_classes": 1}
+    words = [f"dataset.{name}={value}" for name, value in options.items()]
+    config = make.config("training.batch_size=4", *words)
+    assert train.open_dataset(config).num_records == 4
     with pytest.raises(ValueError, match="dataset.use_flip"):
-        vae.to_x(batch, jax.random.key(0), flip=True)
+        train.open_dataset(make.config("training.batch_size=4", "dataset.use_flip", *words))
 
 
 def test_pixels_are_scaled_and_mirrored_along_the_width():
     image = np.random.default_rng(0).integers(0, 256, (200, 3, 5, 3), np.uint8)
     image[0, 0, 0] = (0, 255, 51)
-    to_x = jax.jit(vae.to_x, static_argnames="flip")
-    plain = np.asarray(to_x({"image": image}, jax.random.key(0)))
+    jitted = jax.jit(encode, static_argnames="flip")
+    plain = np.asarray(jitted({"image": image}, jax.random.key(0)))
     assert plain.dtype == np.float32
     np.testing.assert_allclose(plain, image.astype(np.float64) / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(plain[0, 0, 0], [-1, 1, -0.6], atol=1e-6)
-    x = np.asarray(to_x({"image": image}, jax.random.key(0), flip=True))
+    x = np.asarray(jitted({"image": image}, jax.random.key(0), flip=True))
     same = (x == plain).all((1, 2, 3))
     mirrored = (x == plain[:, :, ::-1]).all((1, 2, 3))
     assert np.all(same ^ mirrored)
@@ -126,13 +161,13 @@ def test_the_draws_do_not_depend_on_the_devices(run_python, tmp_path):
     code = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from models import vae
+from models import codec
 rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 moments = np.random.default_rng(0).uniform(size=(16, 4, 4, 8)).astype(np.float32)
-batch = {"moments": moments, "moments_flipped": moments + 10}
+batch = {"moments": moments, "moments_flipped": moments + 10, "label": np.arange(16)}
 batch = jax.device_put(batch, rows)
-to_x = jax.jit(lambda b, k: vae.to_x(b, k, flip=True), out_shardings=rows)
-np.save(sys.argv[1], to_x(batch, jax.random.key(0)))
+encode = jax.jit(codec.Codec(flip=True).encode, out_shardings=rows)
+np.save(sys.argv[1], encode(batch, jax.random.key(0))[0])
 """
     script = tmp_path / "draw.py"
     script.write_text(code)
@@ -168,7 +203,7 @@ def test_encode_gives_the_moments_of_the_pytorch_autoencoder(autoencoders, style
 def test_decode_gives_the_images_of_the_pytorch_autoencoder(autoencoders, style, io):
     ours = autoencoders[style]
     with jax.default_matmul_precision("highest"):
-        images = jax.jit(ours.decode)(ours.params, io["latents"] * vae.SD_SCALE)
+        images = jax.jit(ours.decode)(ours.params, io["latents"] * codec.SD_SCALE)
     assert images.dtype == jnp.float32
     np.testing.assert_allclose(images, io["decoded"], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -177,7 +212,8 @@ def test_decode_gives_the_images_of_the_pytorch_autoencoder(autoencoders, style,
 def test_decode_undoes_a_normalisation_by_channel(golden, io):
     channels = io["latents"].shape[-1]
     mean, std = np.linspace(-1, 1, channels), np.linspace(0.5, 2, channels)
-    ours = vae.load(str(golden / "vae" / STYLES[0]), normalisation=vae.normalisation(mean, std))
+    normalisation = codec.normalisation(tuple(mean), tuple(std), channels)
+    ours = vae.load(str(golden / "vae" / STYLES[0]), normalisation=normalisation)
     x = ((io["latents"] - mean) / std).astype(np.float32)
     images = jax.jit(ours.decode)(ours.params, x)
     np.testing.assert_allclose(images, io["decoded"], rtol=TOLERANCE, atol=TOLERANCE)
@@ -187,7 +223,7 @@ def test_decode_undoes_a_normalisation_by_channel(golden, io):
 def test_bfloat16_stays_near_float32(golden, io):
     """Measured on the tiny network: 1.0 % of the images' standard deviation on average."""
     ours = vae.load(str(golden / "vae" / STYLES[0]), dtype="bfloat16")
-    images = jax.jit(ours.decode)(ours.params, io["latents"] * vae.SD_SCALE)
+    images = jax.jit(ours.decode)(ours.params, io["latents"] * codec.SD_SCALE)
     assert images.dtype == jnp.float32
     error = np.abs(images - io["decoded"]).mean() / io["decoded"].std()
     assert 1e-4 < error < 0.05, "above: too coarse; below: not bfloat16 at all"

@@ -1,7 +1,7 @@
 """Writes files in the formats of torch, opcode by opcode, so that the tests need no torch.
 
 A value is a nested dict, list or tuple of str, int, float, bool, None and numpy arrays; `Strided`
-is a window into a storage, `Module` an object of a TorchScript class, `Raw` opcodes as they are.
+is a window into a storage, `Raw` opcodes as they are.
 """
 
 import pickle
@@ -33,10 +33,6 @@ class Strided(NamedTuple):
     offset: int
     shape: tuple
     strides: tuple  # in elements
-
-
-class Module(dict):
-    """Attributes of an object of class `__torch__.Layer`."""
 
 
 class Parameter(NamedTuple):
@@ -76,9 +72,6 @@ class _Writer:
         if isinstance(value, Parameter):
             function = reference("torch._utils", "_rebuild_parameter")
             return function + self.tuple([value.data, True, {}]) + b"R"
-        if isinstance(value, Module):
-            items = b"".join(self.value(k) + self.value(v) for k, v in value.items())
-            return reference("__torch__", "Layer") + b")\x81}(" + items + b"ub"
         if isinstance(value, dict):
             items = b"".join(self.value(k) + self.value(v) for k, v in value.items())
             return reference("collections", "OrderedDict") + b")R(" + items + b"u"
@@ -106,16 +99,12 @@ class _Writer:
         )
 
 
-def write_zip(path, value, *, script=False):
-    """As `torch.save` writes since 1.6; `script`: with the members of `torch.jit.save`."""
+def write_zip(path, value):
+    """As `torch.save` writes since 1.6."""
     writer = _Writer(legacy=False)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", writer.pickle(value))
-        if script:
-            archive.writestr("archive/code/__torch__.py", "class Layer(Module):\n  pass\n")
-            archive.writestr("archive/constants.pkl", _Writer(legacy=False).pickle(()))
-        else:
-            archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/byteorder", "little")
         for key, data in enumerate(writer.storages):
             archive.writestr(f"archive/data/{key}", data.tobytes())
         archive.writestr("archive/version", "3\n")

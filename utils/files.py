@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def complete(path):
-    """Gives a path beside `path` for an unfinished file or folder, which takes its place at the end.
+    """Gives a path beside `path` for what is unfinished, which takes its place at the end.
 
     Where the block fails, what it wrote is removed and `path` stays as it was. What a killed
     process leaves begins with `unfinished-NAME-`.

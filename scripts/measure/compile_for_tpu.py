@@ -1,7 +1,8 @@
 """Compiles a config for a TPU slice on a machine that has none: does it fit, and what does it cost?
 
     pip install -r requirements-tpu-compile.txt
-    python -m scripts.measure.compile_for_tpu --config=configs/load_config.py:NAME --topology v5e:4x4
+    python -m scripts.measure.compile_for_tpu --topology v5e:4x4 \\
+        --config=configs/load_config.py:NAME
 
 Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
 step of train.py and the evaluation step, as they would run on every chip of the slice; nothing is

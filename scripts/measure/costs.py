@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models.flops import chip, forward_flops, forward_passes  # noqa: F401 (for the scripts)
 
+import parts
 import train
 from configs import load_config
 from models import network

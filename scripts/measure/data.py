@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from formats import torch_files
-from utils import dataset
+from utils import dataset, iterator
 
 RECORDS_PER_SHARD = 4096
 STORES = ("float32", "float16")
@@ -83,7 +83,7 @@ def measure(batches, batch_size, seconds):
 
 def record_batches(root, args):
     """The project's iterator."""
-    return dataset.RecordIterator(
+    return iterator.RecordIterator(
         dataset.open_records(root),
         args.batch_size,
         seed=0,

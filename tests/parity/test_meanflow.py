@@ -11,12 +11,15 @@ import published
 import pytest
 
 import train
-from models import dit, meanflow
+from methods import path
+from models import codec, network
 
 pytestmark = pytest.mark.parity
 
 # The cases are known when tests are collected, before fixtures are.
-GOLDEN = pathlib.Path(os.environ.get("MEANFLOW_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+GOLDEN = pathlib.Path(
+    os.environ.get("MEANFLOW_GOLDEN") or pathlib.Path(__file__).parents[1] / "golden"
+)
 CASES = list(json.loads((GOLDEN / "meanflow.json").read_text())["cases"])
 with np.load(GOLDEN / "meanflow.npz") as file:
     STEPS = sorted({k.split("/")[1] for k in file.files if k.startswith("sampler/steps_")})
@@ -35,8 +38,8 @@ def full_precision():
 
 def test_forward(data):
     a = data.arrays
-    inputs = [a[f"forward/{name}"] for name in ("x", "t", "h", "y")]
-    out = jax.jit(dit.as_function(data.net))(data.params, *inputs)
+    c = {name: a[f"forward/{name}"] for name in ("t", "h", "y")}
+    out = jax.jit(network.function(data.net))(data.params, (a["forward/x"], c))[0].u
     assert np.abs(out - a["forward/out"]).max() <= 1e-5 * np.abs(a["forward/out"]).max()
 
 
@@ -46,10 +49,7 @@ def test_objective(data, case):
     method = data.method(data.info["cases"][case], num_equal, len(x))
 
     def loss(params):
-        return meanflow.loss(
-            dit.as_function(data.net), params, x, y, draws, method,
-            null_label=data.net.num_classes, num_equal=num_equal,
-        )  # fmt: skip
+        return method.loss(network.function(data.net), params, x, {"y": y}, draws, {})
 
     (value, rows), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(data.params)
     a = {k.removeprefix(f"objective/{case}/"): v for k, v in data.arrays.items()}
@@ -75,9 +75,9 @@ def test_objective(data, case):
 def test_sampler(data, steps):
     a = data.arrays
     times = tuple(a[f"sampler/{steps}/timesteps"].tolist())
-    net = dit.as_function(data.net)
-    x = jax.jit(lambda *args: meanflow.sample(net, *args))(
-        data.params, a["sampler/noise"], a["sampler/labels"], meanflow.sample_times(0, times)
+    method, net = data.method({}, 1, 2), network.function(data.net)
+    x = jax.jit(lambda *args: path.sample(method, net, *args))(
+        data.params, a["sampler/noise"], {"y": a["sampler/labels"]}, path.sample_times(0, times)
     )
     expected = a[f"sampler/{steps}/samples"]
     assert np.abs(x - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -98,16 +98,14 @@ def test_trajectory(data):
     adam = optax.adamw(
         info["learning_rate"], b1=0.9, b2=info["adam_b2"], weight_decay=info["weight_decay"]
     )
-    net = dit.as_function(data.net)
-    recipe = train.Recipe(
-        net, dit.as_pair_function(data.net), data.method(info, num_equal, size), adam,
-        (info["ema_val"],),
-        num_classes=data.net.num_classes,
-    )  # fmt: skip
+    method = data.method(info, num_equal, size)
+    net = network.function(data.net)
+    recipe = train.Recipe(net, method, codec.Codec(), adam, (info["ema_val"],))
     image_shape = batches[0][0].shape[1:]
     state = train.init_state(recipe, data.net, image_shape, jax.random.key(0))
     state = state._replace(params=data.params, ema_params=(data.params,))
-    step = jax.jit(lambda state, *batch: train.update(recipe, state, *batch))
+    key = jax.random.key(0)
+    step = jax.jit(lambda state, x, y, draws: train.update(recipe, state, x, {"y": y}, draws, key))
     before = {"loss": 0.0, "v_loss": 0.0}
     for i, (x, y, draws, equal, _) in enumerate(batches):
         assert equal == num_equal

@@ -1,21 +1,17 @@
-"""Published checkpoints <-> our tree (models/released.py, scripts/export_checkpoint.py)."""
+"""Published checkpoints <-> our tree (formats/published.py, scripts/export_checkpoint.py)."""
 
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from flax import serialization, traverse_util
+from flax import serialization
 
-from models import released
+from formats import published
 from scripts import export_checkpoint
-from utils import checkpoint
+from utils import checkpoint, files, trees
 
 FORMS = ("msgpack", "orbax")
-
-
-def flat(tree):
-    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def assert_equal(ours, theirs):
@@ -27,7 +23,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def published(golden):
+def file_state(golden):
     """The state in the msgpack file, under the published names."""
     (path,) = (golden / "released_checkpoint" / "msgpack").iterdir()
     return serialization.msgpack_restore(path.read_bytes())
@@ -35,21 +31,21 @@ def published(golden):
 
 @pytest.fixture(scope="module")
 def state(golden):
-    return released.load(golden / "released_checkpoint" / "msgpack")
+    return published.load(golden / "released_checkpoint" / "msgpack")
 
 
 @pytest.fixture
-def write(published, tmp_path):
+def write(file_state, tmp_path):
     """Function that writes a changed copy of the published state and returns the line with which
     it is refused."""
 
     def refusal(change):
-        state = jax.tree.map(np.copy, published) | {"step": published["step"]}
+        state = jax.tree.map(np.copy, file_state) | {"step": file_state["step"]}
         change(state)
         path = tmp_path / f"checkpoint_{state.get('step', 0)}"
         path.write_bytes(serialization.msgpack_serialize(state))
         with pytest.raises(ValueError) as caught:
-            released.load(path)
+            published.load(path)
         line = str(caught.value)
         assert "\n" not in line and str(path) in line
         return line
@@ -65,9 +61,9 @@ def write(published, tmp_path):
 def test_both_forms_are_read_by_folder_and_by_name(golden, state, form):
     folder = golden / "released_checkpoint" / form
     (path,) = folder.iterdir()
-    assert released.is_released(folder) and released.is_released(path)
-    assert_equal(released.load(folder), state)
-    assert_equal(released.load(path), state)
+    assert published.is_published(folder) and published.is_published(path)
+    assert_equal(published.load(folder), state)
+    assert_equal(published.load(path), state)
     assert state["step"] == int(path.name.removeprefix("checkpoint_"))
 
 
@@ -84,7 +80,7 @@ def test_the_averages_are_the_golden_parameters_and_the_weights_are_not(golden, 
         "embedding_table/_flax_embedding/": "",
         "x_embedder/proj": "x_embedder",
     }
-    ema_params, params = flat(state["ema_params"]), flat(state["params"])
+    ema_params, params = trees.flatten(state["ema_params"]), trees.flatten(state["params"])
     seen, same = set(), []
     for name, array in theirs.items():
         for old, new in short.items():
@@ -103,8 +99,8 @@ def test_the_averages_are_the_golden_parameters_and_the_weights_are_not(golden, 
 
 
 @pytest.mark.parity
-def test_the_moments_of_adam_come_along(published, state):
-    adam = published["opt_state"]["0"]
+def test_the_moments_of_adam_come_along(file_state, state):
+    adam = file_state["opt_state"]["0"]
     assert state["opt_state"]["count"] == adam["count"]
     assert state["opt_state"]["count"].dtype == np.int32
     for moment in ("mu", "nu"):
@@ -123,8 +119,8 @@ def test_blocks_are_stacked_by_number_not_by_name(state, tmp_path):
     blocks = jax.tree.map(lambda a: np.repeat(a[:1], 12, 0), tree["blocks"])
     blocks["attn"]["proj"]["bias"] += np.arange(12, dtype=np.float32)[:, None]
     tree["blocks"] = blocks
-    released.export(tree, tree, 7, tmp_path)
-    assert_equal(released.load(tmp_path)["params"], tree)
+    published.export(tree, tree, 7, tmp_path)
+    assert_equal(published.load(tmp_path)["params"], tree)
     file = serialization.msgpack_restore((tmp_path / "checkpoint_7").read_bytes())
     bias = file["params"]["net"]["blocks"]["layers_10"]["attn"]["proj"]["_flax_linear"]["bias"]
     np.testing.assert_array_equal(bias, blocks["attn"]["proj"]["bias"][10])
@@ -132,22 +128,22 @@ def test_blocks_are_stacked_by_number_not_by_name(state, tmp_path):
 
 def test_of_several_checkpoints_the_last_is_taken(state, tmp_path):
     for step in (9, 100):
-        released.export(state["params"], state["ema_params"], step, tmp_path)
-    assert released.load(tmp_path)["step"] == 100
+        published.export(state["params"], state["ema_params"], step, tmp_path)
+    assert published.load(tmp_path)["step"] == 100
 
 
 def test_a_run_of_ours_is_not_taken_for_a_published_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "100" / "params").mkdir(parents=True)
     for path in (tmp_path, tmp_path / "checkpoints" / "100", tmp_path / "nowhere"):
-        assert not released.is_released(path)
+        assert not published.is_published(path)
     with pytest.raises(FileNotFoundError, match="load_from=.*neither a run.*checkpoint_STEP"):
-        released.load(tmp_path)
+        published.load(tmp_path)
 
 
-def test_a_checkpoint_without_optimizer_is_read(published, tmp_path):
-    some = {k: v for k, v in published.items() if k != "opt_state"}
+def test_a_checkpoint_without_optimizer_is_read(file_state, tmp_path):
+    some = {k: v for k, v in file_state.items() if k != "opt_state"}
     (tmp_path / "checkpoint_3").write_bytes(serialization.msgpack_serialize(some))
-    assert released.load(tmp_path)["opt_state"] is None
+    assert published.load(tmp_path)["opt_state"] is None
 
 
 # Refusals
@@ -209,7 +205,7 @@ def test_a_truncated_file_is_named(golden, tmp_path, form):
         path = path / "checkpoint"
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=f"{path}: damaged"):
-        released.load(tmp_path)
+        published.load(tmp_path)
 
 
 def test_a_pickle_is_not_opened(tmp_path):
@@ -221,13 +217,13 @@ def test_a_pickle_is_not_opened(tmp_path):
 
     (tmp_path / "checkpoint_1").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(ValueError, match="damaged"):
-        released.load(tmp_path)
+        published.load(tmp_path)
 
 
 def test_weights_of_another_model_are_named(state):
     tree = state["params"]
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
-    released.check_tree(shapes, tree, "here")
+    trees.check_tree(shapes, tree, "here")
     deeper = shapes | {
         "blocks": jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((s.shape[0] + 1, *s.shape[1:]), s.dtype),
@@ -235,10 +231,10 @@ def test_weights_of_another_model_are_named(state):
         )
     }
     with pytest.raises(ValueError, match=r"here: .*of another shape: blocks/.* instead of \("):
-        released.check_tree(deeper, tree, "here")
+        trees.check_tree(deeper, tree, "here")
     fewer = {k: v for k, v in shapes.items() if k != "h_embedder"}
     with pytest.raises(ValueError, match="left over: h_embedder/fc1/bias"):
-        released.check_tree(fewer, tree, "here")
+        trees.check_tree(fewer, tree, "here")
 
 
 # Writing
@@ -246,21 +242,21 @@ def test_weights_of_another_model_are_named(state):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_written_is_what_was_read(golden, published, state, tmp_path, form):
+def test_what_is_written_is_what_was_read(golden, state, tmp_path, form):
     parts = {k: state[k] for k in ("params", "ema_params", "step", "opt_state")}
-    path = released.export(**parts, folder=tmp_path, form=form)
+    path = published.export(**parts, folder=tmp_path, form=form)
     assert [child.name for child in tmp_path.iterdir()] == [path.name], "nothing else is left"
-    assert_equal(released.load(tmp_path), state)
+    assert_equal(published.load(tmp_path), state)
     (source,) = (golden / "released_checkpoint" / form).iterdir()
     files = [p / "checkpoint" if form == "orbax" else p for p in (path, source)]
     assert_equal(*(serialization.msgpack_restore(file.read_bytes()) for file in files))
 
 
-def test_without_a_state_of_adam_a_fresh_one_is_written(published, state, tmp_path):
-    path = released.export(state["params"], state["ema_params"], 5, tmp_path)
+def test_without_a_state_of_adam_a_fresh_one_is_written(file_state, state, tmp_path):
+    path = published.export(state["params"], state["ema_params"], 5, tmp_path)
     file = serialization.msgpack_restore(path.read_bytes())
-    assert flat(file).keys() == flat(published).keys()
-    adam = released.load(path)["opt_state"]
+    assert trees.flatten(file).keys() == trees.flatten(file_state).keys()
+    adam = published.load(path)["opt_state"]
     assert adam["count"] == 0
     assert all(not np.any(a) for a in jax.tree.leaves((adam["mu"], adam["nu"])))
 
@@ -268,24 +264,24 @@ def test_without_a_state_of_adam_a_fresh_one_is_written(published, state, tmp_pa
 def test_a_tree_that_is_not_ours_is_not_written(state, tmp_path):
     short = {k: v for k, v in state["params"].items() if k != "h_embedder"}
     with pytest.raises(ValueError, match="params: missing: h_embedder/fc1/bias"):
-        released.export(short, state["ema_params"], 1, tmp_path / "to")
+        published.export(short, state["ema_params"], 1, tmp_path / "to")
     with pytest.raises(ValueError, match="ema_params: not a DiT"):
-        released.export(state["params"], {}, 1, tmp_path / "to")
+        published.export(state["params"], {}, 1, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
 def test_an_existing_checkpoint_is_not_overwritten(state, tmp_path):
     (tmp_path / "checkpoint_1").write_text("precious")
     with pytest.raises(FileExistsError, match="checkpoint_1"):
-        released.export(state["params"], state["ema_params"], 1, tmp_path)
+        published.export(state["params"], state["ema_params"], 1, tmp_path)
     assert (tmp_path / "checkpoint_1").read_text() == "precious"
 
 
 def test_a_write_that_fails_leaves_nothing(state, tmp_path, monkeypatch):
-    monkeypatch.setattr(released.os, "rename", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     for form in FORMS:
         with pytest.raises(OSError, match="full"):
-            released.export(state["params"], state["ema_params"], 1, tmp_path, form=form)
+            published.export(state["params"], state["ema_params"], 1, tmp_path, form=form)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,7 +295,7 @@ def test_the_script_turns_one_published_form_into_the_other(golden, state, tmp_p
         argv = ["--from", str(source), "--to", str(tmp_path / form), "--format", form]
         assert export_checkpoint.main(argv) == 0
         assert f"checkpoint_{state['step']}" in capsys.readouterr().out
-        assert_equal(released.load(tmp_path / form), state)
+        assert_equal(published.load(tmp_path / form), state)
 
 
 def test_the_script_exports_a_run_of_ours(state, tmp_path):
@@ -318,7 +314,7 @@ def test_the_script_exports_a_run_of_ours(state, tmp_path):
     assert export_checkpoint.main(argv) == 0
     assert export_checkpoint.main([*argv, "--step=10"]) == 0
     for step in (10, 20):
-        back = released.load(tmp_path / "to" / f"checkpoint_{step}")
+        back = published.load(tmp_path / "to" / f"checkpoint_{step}")
         assert back["step"] == step
         assert_equal(back["ema_params"], state["ema_params"])
         assert_equal(back["params"], jax.tree.map(lambda a, s=step: a + s, state["params"]))

@@ -5,17 +5,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import make
 import numpy as np
 import optax
-import plain_meanflow
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.meanflow import MeanFlow
 
-from models import meanflow
-from utils import dataset
+from methods import path
+from scripts.measure import plain
+from utils import iterator
 
 CLASSES, SHAPE = 3, (2, 2, 1)
 # A few sizes, so that jax compiles each operation a few times only.
@@ -44,13 +44,12 @@ def toy_batch(batch_size, method, seed):
     key_x, key_y, key = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(key_x, (batch_size, *SHAPE))
     y = jax.random.randint(key_y, (batch_size,), 0, CLASSES)
-    return x, y, meanflow.draw(key, x.shape, method)
+    return x, y, method.draw(key, x.shape, 0)
 
 
 def value_and_grad(method, x, y, draws, net=toy_net):
-    num_equal = meanflow.equal_count(len(x), method.data_proportion)
-    loss = partial(meanflow.loss, net, null_label=CLASSES, num_equal=num_equal)
-    return jax.value_and_grad(loss, has_aux=True)(toy_params(), x, y, draws, method)
+    loss = partial(method.loss, make.as_net(net))
+    return jax.value_and_grad(loss, has_aux=True)(toy_params(), x, {"y": y}, draws, {})
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +57,7 @@ def value_and_grad(method, x, y, draws, net=toy_net):
     batch_size=sizes,
     seed=st.integers(0, 2**16),
     method=st.builds(
-        MeanFlow,
+        make.method,
         noise_dist=st.sampled_from(["logit_normal", "uniform"]),
         data_proportion=shares,
         class_dropout_prob=shares,
@@ -75,12 +74,10 @@ def value_and_grad(method, x, y, draws, net=toy_net):
 def test_equal_to_the_plain_transcription(batch_size, seed, method):
     x, y, draws = toy_batch(batch_size, method, seed)
 
-    def plain(params):
-        return plain_meanflow.loss(
-            toy_net, params, x, y, draws.t, draws.r, draws.noise, draws.drop, method, CLASSES
-        )
+    def oracle(params):
+        return plain.loss(make.as_net(toy_net), params, x, y, draws, method)
 
-    (expected, (error, v_loss)), expected_grads = jax.value_and_grad(plain, has_aux=True)(
+    (expected, (error, v_loss)), expected_grads = jax.value_and_grad(oracle, has_aux=True)(
         toy_params()
     )
     (found, rows), grads = value_and_grad(method, x, y, draws)
@@ -100,25 +97,25 @@ def test_data_of_one_point_has_no_loss():
     x_0 = jax.random.normal(jax.random.key(1), SHAPE)
 
     def exact(params, z, t, h, y):
-        return (z - x_0) / meanflow.by_row(t)
+        return (z - x_0) / path.by_row(t)
 
-    method = MeanFlow(data_proportion=0.5, norm_p=0.0)
+    method = make.method(data_proportion=0.5, norm_p=0.0)
     x, y, draws = toy_batch(16, method, 0)
     x = jnp.broadcast_to(x_0, x.shape)
     (loss, rows), _ = value_and_grad(method, x, y, draws, net=exact)
     np.testing.assert_allclose(rows["error"], 0, atol=1e-6)
-    wrong = MeanFlow(data_proportion=0.5, norm_p=0.0, tangent=(1.0, 0.0))
+    wrong = make.method(data_proportion=0.5, norm_p=0.0, tangent=(1.0, 0.0))
     _, rows = value_and_grad(wrong, x, y, draws, net=exact)[0]
     assert rows["error"].max() > 0.1
 
 
 def test_r_equal_to_t_is_flow_matching():
-    method = MeanFlow(data_proportion=1.0, guidance_eq="none", norm_p=0.0, class_dropout_prob=0)
+    method = make.method(data_proportion=1.0, guidance_eq="none", norm_p=0.0, class_dropout_prob=0)
     x, y, draws = toy_batch(8, method, 0)
     np.testing.assert_array_equal(draws.r, draws.t)
 
     def flow_matching(params):
-        z = (1 - meanflow.by_row(draws.t)) * x + meanflow.by_row(draws.t) * draws.noise
+        z = (1 - path.by_row(draws.t)) * x + path.by_row(draws.t) * draws.noise
         v = toy_net(params, z, draws.t, jnp.zeros_like(draws.t), y)
         return jnp.mean(jnp.sum((v - (draws.noise - x)) ** 2, axis=(1, 2, 3)))
 
@@ -131,28 +128,28 @@ def test_target_matches_finite_differences():
     """u_tgt = v - (t - r) du/dt, with du/dt along z_t at fixed r by central differences."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: p.astype(jnp.float64), toy_params())
-        method = MeanFlow(data_proportion=0.0, guidance_eq="none", class_dropout_prob=0, norm_p=0)
+        method = make.method(
+            data_proportion=0.0, guidance_eq="none", class_dropout_prob=0, norm_p=0
+        )
         x, y, draws = jax.tree.map(
             lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a,
             toy_batch(8, method, 0),
         )
         t, r, noise, _ = draws
         u = lambda t: toy_net(  # noqa: E731
-            params, x + meanflow.by_row(t) * (noise - x), t, t - r, y
+            params, x + path.by_row(t) * (noise - x), t, t - r, y
         )
         step = 1e-5
         du_dt = (u(t + step) - u(t - step)) / (2 * step)
-        target = noise - x - meanflow.by_row(t - r) * du_dt
+        target = noise - x - path.by_row(t - r) * du_dt
         expected = np.sum((u(t) - target) ** 2, axis=(1, 2, 3))
-        _, rows = meanflow.loss(
-            toy_net, params, x, y, draws, method, null_label=CLASSES, num_equal=0
-        )
+        _, rows = method.loss(make.as_net(toy_net), params, x, {"y": y}, draws, {})
         np.testing.assert_allclose(rows["error"], expected, rtol=1e-7)
 
 
 def test_no_gradient_flows_through_the_target():
     """The gradient is that of the squared distance to a fixed target."""
-    method = MeanFlow(data_proportion=0.5, norm_p=0.0)
+    method = make.method(data_proportion=0.5, norm_p=0.0)
     x, y, draws = toy_batch(8, method, 3)
     base = toy_params()
     expected = jax.grad(_distance_to_fixed_target)(base, base, x, y, draws, method)
@@ -163,17 +160,17 @@ def test_no_gradient_flows_through_the_target():
 def _distance_to_fixed_target(moved, base, x, y, draws, method):
     """mean |u(moved) - u_tgt(base)|^2 from the definition."""
     v = draws.noise - x
-    z = x + meanflow.by_row(draws.t) * v
+    z = x + path.by_row(draws.t) * v
     zero = jnp.zeros_like(draws.t)
     v_u = toy_net(base, z, draws.t, zero, jnp.full_like(y, CLASSES))
     v_c = toy_net(base, z, draws.t, zero, y)
-    v_g = meanflow.guided_velocity(v, v_u, v_c, draws.t, draws.drop, method)
+    v_g = path.guided_velocity(v, v_u, v_c, *path.scales(method, draws.t), draws.drop)
     y = jnp.where(draws.drop, CLASSES, y)
     h = draws.t - draws.r
     one = jnp.ones_like(h)
     _, du_dt = jax.jvp(lambda z, t, h: toy_net(base, z, t, h, y), (z, draws.t, h), (v_g, one, one))
     u = toy_net(moved, z, draws.t, h, y)
-    return jnp.mean(jnp.sum((u - v_g + meanflow.by_row(h) * du_dt) ** 2, axis=(1, 2, 3)))
+    return jnp.mean(jnp.sum((u - v_g + path.by_row(h) * du_dt) ** 2, axis=(1, 2, 3)))
 
 
 # Gaussian data: the average velocity in closed form --------------------------------------------
@@ -193,7 +190,7 @@ def gaussian_velocity(z, t, r):
 
 def train_on_gaussian(tangent, steps=3000, batch_size=512, width=64):
     """Trains a small network on one-dimensional Gaussian data; returns its error, relative."""
-    method = MeanFlow(data_proportion=0.5, guidance_eq="none", norm_p=0.0, tangent=tangent,
+    method = make.method(data_proportion=0.5, guidance_eq="none", norm_p=0.0, tangent=tangent,
                       class_dropout_prob=0.0, noise_dist="uniform")  # fmt: skip
 
     def net(params, z, t, h, y):
@@ -215,14 +212,9 @@ def train_on_gaussian(tangent, steps=3000, batch_size=512, width=64):
         params, opt_state = carry
         key_x, key = jax.random.split(key)
         x = MEAN + STD * jax.random.normal(key_x, (batch_size, 1, 1, 1))
-        draws = meanflow.draw(key, x.shape, method)
-        num_equal = meanflow.equal_count(batch_size, method.data_proportion)
-        y = jnp.zeros(batch_size, jnp.int32)
-        grads = jax.grad(
-            lambda p: meanflow.loss(net, p, x, y, draws, method, null_label=0, num_equal=num_equal)[
-                0
-            ]
-        )(params)
+        draws, y = method.draw(key, x.shape, 0), jnp.zeros(batch_size, jnp.int32)
+        loss = partial(method.loss, make.as_net(net))
+        grads, _ = jax.grad(loss, has_aux=True)(params, x, {"y": y}, draws, {})
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
@@ -252,12 +244,12 @@ def test_gaussian_data_is_learned_and_a_wrong_tangent_does_not():
 @settings(max_examples=40, deadline=None)
 @given(batch_size=st.sampled_from([1, 7, 64, 256]), share=shares, seed=st.integers(0, 999))
 def test_share_and_order_of_times(batch_size, share, seed):
-    method = MeanFlow(data_proportion=share)
-    t, r, noise, drop = meanflow.draw(jax.random.key(seed), (batch_size, 1, 1, 1), method)
+    method = make.method(data_proportion=share)
+    t, r, noise, drop = method.draw(jax.random.key(seed), (batch_size, 1, 1, 1))
     num_equal = int(batch_size * share)
     assert np.sum(t == r) == num_equal
     assert np.all(r <= t) and np.all(r >= 0) and np.all(t <= 1)
-    differ, equal = meanflow.split_rows(t - r, num_equal)
+    differ, equal = path.split_rows(t - r, num_equal)
     assert np.all(differ > 0) and np.all(equal == 0)
     # dropped rows lie inside those with r = t while there is room
     dropped = np.asarray(drop)
@@ -267,11 +259,11 @@ def test_share_and_order_of_times(batch_size, share, seed):
 @settings(max_examples=30, deadline=None)
 @given(batch_size=st.integers(1, 200), share=st.floats(0, 1))
 def test_rows_split_and_merge(batch_size, share):
-    num_equal = meanflow.equal_count(batch_size, share)
+    num_equal = path.equal_count(batch_size, share)
     rows = jnp.arange(batch_size)
-    a, b = meanflow.split_rows(rows, num_equal)
+    a, b = path.split_rows(rows, num_equal)
     assert len(b) == num_equal and len(a) + len(b) == batch_size
-    np.testing.assert_array_equal(meanflow.merge_rows(a, b), rows)
+    np.testing.assert_array_equal(path.merge_rows(a, b), rows)
 
 
 def logit_normal(mean, std):
@@ -288,8 +280,8 @@ def logit_normal(mean, std):
 )
 def test_distributions_of_t_and_r(options, cdf):
     """t is the larger and r the smaller of two independent draws."""
-    method = MeanFlow(data_proportion=0.0, **options)
-    draws = meanflow.draw(jax.random.key(0), (20000, 1, 1, 1), method)
+    method = make.method(data_proportion=0.0, **options)
+    draws = method.draw(jax.random.key(0), (20000, 1, 1, 1))
     t, r = np.asarray(draws.t, np.float64), np.asarray(draws.r, np.float64)
     assert scipy.stats.kstest(t, lambda x: cdf(x) ** 2).pvalue > 0.01
     assert scipy.stats.kstest(r, lambda x: 1 - (1 - cdf(x)) ** 2).pvalue > 0.01
@@ -297,16 +289,16 @@ def test_distributions_of_t_and_r(options, cdf):
 
 
 def test_second_distribution():
-    method = MeanFlow(data_proportion=0.0, P_mean=5.0, P_std=0.01, P_mean_r=-5.0, P_std_r=0.01)
-    draws = meanflow.draw(jax.random.key(0), (100, 1, 1, 1), method)
+    method = make.method(data_proportion=0.0, P_mean=5.0, P_std=0.01, P_mean_r=-5.0, P_std_r=0.01)
+    draws = method.draw(jax.random.key(0), (100, 1, 1, 1))
     assert np.all(draws.t > 0.99) and np.all(draws.r < 0.01)
 
 
 @pytest.mark.parametrize("share", [0.75, 0.0, 0.05])
 def test_number_of_dropped_labels(share):
-    method = MeanFlow(data_proportion=share, class_dropout_prob=0.1)
+    method = make.method(data_proportion=share, class_dropout_prob=0.1)
     keys = jax.random.split(jax.random.key(0), 2000)
-    drop = jax.vmap(lambda key: meanflow.draw(key, (64, 1, 1, 1), method).drop)(keys)
+    drop = jax.vmap(lambda key: method.draw(key, (64, 1, 1, 1)).drop)(keys)
     counts = np.asarray(drop.sum(axis=1))
     expected = scipy.stats.binom(64, 0.1)
     assert abs(counts.mean() - expected.mean()) < 4 * expected.std() / len(counts) ** 0.5
@@ -319,10 +311,10 @@ def test_an_image_changes_kind_from_epoch_to_epoch():
     kinds = []
     for epoch in range(4):
         start = epoch * num_records
-        index = dataset.shuffled_indices(start, start + num_records, num_records, seed=0)
+        index = iterator.shuffled_indices(start, start + num_records, num_records, seed=0)
         assert sorted(index) == list(range(num_records))
-        num_equal = meanflow.equal_count(batch_size, 0.75)
-        place = np.asarray(meanflow.split_rows(jnp.arange(batch_size), num_equal)[1])
+        num_equal = path.equal_count(batch_size, 0.75)
+        place = np.asarray(path.split_rows(jnp.arange(batch_size), num_equal)[1])
         kind = np.zeros(num_records, bool)
         for batch in index.reshape(-1, batch_size):
             kind[batch[place]] = True
@@ -339,11 +331,11 @@ def test_one_step_is_exact_for_one_point_and_many_steps_agree():
     x_0 = jax.random.normal(jax.random.key(1), SHAPE)
 
     def exact(params, z, t, h, y):
-        return (z - x_0) / meanflow.by_row(t)
+        return (z - x_0) / path.by_row(t)
 
     noise, y = jax.random.normal(jax.random.key(2), (4, *SHAPE)), jnp.zeros(4, jnp.int32)
-    for times in (meanflow.sample_times(1), meanflow.sample_times(3)):
-        x = meanflow.sample(exact, None, noise, y, times)
+    for times in (path.sample_times(1), path.sample_times(3)):
+        x = path.sample(make.method(), make.as_net(exact), None, noise, {"y": y}, times)
         np.testing.assert_allclose(x, jnp.broadcast_to(x_0, x.shape), atol=1e-6)
 
 
@@ -355,17 +347,16 @@ def test_sampler_evaluates_the_network_once_per_step():
         return jnp.zeros_like(z)
 
     noise, y = jnp.ones((2, *SHAPE)), jnp.zeros(2, jnp.int32)
-    meanflow.sample(net, None, noise, y, meanflow.sample_times(0, (1.0, 0.6, 0.0)))
+    times = path.sample_times(0, (1.0, 0.6, 0.0))
+    path.sample(make.method(), make.as_net(net), None, noise, {"y": y}, times)
     jax.effects_barrier()
     np.testing.assert_allclose(calls, [(1.0, 0.4), (0.6, 0.6)], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "num_steps, timesteps", [(0, ()), (1, (1.0,)), (1, (0.9, 0.0)), (1, (1.0, 0.5, 0.5, 0.0))]
-)
-def test_bad_times_are_refused(num_steps, timesteps):
+@pytest.mark.parametrize("timesteps", [(1.0,), (0.9, 0.0), (1.0, 0.5, 0.5, 0.0)])
+def test_bad_times_are_refused(timesteps):
     with pytest.raises(ValueError, match="sampling"):
-        meanflow.sample_times(num_steps, timesteps)
+        path.check_times(timesteps)
 
 
 @pytest.mark.parametrize(
@@ -374,4 +365,4 @@ def test_bad_times_are_refused(num_steps, timesteps):
 )  # fmt: skip
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=f"method.{next(iter(options))}"):
-        MeanFlow(**options)
+        make.method(**options)
