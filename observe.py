@@ -13,6 +13,7 @@ import parts
 import sample
 from configs import load_config
 from methods import path
+from metrics import evaluators, results
 from utils import chips, metric_writer, processes, train_metrics
 from utils import images as image_utils
 
@@ -68,7 +69,8 @@ class Observer:
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
         about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times) - 1}
-        self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
+        fid = evaluators.tag("fid", self.config.fid.num_samples)
+        self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
 
     def due(self, step, epochs):
         """Whether something that is done every `epochs` epochs, and at the end, is due."""
@@ -176,9 +178,9 @@ class Observer:
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         weights["ema_vals"] = self.config.training.ema_val
-        results = self.evaluation.run(weights, self.workdir)
-        self.writer.scalars(step, evaluate.scalars(results))
-        self._last_result = results[0]
+        found = self.evaluation.run(weights, self.workdir)
+        self.writer.scalars(step, results.scalars(found))
+        self._last_result = found[0]
 
     def end(self, step):
         """Says what came out and where everything lies."""
@@ -190,7 +192,7 @@ class Observer:
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
-            logging.info("%s", evaluate.report(self._last_result))
+            logging.info("%s", results.report(self._last_result))
 
 
 def peak_rate(model, batch_size):

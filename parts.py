@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from configs import default
 from methods import flow, meanflow, path
-from metrics import scorer
+from metrics import evaluators
 from models import codec, dit, network, vae
 from utils import sharding
 
@@ -75,10 +75,11 @@ def check(config):
         )
     check_parts_of_batch(method, config.training.batch_size, config.training.grad_accum_steps)
     sampling = config.sampling
-    if sampling.method not in path.SAMPLERS:
-        raise ValueError(
-            f"sampling.method is one of {' | '.join(path.SAMPLERS)}, not {sampling.method!r}"
-        )
+    for method_name in sampling.method:
+        if method_name not in path.SAMPLERS:
+            raise ValueError(
+                f"sampling.method is of {' | '.join(path.SAMPLERS)}, not {method_name!r}"
+            )
     if sampling.sampling_timesteps:
         path.check_times(sampling.sampling_timesteps)
     if sampling.omega and not method.guided_at_sampling:
@@ -86,7 +87,7 @@ def check(config):
             f"sampling.omega: the guidance of method.name {config.method.name} is trained in "
             "(method.omega); leave it empty"
         )
-    scorer.check_options(config.fid)
+    evaluators.fill(config.fid)
 
 
 def check_parts_of_batch(method, batch_size, parts):

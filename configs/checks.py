@@ -11,7 +11,6 @@ CHOICES = {
     "training.lr_schedule": ("const", "cosine"),
     "sampling.format": ("png", "npz"),
     "sampling.vae_dtype": ("float32", "bfloat16"),
-    "fid.labels": ("random", "balanced"),
 }
 
 POSITIVE = (

@@ -36,10 +36,14 @@ ELEMENTS = {
     "sampling.omega": float,
     "sampling.sampling_timesteps": float,
     "sampling.labels": int,
+    "training.ema_sigma": float,
+    "fid.metrics": str,
 }
 
 # $VARIABLES and ~ are expanded in these.
-PATHS = ("dataset.root", "dataset.vae", "fid.cache_ref", "fid.inception_weights", "load_from")
+PATHS = (
+    "dataset.root dataset.vae fid.cache_ref fid.inception_weights fid.dinov2_weights load_from"
+).split()
 
 EXPECTED = {
     bool: "true or false",

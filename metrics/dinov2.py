@@ -47,12 +47,9 @@ def resized(images, resize):
 
     `edm2`: antialiased bicubic, neither clipped nor rounded. `edm2_pil`: Pillow's bicubic, rounded
     and clipped (dgm-eval, arXiv 2306.04675). `torch_fidelity`: TF1 bilinear, not antialiased. Each
-    is another measurement. Raises ValueError for another.
+    is another measurement.
     """
     height, width = images.shape[1:3]
-    if resize not in RESIZES:
-        names = ", ".join(RESIZES)
-        raise ValueError(f"fid.dinov2_resize: {resize!r} is unknown, choose one of {names}")
     if resize == "edm2_pil":
         return resizing.pil_bicubic(images, SIZE).astype(jnp.float32)
     if resize == "edm2":

@@ -38,16 +38,19 @@ def find(given, option, variable, names, advice):
 def digest(tree):
     """SHA-256 (hex) over a nested dict of arrays: the same for the same weights of any format."""
     total = hashlib.sha256()
-    for name, value in sorted(_flatten(tree).items()):
+    for name, value in sorted(flatten(tree).items()):
         value = np.ascontiguousarray(value, np.float32)
         total.update(f"{name}{value.shape}".encode())
         total.update(value.tobytes())
     return total.hexdigest()
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree, prefix=""):
+    """The arrays of a nested dict under dotted names; everything else is left out."""
     flat = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, np.ndarray):
+            flat[f"{prefix}{key}"] = value
     return flat
