@@ -12,10 +12,15 @@ from ml_collections import config_dict
 def get_config():
     """Returns the default `ConfigDict`. A fresh one at each call."""
     config = ml_collections.ConfigDict()
-    sections = dict(
-        dataset=_dataset, model=_model, method=_method, training=_training,
-        sampling=_sampling, fid=_fid, mesh=_mesh,
-    )  # fmt: skip
+    sections = {
+        "dataset": _dataset,
+        "model": _model,
+        "method": _method,
+        "training": _training,
+        "sampling": _sampling,
+        "fid": _fid,
+        "mesh": _mesh,
+    }
     for name, fill in sections.items():
         config[name] = ml_collections.ConfigDict()
         fill(config[name])

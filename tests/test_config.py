@@ -7,7 +7,6 @@ from absl import flags
 from ml_collections import config_flags
 
 import parts
-import resume
 from configs import checks, default, load_config
 
 FLAG = "--config=configs/load_config.py:exp"
@@ -384,30 +383,3 @@ def test_the_checks_and_the_schema_agree():
     numbers = {path for path, value in flat.items() if type(value) in (int, float)}
     elsewhere = {path for path in numbers if path.startswith("method.")} | {"fid.num_samples"}
     assert numbers - named == elsewhere, "a number without a range check"
-
-
-def test_every_option_says_whether_a_run_may_change_it():
-    for path in load_config.options(default.get_config()):
-        makes = path in resume.MAKE_THE_RUN or path.startswith(resume.MAKE_THE_RUN_BELOW)
-        assert makes != resume.may_change(path), path
-    named = {*resume.MAKE_THE_RUN, *resume.MAY_CHANGE}
-    assert named <= load_config.options(default.get_config()).keys()
-
-
-@pytest.mark.parametrize(
-    "word, line",
-    [
-        ("method.name=other", "method.name: 'other' is not one of meanflow | flow"),
-        (
-            "method.name=flow method.tangent=1,1",
-            "method.tangent is no option of method.name flow, which has noise_dist, ",
-        ),
-        ("model.cls=DiT_B_3", "model.cls: unknown network 'DiT_B_3'; known: DiT_S_2, "),
-        ("model.cls=DiT", "model.cls: DiT needs model.depth, model.hidden_size, model.num_heads, "),
-        ("sampling.method=rk4", "sampling.method is one of ode | euler | heun, not 'rk4'"),
-        ("sampling.omega=2", "sampling.omega: the guidance of method.name meanflow is trained in"),
-    ],
-)
-def test_what_a_part_does_not_have_is_refused_by_name(write, word, line):
-    write("")
-    assert refusal(*(f"--config.{part}" for part in word.split())).startswith(line)

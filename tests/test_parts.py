@@ -1,0 +1,36 @@
+"""What the parts of a run refuse, and that every option has its place."""
+
+import make
+import pytest
+
+import parts
+import resume
+from configs import default, load_config
+
+
+def test_every_option_says_whether_a_run_may_change_it():
+    for path in load_config.options(default.get_config()):
+        makes = path in resume.MAKE_THE_RUN or path.startswith(resume.MAKE_THE_RUN_BELOW)
+        assert makes != resume.may_change(path), path
+    named = {*resume.MAKE_THE_RUN, *resume.MAY_CHANGE}
+    assert named <= load_config.options(default.get_config()).keys()
+
+
+@pytest.mark.parametrize(
+    "word, line",
+    [
+        ("method.name=other", "method.name: 'other' is not one of meanflow | flow"),
+        (
+            "method.name=flow method.tangent=1,1",
+            "method.tangent is no option of method.name flow, which has noise_dist, ",
+        ),
+        ("model.cls=DiT_B_3", "model.cls: unknown network 'DiT_B_3'; known: DiT_S_2, "),
+        ("model.cls=DiT", "model.cls: DiT needs model.depth, model.hidden_size, model.num_heads, "),
+        ("sampling.method=rk4", "sampling.method is one of ode | euler | heun, not 'rk4'"),
+        ("sampling.omega=2", "sampling.omega: the guidance of method.name meanflow is trained in"),
+    ],
+)
+def test_what_a_part_does_not_have_is_refused_by_name(word, line):
+    with pytest.raises(ValueError) as caught:
+        parts.check(make.config(*word.split()))
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
