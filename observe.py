@@ -40,6 +40,7 @@ class Observer:
         self.steps_per_epoch, self.total = steps_per_epoch, total
         self.rows = model.method.rows
         self.sampler = self.evaluation = self.writer = None
+        self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
         self.times = path.sample_times(
             config.sampling.num_steps[0], config.sampling.sampling_timesteps
         )
@@ -86,6 +87,18 @@ class Observer:
 
     def _grid_due(self, step):
         return bool(self.sampler) and self.due(step, self.config.training.sample_per_epoch)
+
+    def take_snapshot(self, step, state):
+        """Saves the power-function averages where it is time to; never twice.
+
+        Raises:
+          OSError: this or the last snapshot could not be written, in one line.
+        """
+        training = self.config.training
+        if self.snapshots and step and self.due(step, training.ema_snapshot_per_epoch):
+            self.snapshots.save(step, state.ema_params[-len(training.ema_sigma) :])
+        if self.snapshots:
+            self.snapshots.check()
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
@@ -178,6 +191,7 @@ class Observer:
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         weights["ema_vals"] = self.config.training.ema_val
+        weights |= {"ema_sigmas": self.config.training.ema_sigma, "workdir": self.workdir}
         found = self.evaluation.run(weights, self.workdir)
         self.writer.scalars(step, results.scalars(found))
         self._last_result = found[0]
@@ -188,7 +202,7 @@ class Observer:
         if not processes.is_writer():
             return
         logging.info("finished: step %d of %d", step, self.total)
-        for name in ("samples", "checkpoints", "results.json", "metrics.jsonl"):
+        for name in ("samples", "checkpoints", "ema_snapshots", "results.json", "metrics.jsonl"):
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:

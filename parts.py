@@ -14,7 +14,7 @@ from configs import default
 from methods import flow, meanflow, path
 from metrics import evaluators
 from models import codec, dit, network, vae
-from utils import sharding
+from utils import power_ema, sharding
 
 BACKBONES = (dit,)
 OBJECTIVES = {
@@ -88,6 +88,11 @@ def check(config):
             "(method.omega); leave it empty"
         )
     evaluators.fill(config.fid)
+    profiles = {f"training.ema_sigma {sigma:g}": sigma for sigma in config.training.ema_sigma}
+    named = [name for name in config.fid.weights if name.startswith("ema_sigma")]
+    profiles |= {f"fid.weights {name}": float(name.removeprefix("ema_sigma")) for name in named}
+    for name, sigma in profiles.items():
+        power_ema.check(name, sigma)
 
 
 def check_parts_of_batch(method, batch_size, parts):

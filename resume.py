@@ -21,8 +21,8 @@ MAY_CHANGE = (
     "model.unroll model.remat model.fused_attention "
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
-    "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
-    "training.profile_steps training.wandb load_from eval_only sample_only"
+    "training.sample_per_epoch training.checkpoint_per_epoch training.ema_snapshot_per_epoch "
+    "training.fid_per_epoch training.profile_steps training.wandb load_from eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (
@@ -31,7 +31,7 @@ MAKE_THE_RUN = (
     "model.cls model.depth model.hidden_size model.num_heads model.patch_size model.time_cond "
     "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
     "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.half_precision"
+    "training.ema_sigma training.half_precision"
 ).split()
 MAKE_THE_RUN_BELOW = ("method.",)
 
@@ -66,7 +66,8 @@ def start(config, workdir, mesh, init):
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, optimizer=True)
-        state = from_weights(state, found, shardings, config.training.ema_val)
+        training = config.training
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     return state, shardings, None
 
@@ -178,13 +179,16 @@ def _consequence(name, config):
     return ""
 
 
-def from_weights(state, found, shardings, ema_vals):
+def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
     """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
-    Averages of a decay in `ema_vals` that `found` does not have begin as their first one.
+    Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
+    a profile in `ema_sigmas` as the weights, as if these had stood still so far.
     """
     known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
     emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
+    known = weights.profiles(found)
+    emas += [known.get(sigma, found["params"]) for sigma in ema_sigmas]
     opt_state = state.opt_state
     if found["opt_state"]:
         opt_state = optax.tree.set(opt_state, **found["opt_state"])

@@ -22,7 +22,16 @@ import parts
 import resume
 from methods import path
 from models import codec, network
-from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
+from utils import (
+    checkpoint,
+    dataset,
+    iterator,
+    power_ema,
+    processes,
+    sharding,
+    snapshots,
+    train_metrics,
+)
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -32,7 +41,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 (), steps done
     params: Any
-    ema_params: tuple[Any, ...]  # one average for each decay of training.ema_val
+    ema_params: tuple[Any, ...]  # an average for each of training.ema_val, then .ema_sigma
     opt_state: Any
     sums: dict[str, jax.Array]  # of the metrics, since the last line of the log
 
@@ -72,6 +81,7 @@ class Recipe:
     codec: codec.Codec
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
+    ema_sigmas: tuple[float, ...] = ()
     grad_accum_steps: int = 1
     skip_nonfinite: bool = False
     log_per_step: int = 100
@@ -80,7 +90,7 @@ class Recipe:
 def init_state(recipe, module, image_shape, key):
     """A fresh state; the averages begin as copies of the weights. Pure, for `jit`."""
     params = network.init_params(module, key, image_shape)
-    averages = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals)
+    averages = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
     return TrainState(jnp.int32(0), params, averages, opt_state, sums)
@@ -135,6 +145,23 @@ def train_step(recipe, key, state, batch):
     return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT))
 
 
+def averages(recipe, state, params):
+    """The averages of the weights after a step that led to `params`."""
+    count = len(recipe.ema_vals)
+    constant = tuple(
+        jax.tree.map(lambda ema, p, decay=decay: decay * ema + (1 - decay) * p, average, params)
+        for decay, average in zip(recipe.ema_vals, state.ema_params[:count], strict=True)
+    )
+    shares = [
+        power_ema.update_weight(state.step + 1, power_ema.sigma_to_gamma(sigma))
+        for sigma in recipe.ema_sigmas
+    ]
+    return constant + tuple(
+        jax.tree.map(partial(power_ema.update, weight=share), average, params)
+        for share, average in zip(shares, state.ema_params[count:], strict=True)
+    )
+
+
 def make_step(recipe, key, mesh, shardings):
     """`train_step` compiled over the mesh, (state, batch) -> state; the state given is used up."""
     return jax.jit(
@@ -156,10 +183,7 @@ def update(recipe, state, x, given, draws, key):
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = tuple(
-        jax.tree.map(lambda ema, p, decay=decay: decay * ema + (1 - decay) * p, average, params)
-        for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
-    )
+    ema_params = averages(recipe, state, params)
     norms = {
         "grad_norm": optax.tree.norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
@@ -194,6 +218,7 @@ def make_recipe(config, model, total_steps):
         codec=model.codec,
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
+        ema_sigmas=tuple(config.training.ema_sigma),
         grad_accum_steps=config.training.grad_accum_steps,
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
@@ -269,7 +294,13 @@ def train(config, workdir):
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
     step_fn = make_step(recipe, key, model.mesh, shardings)
-    with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir))
+        if training.ema_sigma:
+            writer = snapshots.Writer(workdir, training.ema_sigma, int(state.step))
+            observer.snapshots = stack.enter_context(writer)
+            observer.take_snapshot(int(state.step), state)
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state
@@ -303,6 +334,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
         observer.log(step, state)
+        observer.take_snapshot(step, state)
         checkpointer.check()
         stopping = processes.stop_requested()
         if stopping or observer.checkpoint_due(step):

@@ -1,7 +1,7 @@
 """Weights of any origin: loading, choosing a set, placing on devices."""
 
 from formats import published
-from utils import checkpoint, sharding, trees
+from utils import checkpoint, sharding, snapshots, trees
 
 
 def load(path, shapes, optimizer=False):
@@ -13,19 +13,24 @@ def load(path, shapes, optimizer=False):
       optimizer: whether to read Adam's moments too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
-      decays, empty where the file does not say) and `opt_state` ({"count", "mu", "nu"} of Adam
-      where asked for and stored, else None).
+      A dict of `step`, `params`, `ema_params` (a tuple, a tree for each decay, then for each
+      profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
+      profiles), `workdir` (of the run) and `opt_state` ({"count", "mu", "nu"} of Adam where asked
+      for and stored, else None).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model.
     """
     if checkpoint.steps(path):
         weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-        weights["ema_vals"] = weights.pop("config").get("training", {}).get("ema_val", ())
+        training = weights.pop("config").get("training", {})
+        weights["ema_vals"] = training.get("ema_val", ())
+        weights["ema_sigmas"] = training.get("ema_sigma", ())
     else:
         weights = published.load(path)
         weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
+        weights["ema_sigmas"] = ()
+    weights["workdir"] = path
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         where = f"{name} of {path}: not the weights of the configured model"
         trees.check_tree(shapes, tree, where)
@@ -33,7 +38,14 @@ def load(path, shapes, optimizer=False):
 
 
 def choose(weights, name):
-    """One set of weights by its name: `params`, `ema` (the first average) or `ema_DECAY`."""
+    """One set of weights by its name: `params`, `ema` (the first average), `ema_DECAY`, or
+    `ema_sigmaS` for a power-function average, which is reconstructed where it was not tracked.
+
+    Args:
+      weights: from `place`.
+    """
+    if name.startswith("ema_sigma"):
+        return _profile(weights, float(name.removeprefix("ema_sigma")))
     averages = weights["ema_params"]
     names = {"params": weights["params"], "ema": averages[0]}
     names |= {
@@ -42,6 +54,26 @@ def choose(weights, name):
     if name not in names:
         raise ValueError(f"fid.weights: {name!r} is none of {', '.join(names)}")
     return names[name]
+
+
+def profiles(weights):
+    """The power-function averages that were tracked: sigma_rel -> tree."""
+    count = len(weights["ema_sigmas"])
+    averages = weights["ema_params"][-count:] if count else ()
+    return dict(zip(weights["ema_sigmas"], averages, strict=True))
+
+
+def _profile(weights, sigma):
+    known = profiles(weights)
+    if not known:
+        raise ValueError(
+            f"fid.weights: ema_sigma{sigma:g} needs a run that tracked such averages "
+            "(training.ema_sigma)"
+        )
+    if sigma in known:
+        return known[sigma]
+    sigmas, averages = zip(*known.items(), strict=True)
+    return snapshots.reconstruct(weights["workdir"], weights["step"], sigmas, averages, sigma)
 
 
 def place(weights, mesh):

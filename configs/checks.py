@@ -4,6 +4,8 @@ Nothing here needs jax, a device or the data. What a network, an objective, a co
 alone can know of its options, it checks itself when it is built (`parts.check`).
 """
 
+import re
+
 DATA_PLACEHOLDER = "YOUR_DATA_ROOT"  # of the published YAML files
 REFERENCE_PLACEHOLDER = "YOUR_FID_CACHE_REF"
 
@@ -16,7 +18,8 @@ CHOICES = {
 POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor model.unroll "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
-    "training.checkpoint_per_epoch sampling.num_images fid.device_batch_size mesh.fsdp"
+    "training.checkpoint_per_epoch training.ema_snapshot_per_epoch sampling.num_images "
+    "fid.device_batch_size mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
@@ -91,7 +94,11 @@ def _validate_evaluation(config):
     fid = config.fid
     _require(fid.num_samples >= 2, "fid.num_samples", "a covariance needs at least 2 samples")
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
+    averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
     weights = ["ema", "params", *averages]
+    # Of a run that has tracked two profiles, an evaluation reconstructs any other.
+    if config.eval_only:
+        weights += [name for name in fid.weights if re.fullmatch(r"ema_sigma0?\.\d+", name)]
     _require(
         fid.weights and all(name in weights for name in fid.weights),
         "fid.weights",

@@ -100,6 +100,8 @@ def _training(training):
     training.grad_accum_steps = 1  # parts in which the batch is computed, one after the other
     training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
     training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
+    training.ema_sigma = ()  # sigma_rel of power-function averages, as 0.05,0.10 (post-hoc EMA)
+    training.ema_snapshot_per_epoch = 5  # epochs between two snapshots of those, all of them kept
     training.half_precision = False  # matrix products of the network in bfloat16
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training

@@ -1,6 +1,7 @@
 """Feature networks: what turns images into the numbers that are compared.
 
-Builds on metrics/inception.py and metrics/dinov2.py, and on the readers of their weights.
+Builds on metrics/inception.py, metrics/inception_weights.py, metrics/dinov2.py,
+metrics/dinov2_weights.py and metrics/weight_files.py.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """The reference that generated images are compared with: its file, its checks, the comparison.
 
-Builds on metrics/distances.py, neighbours.py and kernels.py, and on metrics/edm2_reference.py.
+Builds on metrics/distances.py, metrics/neighbours.py, metrics/kernels.py, metrics/scorer.py,
+metrics/evaluators.py, metrics/edm2_reference.py, utils/files.py and utils/processes.py.
 """
 
 import logging

@@ -12,13 +12,18 @@ import numpy as np
 LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
 
 
+def check(name, sigma):
+    """Raises ValueError, in a line that begins with `name`, where there is no such profile."""
+    if not 0 < sigma < LONGEST:
+        raise ValueError(f"{name}: sigma_rel of an average lies between 0 and {LONGEST:.4f}")
+
+
 def sigma_to_gamma(sigma):
     """The exponent of a profile from its sigma_rel, 0 < sigma < 0.2887, in float64.
 
     Raises ValueError for another.
     """
-    if not 0 < sigma < LONGEST:
-        raise ValueError(f"sigma_rel of an average lies between 0 and {LONGEST:.4f}, not {sigma}")
+    check(sigma, sigma)
     c = float(sigma) ** -2  # the largest root of (g + 2)^2 (g + 3) = c (g + 1)
     roots = np.roots([1, 7, 16 - c, 12 - c])
     return float(roots.real[np.abs(roots.imag) < 1e-6 * np.abs(roots)].max())
@@ -38,18 +43,28 @@ def update_weight(step, gamma):
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / step))
 
 
-def coefficients(times, gammas, time, gamma):
-    """What to multiply snapshots by for the profile `gamma` at `time`: float64 (N,), of sum 1.
+def update(average, value, weight):
+    """An average after a step: `weight` of it is the new value. Pure, for `jit`.
+
+    Not as beta average + (1 - beta) value: near 1, beta keeps so few digits of 1 - beta in float32
+    that the average would grow or shrink over many steps.
+    """
+    return average + weight * (value - average)
+
+
+def coefficients(times, sigmas, time, sigma):
+    """What to multiply snapshots by for the profile `sigma` at `time`: float64 (N,), of sum 1.
 
     Args:
-      times, gammas: of the snapshots, (N,), 0 < times <= time.
-      time: one of `times`, to be exact.
+      times, sigmas: of the snapshots, (N,), 0 < times <= time, none of them twice.
+      time: one of `times`, or the fit is worse.
 
     The least-squares fit of the profiles (arXiv 2312.02696, appendix C.3), divided by its sum.
     """
-    times, gammas = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
+    times = np.asarray(times, np.float64)
+    gammas = np.array([sigma_to_gamma(s) for s in sigmas])
     products = _inner_product(times[:, None], gammas[:, None], times, gammas)
-    wanted = _inner_product(times, gammas, float(time), float(gamma))
+    wanted = _inner_product(times, gammas, float(time), sigma_to_gamma(sigma))
     # The Gram matrix of unit profiles has the smaller condition number.
     norm = np.sqrt(np.diag(products))
     found = np.linalg.solve(products / np.outer(norm, norm), wanted / norm) / norm
