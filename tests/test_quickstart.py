@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_behind(finished):
     losses = [line["raw_loss/all"] for line in lines if "raw_loss/all" in line]
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30]
     assert losses[-1] < losses[0]
-    assert lines[-1]["fid/ema_1step"] > 0
+    assert lines[-1]["fid@100/ema_1step"] > 0
     assert [path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()] == [
         "30"
     ]
