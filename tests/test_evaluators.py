@@ -200,9 +200,8 @@ def test_a_pickle_that_asks_for_more_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name}.pkl: (refused|not EDM2's)") as caught:
             load_reference(path)
         assert "\n" not in str(caught.value)
-    assert "json" in str(
-        pytest.raises(ValueError, edm2_reference.load, tmp_path / "evil.pkl").value
-    )
+    with pytest.raises(ValueError, match="asks for json.loads"):
+        edm2_reference.load(tmp_path / "evil.pkl")
 
 
 def test_statistics_of_dinov2_go_round(tmp_path):
@@ -228,7 +227,8 @@ def huggingface(arrays):
     found = {}
     for name, value in arrays.items():
         for old, new in (
-            ("pos_embed", "position_embeddings"), ("patch_embed.proj", "patch_embeddings.projection"),
+            ("pos_embed", "position_embeddings"),
+            ("patch_embed.proj", "patch_embeddings.projection"),
             ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"),
             ("attn.proj", "attention.output.dense"), ("blocks.", "encoder.layer."),
         ):  # fmt: skip
