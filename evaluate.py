@@ -145,6 +145,7 @@ class Evaluation:
                 logging.info("%s", results.report(found[-1]))
         if len(found) > 1:
             logging.info("%s", results.table(found))
+            logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
         return found
 
     def settings(self):
@@ -177,7 +178,12 @@ class Evaluation:
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     model = parts.make(config)
-    weights = weights_of.load(config.load_from or workdir, model.param_shapes())
+    weights = weights_of.load(
+        config.load_from or workdir,
+        model.param_shapes(),
+        config,
+        may_lack=model.module.only_for_training,
+    )
     weights = weights_of.place(weights, model.mesh)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, parts.load_autoencoder(config), records)

@@ -157,7 +157,12 @@ def run(sampler, params, options, num_classes, output):
 def sample_job(config, workdir):
     """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`."""
     model = parts.make(config)
-    found = weights.load(config.load_from or workdir, model.param_shapes())
+    found = weights.load(
+        config.load_from or workdir,
+        model.param_shapes(),
+        config,
+        may_lack=model.module.only_for_training,
+    )
     found = weights.place(found, model.mesh)
     autoencoder = parts.load_autoencoder(config)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
