@@ -73,6 +73,11 @@ def read(path):
     raise ValueError(f"{path}: not a weight file of a known format; use {PTH_NAME}")
 
 
+def from_torch(state):
+    """The parameters of `inception.features` from arrays by the names of a `.pth`."""
+    return _assemble("state dict", state, _torchvision_names)
+
+
 def _file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
