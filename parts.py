@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from configs import default
 from methods import flow, improved, meanflow, path
 from metrics import evaluators
-from models import codec, dit, imf_dit, network, vae
-from utils import power_ema, sharding
+from models import codec, dit, imf_dit, network, unet, vae
+from utils import averages, sharding
 
-BACKBONES = (dit, imf_dit)
+BACKBONES = (dit, imf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
@@ -61,9 +61,7 @@ def make(config, mesh=None):
         module=module,
         net=network.function(module, sharding.gather(mesh)),
         method=make_method(config),
-        codec=codec.Codec(
-            make_normalisation(config), config.dataset.use_flip, config.dataset.num_classes > 0
-        ),
+        codec=make_codec(config),
         image_shape=image_shape(config),
         num_classes=config.dataset.num_classes,
     )
@@ -75,13 +73,17 @@ def check(config):
     What joins sections without jax is checked before, by configs/checks.py.
     """
     module, method = make_module(config), make_method(config)
-    make_normalisation(config)
-    lacking = [name for name in method.conditions if name not in module.conditions]
-    if lacking:
-        raise ValueError(
-            f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which method.name "
-            f"{config.method.name} gives to the network"
-        )
+    origins = (
+        (method.conditions, f"method.name {config.method.name}"),
+        (make_codec(config).conditions, "dataset.augment_prob"),
+    )
+    for conditions, origin in origins:
+        lacking = [name for name in conditions if name not in module.conditions]
+        if lacking:
+            raise ValueError(
+                f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which {origin} "
+                "gives to the network"
+            )
     if method.needs_v and not module.predicts_v:
         raise ValueError(
             f"model.cls: {config.model.cls} predicts no instantaneous velocity beside the average "
@@ -123,7 +125,7 @@ def check_evaluation(config):
     named = [name for name in config.fid.weights if name.startswith("ema_sigma")]
     profiles |= {f"fid.weights {name}": float(name.removeprefix("ema_sigma")) for name in named}
     for name, sigma in profiles.items():
-        power_ema.check(name, sigma)
+        averages.check(name, sigma)
 
 
 def check_parts_of_batch(method, batch_size, parts):
@@ -196,6 +198,17 @@ def own_options(config, section, names, chosen_by):
                 f"which has {', '.join(names)}"
             )
     return {name: values[name] for name in names}
+
+
+def make_codec(config):
+    """What turns records into the network's inputs."""
+    data = config.dataset
+    return codec.Codec(
+        normalisation=make_normalisation(config),
+        flip=data.use_flip,
+        labelled=data.num_classes > 0,
+        augment_prob=data.augment_prob,
+    )
 
 
 def make_normalisation(config):

@@ -21,12 +21,12 @@ import observe
 import parts
 import resume
 from methods import path
-from models import codec, network
+from models import card, codec, network
 from utils import (
+    averages,
     checkpoint,
     dataset,
     iterator,
-    power_ema,
     processes,
     sharding,
     snapshots,
@@ -66,7 +66,8 @@ def make_optimizer(training, total_steps, steps_per_epoch=0):
         after = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
     else:
         after = optax.constant_schedule(rate)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    before = optax.linear_schedule(training.warmup_init, rate, warmup)
+    schedule = optax.join_schedules([before, after], [warmup])
     adamw = optax.adamw(
         schedule, training.adam_b1, training.adam_b2, weight_decay=training.weight_decay
     )
@@ -84,6 +85,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
     ema_sigmas: tuple[float, ...] = ()
+    ema_period: int = 1
     grad_accum_steps: int = 1
     skip_nonfinite: bool = False
     log_per_step: int = 100
@@ -92,10 +94,10 @@ class Recipe:
 def init_state(recipe, module, image_shape, key):
     """A fresh state; the averages begin as copies of the weights. Pure, for `jit`."""
     params = network.init_params(module, key, image_shape)
-    averages = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
+    ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
-    return TrainState(jnp.int32(0), params, averages, opt_state, sums)
+    return TrainState(jnp.int32(0), params, ema_params, opt_state, sums)
 
 
 def gradients(recipe, params, x, given, draws, held, key):
@@ -147,23 +149,6 @@ def train_step(recipe, key, state, batch):
     return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT))
 
 
-def averages(recipe, state, params):
-    """The averages of the weights after a step that led to `params`."""
-    count = len(recipe.ema_vals)
-    constant = tuple(
-        jax.tree.map(lambda ema, p, decay=decay: decay * ema + (1 - decay) * p, average, params)
-        for decay, average in zip(recipe.ema_vals, state.ema_params[:count], strict=True)
-    )
-    shares = [
-        power_ema.update_weight(state.step + 1, power_ema.sigma_to_gamma(sigma))
-        for sigma in recipe.ema_sigmas
-    ]
-    return constant + tuple(
-        jax.tree.map(partial(power_ema.update, weight=share), average, params)
-        for share, average in zip(shares, state.ema_params[count:], strict=True)
-    )
-
-
 def make_step(recipe, key, mesh, shardings):
     """`train_step` compiled over the mesh, (state, batch) -> state; the state given is used up."""
     return jax.jit(
@@ -171,6 +156,7 @@ def make_step(recipe, key, mesh, shardings):
         in_shardings=(shardings, sharding.by_row(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
+        compiler_options=card.compiler_options(mesh),
     )
 
 
@@ -185,7 +171,10 @@ def update(recipe, state, x, given, draws, key):
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = averages(recipe, state, params)
+    ema_params = averages.after_step(
+        state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
+        recipe.ema_sigmas,
+    )  # fmt: skip
     norms = {
         "grad_norm": optax.tree.norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
@@ -221,6 +210,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
         ema_sigmas=tuple(config.training.ema_sigma),
+        ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,

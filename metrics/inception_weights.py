@@ -36,10 +36,11 @@ def load(path=None):
     if cached.is_file():
         try:
             return _read_safetensors(cached)
-        except ValueError:
-            pass  # damaged: it is made anew
+        except (ValueError, OSError):
+            pass  # damaged, or another user's: it is read from its source
     params = read(source)
-    _write_safetensors(cached, params)
+    if cached.is_absolute():
+        _write_safetensors(cached, params)
     return params
 
 
@@ -224,10 +225,8 @@ def _write_safetensors(path, params):
 
 
 def _read_safetensors(path):
-    try:
+    with files.reading(path, "damaged safetensors file"):
         flat = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     wanted = {f"{layer}.kernel": shape for layer, shape in CONV_SHAPES.items()}
     wanted |= {f"{layer}.bias": shape[-1:] for layer, shape in CONV_SHAPES.items()}
     wanted |= {"fc.kernel": FC_SHAPE, "fc.bias": FC_SHAPE[-1:]}

@@ -1,15 +1,22 @@
-"""Where the weights of feature networks are looked for. Nothing is downloaded."""
+"""Where the weights of feature networks are looked for. Nothing is downloaded.
+
+Builds on utils/files.py.
+"""
 
 import hashlib
 import os
-import pathlib
 
 import numpy as np
 
+from utils import files
+
 
 def cache_folder():
-    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meanflow"
+    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+
+    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
+    """
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
 
 
 def find(given, option, variable, names, advice):
@@ -25,7 +32,7 @@ def find(given, option, variable, names, advice):
     """
     for path, origin in ((given, option), (os.environ.get(variable), variable)):
         if path:
-            path = pathlib.Path(path).expanduser()
+            path = files.user_path(path)
             if not path.is_file():
                 raise FileNotFoundError(f"{origin}: no such file: {path}")
             return path

@@ -13,7 +13,7 @@ import evaluate
 import parts
 import weights as weights_of
 from metrics import results as stored
-from utils import checkpoint, power_ema, snapshots
+from utils import averages, checkpoint, snapshots
 
 TRACKED = (0.05, 0.10)
 OPTIONS = {
@@ -96,7 +96,7 @@ def test_any_profile_is_reconstructed(run, config):
     # by hand: all snapshots before the last step, and the averages of the last in full precision
     steps = checkpoint.steps(snapshots.folder(run))
     times, sigmas = np.repeat(steps, 2), np.tile(TRACKED, len(steps))
-    factors = power_ema.coefficients(times, sigmas, steps[-1], 0.075)
+    factors = averages.coefficients(times, sigmas, steps[-1], 0.075)
     trees = [tree for step in steps[:-1] for tree in arrays_of(run, step)]
     trees += list(checkpoint.restore_weights(run)["ema_params"][1:])
     for leaf, *parts_of in zip(*map(jax.tree.leaves, (chosen, *trees)), strict=True):

@@ -3,7 +3,7 @@
     WORKDIR/ema_snapshots/checkpoints/STEP   laid out as a run's checkpoints, utils/checkpoint.py
 
 Float16, as EDM2 stores them: half the place, and an error of 1e-4 to 5e-4 of the largest value.
-Builds on utils/checkpoint.py and utils/power_ema.py.
+Builds on utils/checkpoint.py and utils/averages.py.
 """
 
 import logging
@@ -12,7 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from utils import checkpoint, power_ema
+from utils import checkpoint
 
 
 def folder(workdir):
@@ -41,28 +41,28 @@ class Writer(checkpoint.Checkpointer):
             if later > step:
                 self.delete(later)
 
-    def save(self, step, averages):
+    def save(self, step, tracked):
         """Starts to write the averages after a step; does nothing where that is done already.
 
         Args:
-          averages: a tree for each of the sigmas, float32.
+          tracked: a tree for each of the sigmas, float32.
 
         Raises:
           OSError: this or the last snapshot could not be written, in one line.
         """
         if step not in checkpoint.steps(self.folder):
             plain = {"data": {}, "config": {"ema_sigma": self.sigmas}}
-            self.write(step, {"ema_params": _halved(tuple(averages))}, plain)
+            self.write(step, {"ema_params": _halved(tuple(tracked))}, plain)
 
 
-def reconstruct(workdir, step, sigmas, averages, sigma):
+def reconstruct(workdir, step, sigmas, tracked, sigma):
     """The average of the profile `sigma` at a step of a run, a tree float32 on the devices.
 
     Args:
       workdir: of the run, whose snapshots before `step` are used.
-      step: of the averages.
-      sigmas: sigma_rel of the averages.
-      averages: a tree on the devices for each of them, float32.
+      step: of the tracked averages.
+      sigmas: their sigma_rel.
+      tracked: a tree on the devices for each of these, float32.
 
     Raises:
       DamagedError: a snapshot cannot be read.
@@ -71,14 +71,14 @@ def reconstruct(workdir, step, sigmas, averages, sigma):
     known = [time for time in checkpoint.steps(root) if 0 < time < step]
     inputs = [(time, s) for time in known for s in _sigmas(root, time)]
     inputs += [(step, s) for s in sigmas]
-    found = power_ema.coefficients(*zip(*inputs, strict=True), step, sigma)
+    found = averages.coefficients(*zip(*inputs, strict=True), step, sigma)
     logging.info(
         "sigma_rel %g from %d snapshots of %s: sum of the absolute coefficients %.1f",
         sigma, len(inputs), sorted({s for _, s in inputs}), abs(found).sum(),
     )  # fmt: skip
     total, place = None, 0
     for time in [*known, step]:
-        trees = averages if time == step else _read(root, time, averages[0])
+        trees = tracked if time == step else _read(root, time, tracked[0])
         weights = jnp.array(found[place : place + len(trees)], jnp.float32)
         total = _add(total, weights, tuple(trees))
         place += len(trees)

@@ -20,7 +20,7 @@ from metrics import (
     neighbours,
 )
 from metrics import reference as references
-from utils import power_ema
+from utils import averages
 
 pytestmark = pytest.mark.parity
 
@@ -268,17 +268,17 @@ EMA = below("posthoc_ema")
 
 def test_exponents():
     for sigma, gamma in zip(EMA["sigma"], EMA["gamma"], strict=True):
-        np.testing.assert_allclose(power_ema.sigma_to_gamma(sigma), gamma, rtol=1e-12)
-        np.testing.assert_allclose(power_ema.gamma_to_sigma(gamma), sigma, rtol=1e-12)
+        np.testing.assert_allclose(averages.sigma_to_gamma(sigma), gamma, rtol=1e-12)
+        np.testing.assert_allclose(averages.gamma_to_sigma(gamma), sigma, rtol=1e-12)
 
 
 def average(sigmas, dtype):
     """The averages after every step: (T, len(sigmas), P)."""
-    gammas = jnp.array([power_ema.sigma_to_gamma(sigma) for sigma in sigmas], dtype)
+    gammas = jnp.array([averages.sigma_to_gamma(sigma) for sigma in sigmas], dtype)
 
     def step(ema, row):
         t, params = row
-        ema = power_ema.update(ema, params, power_ema.update_weight(t, gammas)[:, None])
+        ema = averages.update(ema, params, averages.update_weight(t, gammas)[:, None])
         return ema, ema
 
     params = jnp.asarray(EMA["params"], dtype)
@@ -307,7 +307,7 @@ def test_reconstruction(name):
     }
     snapshots = np.stack([by_input[key] for key in zip(times, sigmas, strict=True)])
     for i, target in enumerate(case["targets"]):
-        found = power_ema.coefficients(times, sigmas, case["time"], target)
+        found = averages.coefficients(times, sigmas, case["time"], target)
         np.testing.assert_allclose(found, EMA[f"{name}/coefficients"][i], rtol=0, atol=1e-10)
         np.testing.assert_allclose(
             found @ snapshots, EMA[f"{name}/reconstructed"][i], rtol=0, atol=1e-12

@@ -1,15 +1,50 @@
-"""Post-hoc averages of weights: power-function profiles and their reconstruction.
+"""Averages of weights: by constant decays, and by power functions of time (post-hoc EMA).
 
-Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of an average at time t
-gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
+The latter: Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of an average at
+time t gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
 standard deviation sigma_rel names it. Times count steps: only their ratios matter. Snapshots of
 two tracked profiles are enough to reconstruct any other one after training.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
+
+
+def after_step(averages, params, step, decays, period, sigmas):
+    """The averages after step number `step` (1, 2, ...), which led to `params`. Pure, for `jit`.
+
+    Args:
+      averages: a tree for each of `decays`, then for each of `sigmas`.
+      period: steps between two changes of those of `decays`.
+    """
+    count = len(decays)
+    constant = [
+        jax.tree.map(partial(by_decay, decay, period, step), average, params)
+        for decay, average in zip(decays, averages[:count], strict=True)
+    ]
+    weights = [update_weight(step, sigma_to_gamma(sigma)) for sigma in sigmas]
+    profiles = [
+        jax.tree.map(partial(update, weight=weight), average, params)
+        for weight, average in zip(weights, averages[count:], strict=True)
+    ]
+    return (*constant, *profiles)
+
+
+def by_decay(decay, period, step, average, value):
+    """An average after step number `step`: changed at every `period`-th step alone.
+
+    Then by decay ** period, which is nearly, not exactly, the average of every step.
+    """
+    new = decay**period * average + (1 - decay**period) * value
+    return new if period == 1 else jnp.where(step % period == 0, new, average)
+
+
+# Power functions --------------------------------------------------------------------------------
 
 
 def check(name, sigma):
