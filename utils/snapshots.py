@@ -12,7 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from utils import checkpoint
+from utils import averages, checkpoint
 
 
 def folder(workdir):
