@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from configs import default
 from methods import flow, improved, meanflow, path
-from metrics import evaluators
+from metrics import evaluators, kernels
 from models import codec, dit, imf_dit, network, unet, vae
 from utils import averages, sharding
 
@@ -120,7 +120,8 @@ def check(config):
 
 def check_evaluation(config):
     """Raises ValueError where the options `fid` or the profiles of averages name what is not."""
-    evaluators.fill(config.fid)
+    if "kid" in evaluators.fill(config.fid).metrics:
+        kernels.check_subsets(config.fid.num_samples, "generated samples (fid.num_samples)")
     profiles = {f"training.ema_sigma {sigma:g}": sigma for sigma in config.training.ema_sigma}
     named = [name for name in config.fid.weights if name.startswith("ema_sigma")]
     profiles |= {f"fid.weights {name}": float(name.removeprefix("ema_sigma")) for name in named}

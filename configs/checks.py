@@ -107,9 +107,11 @@ def _validate_evaluation(config):
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
     averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
     weights = ["ema", "params", *averages]
-    # Of a run that has tracked two profiles, an evaluation reconstructs any other.
-    if config.eval_only:
-        weights += [name for name in fid.weights if re.fullmatch(r"ema_sigma0?\.\d+", name)]
+    for name in fid.weights:
+        found = re.fullmatch(r"ema_sigma(0?\.\d+)", name)
+        # Of a run that has tracked two profiles, an evaluation reconstructs any other.
+        if found and (config.eval_only or float(found[1]) in config.training.ema_sigma):
+            weights.append(name)
     _require(
         fid.weights and all(name in weights for name in fid.weights),
         "fid.weights",

@@ -32,14 +32,19 @@ def kid(generated, reference, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=SEE
     return float(values.mean()), float(values.std())
 
 
+def check_subsets(count, what, subset_size=SUBSET_SIZE):
+    """Raises ValueError where a set of `count` samples is smaller than a subset."""
+    if count < subset_size:
+        raise ValueError(
+            f"KID: {count} {what} are fewer than a subset of {subset_size}; take more, or kid_all, "
+            "the value of the whole sets"
+        )
+
+
 def subset_rows(num_generated, num_reference, subsets, subset_size, seed):
     """Pairs of rows of the two sets, a pair for each subset; see `kid`."""
-    smallest = min(num_generated, num_reference)
-    if smallest < subset_size:
-        raise ValueError(
-            f"KID: a set of {smallest} samples is smaller than its subsets of {subset_size}; "
-            "raise fid.num_samples, or take the value of the whole sets (kid_all)"
-        )
+    check_subsets(num_generated, "generated samples", subset_size)
+    check_subsets(num_reference, "reference samples", subset_size)
     random = np.random.RandomState(seed)
     for _ in range(subsets):
         first = random.choice(num_generated, subset_size, replace=False)

@@ -42,7 +42,11 @@ class Reference:
             check_records(options, records, score.image_shape)
 
     def statistics(self):
-        """As `load_reference` returns them; also sees to what `pool` returns."""
+        """As `load_reference` returns them; also sees to what `pool` returns.
+
+        Raises:
+          ValueError: fewer images than a metric needs.
+        """
         if self._statistics is None:
             count = self.records.num_records
             found, self._pool = self.score.read(
@@ -54,6 +58,8 @@ class Reference:
                 self._statistics |= dict(zip(MOMENTS[metric], moments, strict=True))
         if self._pool is None and self.score.keeps_features:
             self._pool = image_features(self.options.cache_ref, self.score)
+        if "kid" in self.options.metrics:
+            kernels.check_subsets(len(self._pool), "reference images")
         return self._statistics
 
     def pool(self):
@@ -162,7 +168,7 @@ def image_features(path, score):
     path, described = pathlib.Path(path), score.features.described
     digest = str(described["feature_weights_sha256"])[:12]
     kept = path.with_name(f"{path.stem}-features-{described['resize']}-{digest}.npy")
-    if processes.from_writer(kept.is_file()):
+    if processes.all_true(kept.is_file()):
         return np.load(kept, allow_pickle=False)
     with np.load(path, allow_pickle=False) as file:
         images = file["arr_0"]

@@ -4,11 +4,13 @@ import json
 import pickle
 
 import jax.numpy as jnp
+import make
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from torch_writer import write_zip
 
+import parts
 from configs import default
 from metrics import (
     dinov2_weights,
@@ -137,10 +139,11 @@ def test_sets_are_compared_by_kid_and_mind(tmp_path):
     assert set(same) == {"kid_all", "mind"} and same["mind"] == 0
     other = real.compare(*real.score.read(images(33, 3).__getitem__, 33, "images"), 33)
     assert other["mind"] > 0 and np.isfinite(other["kid_all"])
-    fid = options(evaluator="adm", cache_ref=str(path), metrics=("kid",))
-    real = reference_of(tmp_path, fid)
-    with pytest.raises(ValueError, match="20 samples is smaller than its subsets of 1000"):
-        real.compare(*real.score.read(images(33, 3).__getitem__, 33, "images"), 33)
+    real = reference_of(tmp_path, options(evaluator="adm", cache_ref=str(path), metrics=("kid",)))
+    with pytest.raises(ValueError, match="20 reference images are fewer than a subset of 1000"):
+        real.statistics()
+    with pytest.raises(ValueError, match=r"KID: 999 generated samples \(fid.num_samples\)"):
+        parts.check(make.config("fid.metrics=kid", "fid.num_samples=999"))
 
 
 def meanflow_file(path):
