@@ -18,7 +18,6 @@ import numpy as np
 import parts
 import sample
 import weights as weights_of
-from methods import path
 from metrics import evaluators, features, reference, results, scorer
 from utils import checkpoint, dataset, metric_writer, processes, sharding
 from utils import images as image_utils
@@ -149,13 +148,12 @@ class Evaluation:
         return found
 
     def settings(self):
-        """Every (sampler, number of steps, guidance) that the options `sampling` ask for."""
-        steps = (0,) if self.sampling.sampling_timesteps else self.sampling.num_steps
-        return itertools.product(self.sampling.method, steps, sample.guidances(self.sampling))
+        """Every (sampler, times, guidance) that the options `sampling` ask for."""
+        times, guidances = sample.times_of(self.sampling), sample.guidances(self.sampling)
+        return itertools.product(self.sampling.method, times, guidances)
 
-    def measure(self, params, about, sampler, num_steps, guidance, workdir):
+    def measure(self, params, about, sampler, times, guidance, workdir):
         """One entry of results.json: the metrics and all that they depend on."""
-        times = path.sample_times(num_steps, self.sampling.sampling_timesteps)
         described = {
             **self.described,
             **about,

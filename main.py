@@ -124,8 +124,9 @@ def main(argv):
         flags = parse_flags(rest)
         import parts  # with jax, which a wrong option or flag need not wait for
 
+        parts.settle(config)
         parts.check(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return run_job(config, flags)

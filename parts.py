@@ -11,16 +11,35 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs import default
-from methods import flow, improved, meanflow, path
+from methods import (
+    alphaflow,
+    consistency,
+    flow,
+    improved,
+    meanflow,
+    path,
+    shortcut,
+    soflow,
+    splitmeanflow,
+    tim,
+)
 from metrics import evaluators, kernels
 from models import codec, dit, imf_dit, network, unet, vae
-from utils import averages, sharding
+from utils import averages, dataset, sharding
 
 BACKBONES = (dit, imf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
     "flow": flow.Flow,
+    "trajectory": alphaflow.Trajectory,
+    "alphaflow": alphaflow.AlphaFlow,
+    "soflow": soflow.SoFlow,
+    "splitmeanflow": splitmeanflow.SplitMeanFlow,
+    "consistency": consistency.Consistency,
+    "shortcut": shortcut.Shortcut,
+    "central_difference": tim.Difference,
+    "tim": tim.TiM,
 }
 
 
@@ -65,6 +84,18 @@ def make(config, mesh=None):
         image_shape=image_shape(config),
         num_classes=config.dataset.num_classes,
     )
+
+
+def settle(config):
+    """Fills in what the config leaves to the records: `dataset.num_classes`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no records.
+    """
+    if config.dataset.num_classes < 0:
+        found = dataset.open_records(config.dataset.root).num_classes
+        with config.unlocked():
+            config.dataset.num_classes = found
 
 
 def check(config):
@@ -120,8 +151,16 @@ def check(config):
 
 def check_evaluation(config):
     """Raises ValueError where the options `fid` or the profiles of averages name what is not."""
-    if "kid" in evaluators.fill(config.fid).metrics:
+    metrics = evaluators.fill(config.fid).metrics
+    if "kid" in metrics:
         kernels.check_subsets(config.fid.num_samples, "generated samples (fid.num_samples)")
+    best = config.training.keep_best
+    known = [name for metric in metrics for name in evaluators.METRICS[metric]]
+    if best and (best not in known or not config.fid.on_training):
+        raise ValueError(
+            f"training.keep_best: {best!r} is not measured in training: fid.metrics give "
+            f"{', '.join(known)}, with fid.on_training"
+        )
     profiles = {f"training.ema_sigma {sigma:g}": sigma for sigma in config.training.ema_sigma}
     named = [name for name in config.fid.weights if name.startswith("ema_sigma")]
     profiles |= {f"fid.weights {name}": float(name.removeprefix("ema_sigma")) for name in named}

@@ -22,7 +22,10 @@ MAY_CHANGE = (
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
     "training.sample_per_epoch training.checkpoint_per_epoch training.ema_snapshot_per_epoch "
-    "training.fid_per_epoch training.profile_steps training.wandb load_from eval_only sample_only"
+    "training.fid_per_epoch "
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step "
+    "training.keep_best training.profile_steps training.wandb load_from init_from init_weights "
+    "init_format eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (
@@ -45,13 +48,15 @@ def may_change(option):
     return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
 
 
-def start(config, workdir, mesh, init):
+def start(config, workdir, mesh, module, init):
     """The state to begin with.
 
     Args:
       config: the whole config.
-      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from`.
+      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from` with
+        its step, then `init_from` at step 0.
       mesh: devices.
+      module: `models.network.Network`.
       init: pure function key -> a fresh state.
 
     Returns:
@@ -61,7 +66,8 @@ def start(config, workdir, mesh, init):
     Raises:
       ValueError: the run was made with other options, or none of its checkpoints is whole.
     """
-    key = jax.random.key(config.training.seed)
+    training = config.training
+    key = jax.random.key(training.seed)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
     found = restore(config, workdir, sharding.with_shardings(shapes, shardings))
@@ -70,9 +76,16 @@ def start(config, workdir, mesh, init):
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config, optimizer=True)
-        training = config.training
         state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
+    if config.init_from:
+        # All of it on each host, whatever the sharding, to be joined with what a file holds.
+        fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
+        params, line = weights.begin(config, module, fresh)
+        found = {"step": 0, "params": params, "ema_params": (params,), "ema_vals": ()}
+        found |= {"ema_sigmas": (), "opt_state": None}
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
+        logging.info("%s", line)
     return state, shardings, None
 
 
@@ -180,6 +193,8 @@ def _consequence(name, config):
     if name in ("training.num_epochs", "training.num_steps"):
         if config.training.lr_schedule == "cosine":
             return ": the learning rate falls towards the new end from here on"
+        if not config.method.alpha_end:
+            return ": a schedule of alpha that lasts as long as the run goes by the new end"
     return ""
 
 

@@ -7,6 +7,7 @@ the same images come out for any batch size and any number of devices.
 import itertools
 import logging
 import pathlib
+from functools import partial
 
 import jax
 import numpy as np
@@ -29,6 +30,16 @@ def draw_noise(seed, index, shape):
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
+def draw_fresh(seed, index, shape, k):
+    """The noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def draw(i):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), k), shape)
+
+    return jax.vmap(draw)(index)
+
+
 def draw_labels(seed, index, num_classes, kind):
     """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
     if kind == "balanced":
@@ -47,6 +58,13 @@ def guidances(options):
     ] or [None]
 
 
+def times_of(options):
+    """The times of each number of steps that the options `sampling` ask for."""
+    if options.sampling_timesteps:
+        return [path.sample_times(0, options.sampling_timesteps)]
+    return [path.sample_times(num_steps) for num_steps in options.num_steps]
+
+
 def generate(model, seed, sampler, params, index, labels, times, guidance):
     """What the network makes of noise: x number `index` (N,) of classes `labels` (N,). Pure.
 
@@ -61,6 +79,7 @@ def generate(model, seed, sampler, params, index, labels, times, guidance):
     return path.sample(
         model.method, model.net, params, noise, {"y": labels}, times,
         guidance=guidance, sampler=sampler,
+        fresh=partial(draw_fresh, seed, index, model.image_shape),
     )  # fmt: skip
 
 
@@ -128,7 +147,7 @@ def run(sampler, params, options, num_classes, output, guidance):
     samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    times = path.sample_times(options.num_steps[0], options.sampling_timesteps)
+    times = times_of(options)[0]
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []

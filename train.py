@@ -8,6 +8,7 @@ and hands out metrics, samples, checkpoints and evaluations.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -22,16 +23,7 @@ import parts
 import resume
 from methods import path
 from models import card, codec, network
-from utils import (
-    averages,
-    checkpoint,
-    dataset,
-    iterator,
-    processes,
-    sharding,
-    snapshots,
-    train_metrics,
-)
+from utils import averages, checkpoint, dataset, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -160,6 +152,21 @@ def make_step(recipe, key, mesh, shardings):
     )
 
 
+def make_steps(recipe, key, mesh, shardings, total):
+    """The steps of a run, (steps done, state, batch) -> state: `make_step` for each objective.
+
+    Most objectives are one from beginning to end. Where one becomes another (`Objective.at`), that
+    is known from the number of the step alone, so each has a program of its own, without branches;
+    it is compiled when it is reached.
+    """
+
+    @functools.cache
+    def step_of(method):
+        return make_step(dataclasses.replace(recipe, method=method), key, mesh, shardings)
+
+    return lambda done, *args: step_of(recipe.method.at(done, total))(*args)
+
+
 def update(recipe, state, x, given, draws, key):
     """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
 
@@ -274,7 +281,7 @@ def train(config, workdir):
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    state, shardings, place = resume.start(config, workdir, model.mesh, init)
+    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -283,16 +290,14 @@ def train(config, workdir):
     observer.begin(int(state.step))
     if place is not None:
         observer.catch_up(int(state.step), state)
+        observer.keep_best(int(state.step))
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
-    step_fn = make_step(recipe, key, model.mesh, shardings)
+    step_fn = make_steps(recipe, key, model.mesh, shardings, total)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
         checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir))
-        if training.ema_sigma:
-            writer = snapshots.Writer(workdir, training.ema_sigma, int(state.step))
-            observer.snapshots = stack.enter_context(writer)
-            observer.take_snapshot(int(state.step), state)
+        observer.open_snapshots(stack, int(state.step), state)
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state
@@ -321,7 +326,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state = step_fn(state, batch)
+            state = step_fn(step - 1, state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
@@ -336,4 +341,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")
         observer.look(step, state)
+        if config.training.keep_best and observer.evaluation_due(step):
+            checkpointer.wait()
+            observer.keep_best(step)
     return state

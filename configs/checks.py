@@ -13,24 +13,27 @@ CHOICES = {
     "training.lr_schedule": ("const", "cosine"),
     "sampling.format": ("png", "npz"),
     "sampling.vae_dtype": ("float32", "bfloat16"),
+    "init_weights": ("ema", "params"),
 }
 
 POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor "
+    "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
     "training.checkpoint_per_epoch training.ema_snapshot_per_epoch training.ema_period "
     "sampling.num_images fid.device_batch_size mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
-    "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size model.aux_head_depth model.unroll training.seed training.num_epochs "
-    "training.num_steps training.warmup_steps training.warmup_epochs "
+    "dataset.num_workers model.depth model.hidden_size model.num_heads model.patch_size "
+    "model.aux_head_depth model.unroll model.augment_dim training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.warmup_epochs training.warmup_init "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
-    "training.warmup_init sampling.seed sampling.channels"
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed "
+    "sampling.channels"
 ).split()
 
-FROM_0_TO_1 = ("dataset.augment_prob", "training.adam_b1", "training.adam_b2")
+FROM_0_TO_1 = "dataset.augment_prob model.dropout training.adam_b1 training.adam_b2".split()
 
 
 def validate(config):
@@ -46,6 +49,11 @@ def validate(config):
     for path in FROM_0_TO_1:
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
+    _require(
+        config.dataset.num_classes >= -1,
+        "dataset.num_classes",
+        f"must not be negative, got {config.dataset.num_classes} (-1: as the records say)",
+    )
     _require(
         not config.dataset.augment_prob or config.dataset.vae == "none",
         "dataset.augment_prob",
@@ -95,7 +103,7 @@ def _validate_sampling(sampling, num_classes):
     for path in ("t_min", "t_max"):
         _require(sampling[path], f"sampling.{path}", "needs one or more times")
     _require(
-        all(0 <= label <= num_classes for label in sampling.labels),
+        num_classes < 0 or all(0 <= label <= num_classes for label in sampling.labels),
         "sampling.labels",
         f"must lie in 0..{num_classes - 1} ({num_classes}: without a class)",
     )
@@ -120,6 +128,7 @@ def _validate_evaluation(config):
     _require(
         not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
     )
+    _require(not (config.load_from and config.init_from), "load_from", "and init_from: choose one")
     trains = not (config.eval_only or config.sample_only)
     if trains:
         _require(

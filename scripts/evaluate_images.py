@@ -77,9 +77,10 @@ def open_folder(path):
 def read_npz(path):
     """The images of an npz, uint8 (N, H, W, C)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("it is an npy, one array without a name: save it by np.savez")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is an npy, one array without a name: save it by np.savez")
+        with file:
             if "arr_0" not in file.files:
                 raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
             images = file["arr_0"]

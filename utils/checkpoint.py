@@ -9,15 +9,17 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. Builds on utils/files.py.
+with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/files.py.
 """
 
 import contextlib
 import inspect
 import json
 import logging
+import os
 import pathlib
 import re
+import shutil
 import sys
 import zlib
 
@@ -74,16 +76,16 @@ class Checkpointer:
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
-        """Starts to write; returns as soon as the arrays are copied to the host.
-
-        Raises:
-          OSError: this or the last checkpoint could not be written, in one line.
-        """
+        """`write` for the items of a run."""
         arrays = {"params": params, "ema_params": ema_params, "progress": progress}
         self.write(step, arrays, {"data": data, "config": config})
 
     def write(self, step, arrays, plain):
-        """`save` for trees of arrays and JSON values by their names."""
+        """Starts to write trees of arrays and JSON values; returns when they are on the host.
+
+        Raises:
+          OSError: this or the last checkpoint could not be written, in one line.
+        """
         self.wait()
         plain["checksums"] = checksums(arrays, plain)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
@@ -91,11 +93,6 @@ class Checkpointer:
         self._saving = step
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def delete(self, step):
-        """Removes a checkpoint."""
-        with self._explained():
-            self._manager.delete(step)
 
     def check(self):
         """Raises OSError where the checkpoint that was being written could not be; never waits."""
@@ -132,10 +129,45 @@ class Checkpointer:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._saving = None
+            reason = files.system_reason(error) or _reason(error)
             raise OSError(
-                f"checkpoint {step} could not be written ({_reason(error)}); the ones before "
-                "are whole: make room, and the same command goes on from there"
+                f"checkpoint {step} could not be written ({reason}); the ones before are whole, "
+                "and the same command goes on from there"
             ) from error
+
+
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+
+
+def keep_best(workdir, step, metric, value):
+    """Keeps a checkpoint that is on disk as the best one, where `value` is better than any before.
+
+    It goes to WORKDIR/best, a folder like a run's own; the former best one is removed, and
+    best.json there says what it is.
+    """
+    best = pathlib.Path(workdir) / "best"
+    about = {"metric": metric, "value": float(value), "step": step}
+    file = best / "best.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    if known.get("metric") == metric and not sign * value < sign * known["value"]:
+        return
+    folder(best).mkdir(parents=True, exist_ok=True)
+    if step not in steps(best):
+        with files.complete(folder(best) / str(step)) as unfinished:
+            shutil.copytree(_path(workdir, step), unfinished, copy_function=_link)
+    files.write_text(file, json.dumps(about) + "\n")
+    for old in steps(best):
+        if old != step:
+            shutil.rmtree(folder(best) / str(old))
+
+
+def _link(source, target):
+    """A second name for a file, which takes no room, or a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sums_of_bits(tree):

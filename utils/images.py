@@ -23,7 +23,7 @@ def center_crop(image, size):
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if max(width, height) > LONG * size:  # the same pixels, without all those that are cut off
+    if max(width, height) > LONG * size:  # the same, to rounding, without all that is cut off
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

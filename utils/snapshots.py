@@ -39,7 +39,7 @@ class Writer(checkpoint.Checkpointer):
         self.folder, self.sigmas = folder(workdir), list(sigmas)
         for later in checkpoint.steps(self.folder):
             if later > step:
-                self.delete(later)
+                self._manager.delete(later)
 
     def save(self, step, tracked):
         """Starts to write the averages after a step; does nothing where that is done already.

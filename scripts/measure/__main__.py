@@ -16,6 +16,7 @@ import sys
 
 import parts
 from scripts.measure import check, compile, costs, data, evaluation, table, train
+from utils import signals
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -61,4 +62,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())
