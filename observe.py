@@ -12,7 +12,8 @@ import evaluate
 import parts
 import sample
 from configs import load_config
-from utils import checkpoint, chips, metric_writer, processes, train_metrics
+from metrics import evaluators, results
+from utils import checkpoint, chips, metric_writer, processes, snapshots, train_metrics
 from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -38,6 +39,7 @@ class Observer:
         self.steps_per_epoch, self.total = steps_per_epoch, total
         self.rows = model.method.rows
         self.sampler = self.evaluation = self.writer = None
+        self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
         self.times = sample.times_of(config.sampling)
         self.labels = sample.grid_labels(config.dataset.num_classes)
         if config.training.sample_on_training or config.fid.on_training:
@@ -65,7 +67,8 @@ class Observer:
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
         about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times[0]) - 1}
-        self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
+        fid = evaluators.tag("fid", self.config.fid.num_samples)
+        self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
 
     def due(self, step, steps, epochs):
         """Whether something is due that is done every `steps` steps, or where that is 0 every
@@ -89,6 +92,30 @@ class Observer:
         training = self.config.training
         due = self.due(step, training.sample_per_step, training.sample_per_epoch)
         return bool(self.sampler) and due
+
+    def open_snapshots(self, stack, step, state):
+        """Begins to keep snapshots, where there is something to keep, until `stack` is closed.
+
+        Args:
+          stack: `contextlib.ExitStack`.
+          step, state: where the run begins or goes on.
+        """
+        if sigmas := self.config.training.ema_sigma:
+            writer = snapshots.Writer(self.workdir, sigmas, step)
+            self.snapshots = stack.enter_context(writer)
+            self.take_snapshot(step, state)
+
+    def take_snapshot(self, step, state):
+        """Saves the power-function averages where it is time to; never twice.
+
+        Raises:
+          OSError: this or the last snapshot could not be written, in one line.
+        """
+        training = self.config.training
+        if self.snapshots and step and self.due(step, 0, training.ema_snapshot_per_epoch):
+            self.snapshots.save(step, state.ema_params[-len(training.ema_sigma) :])
+        if self.snapshots:
+            self.snapshots.check()
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
@@ -184,9 +211,10 @@ class Observer:
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         weights["ema_vals"] = self.config.training.ema_val
-        results = self.evaluation.run(weights, self.workdir)
-        self.writer.scalars(step, evaluate.scalars(results))
-        self._last_result = results[0]
+        weights |= {"ema_sigmas": self.config.training.ema_sigma, "workdir": self.workdir}
+        found = self.evaluation.run(weights, self.workdir)
+        self.writer.scalars(step, results.scalars(found))
+        self._last_result = found[0]
 
     def keep_best(self, step):
         """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
@@ -200,11 +228,11 @@ class Observer:
         if not processes.is_writer():
             return
         logging.info("finished: step %d of %d", step, self.total)
-        for name in ("samples", "checkpoints", "results.json", "metrics.jsonl"):
+        for name in ("samples", "checkpoints", "ema_snapshots", "results.json", "metrics.jsonl"):
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
-            logging.info("%s", evaluate.report(self._last_result))
+            logging.info("%s", results.report(self._last_result))
 
 
 def peak_rate(model, batch_size):

@@ -21,7 +21,8 @@ MAY_CHANGE = (
     "model.unroll model.remat model.fused_attention model.half_residual "
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
-    "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
+    "training.sample_per_epoch training.checkpoint_per_epoch training.ema_snapshot_per_epoch "
+    "training.fid_per_epoch "
     "training.sample_per_step training.checkpoint_per_step training.fid_per_step "
     "training.keep_best training.profile_steps training.wandb load_from init_from init_weights "
     "init_format eval_only sample_only"
@@ -37,7 +38,7 @@ MAKE_THE_RUN = (
     "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
     "training.warmup_epochs training.warmup_init "
     "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.ema_period training.half_precision"
+    "training.ema_period training.ema_sigma training.half_precision"
 ).split()
 MAKE_THE_RUN_BELOW = ("method.",)
 
@@ -75,14 +76,15 @@ def start(config, workdir, mesh, module, init):
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config, optimizer=True)
-        state = from_weights(state, found, shardings, training.ema_val)
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     if config.init_from:
         # All of it on each host, whatever the sharding, to be joined with what a file holds.
         fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
         params, line = weights.begin(config, module, fresh)
         found = {"step": 0, "params": params, "ema_params": (params,), "ema_vals": ()}
-        state = from_weights(state, found | {"opt_state": None}, shardings, training.ema_val)
+        found |= {"ema_sigmas": (), "opt_state": None}
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("%s", line)
     return state, shardings, None
 
@@ -196,13 +198,16 @@ def _consequence(name, config):
     return ""
 
 
-def from_weights(state, found, shardings, ema_vals):
+def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
     """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
-    Averages of a decay in `ema_vals` that `found` does not have begin as their first one.
+    Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
+    a profile in `ema_sigmas` as the weights, as if these had stood still so far.
     """
     known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
     emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
+    known = weights.profiles(found)
+    emas += [known.get(sigma, found["params"]) for sigma in ema_sigmas]
     opt_state = state.opt_state
     if found["opt_state"]:
         opt_state = optax.tree.set(opt_state, **found["opt_state"])

@@ -65,23 +65,22 @@ def times_of(options):
     return [path.sample_times(num_steps) for num_steps in options.num_steps]
 
 
-def generate(model, options, decode, params, vae_params, index, labels, times, guidance):
-    """Images number `index` (N,) of classes `labels` (N,), uint8 (N, H, W, C). Pure; for `jit`.
+def generate(model, seed, sampler, params, index, labels, times, guidance):
+    """What the network makes of noise: x number `index` (N,) of classes `labels` (N,). Pure.
 
     Args:
       model: `parts.Parts`.
-      options: the options `sampling`, of which seed and method count.
-      decode: function (vae_params, x) -> images in [-1, 1].
+      seed: of the noise.
+      sampler: one of `path.SAMPLERS`.
       times: from `path.sample_times`.
       guidance: one of `guidances`.
     """
-    noise = draw_noise(options.seed, index, model.image_shape)
-    x = path.sample(
+    noise = draw_noise(seed, index, model.image_shape)
+    return path.sample(
         model.method, model.net, params, noise, {"y": labels}, times,
-        guidance=guidance, sampler=options.method,
-        fresh=partial(draw_fresh, options.seed, index, model.image_shape),
+        guidance=guidance, sampler=sampler,
+        fresh=partial(draw_fresh, seed, index, model.image_shape),
     )  # fmt: skip
-    return image_utils.to_uint8(decode(vae_params, x))
 
 
 class Sampler:
@@ -98,10 +97,12 @@ class Sampler:
         self.mesh = model.mesh
         self._vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
-        self._generate = jax.jit(
-            partial(generate, model, options, autoencoder.decode),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+
+        def images(params, vae_params, *arguments):
+            x = generate(model, options.seed, options.method[0], params, *arguments)
+            return image_utils.to_uint8(autoencoder.decode(vae_params, x))
+
+        self._generate = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
 
     def __call__(self, params, labels, times, guidance=None):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""

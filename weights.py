@@ -4,7 +4,7 @@ import numpy as np
 
 from formats import published, published_cifar, published_imf, sit, start
 from models import dit
-from utils import checkpoint, sharding, trees
+from utils import checkpoint, sharding, snapshots, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
@@ -14,7 +14,9 @@ def _run(path, optimizer):
     saved = found.pop("config")
     data = saved.get("dataset", {})
     latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
-    return found | {"ema_vals": saved.get("training", {}).get("ema_val", ()), "latents": latents}
+    training = saved.get("training", {})
+    found |= {"ema_vals": training.get("ema_val", ()), "ema_sigmas": training.get("ema_sigma", ())}
+    return found | {"latents": latents}
 
 
 def _improved(path, optimizer):
@@ -45,7 +47,8 @@ READERS = (
 
 def read(path, optimizer=False):
     """`load` without a model: the weights are whatever the path holds."""
-    return next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+    found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+    return {"ema_sigmas": (), "workdir": path} | found
 
 
 def load(path, shapes, config, optimizer=False, may_lack=()):
@@ -59,9 +62,10 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
       may_lack: first names of parameters that may be missing, all of them together.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
-      decays, empty where the file does not say) and `opt_state` ({"count", "mu", "nu"} of Adam
-      where asked for and stored, else None).
+      A dict of `step`, `params`, `ema_params` (a tuple, a tree for each decay, then for each
+      profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
+      profiles), `workdir` (of the run) and `opt_state` ({"count", "mu", "nu"} of Adam where asked
+      for and stored, else None).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.
@@ -143,11 +147,17 @@ def _check_positions(positions, path):
 
 
 def choose(weights, name, option="fid.weights"):
-    """One set of weights by its name: `params`, `ema` (the first average) or `ema_DECAY`.
+    """One set of weights by its name: `params`, `ema` (the first average), `ema_DECAY`, or
+    `ema_sigmaS` for a power-function average, which is reconstructed where it was not tracked.
+
+    Args:
+      weights: from `place` where it has to be reconstructed.
 
     Raises:
       ValueError: there is no such set; `option` asked for it.
     """
+    if name.startswith("ema_sigma"):
+        return _profile(weights, float(name.removeprefix("ema_sigma")))
     averages = weights["ema_params"]
     names = {"params": weights["params"], "ema": averages[0]}
     names |= {
@@ -156,6 +166,26 @@ def choose(weights, name, option="fid.weights"):
     if name not in names:
         raise ValueError(f"{option}: {name!r} is none of {', '.join(names)}")
     return names[name]
+
+
+def profiles(weights):
+    """The power-function averages that were tracked: sigma_rel -> tree."""
+    count = len(weights["ema_sigmas"])
+    averages = weights["ema_params"][-count:] if count else ()
+    return dict(zip(weights["ema_sigmas"], averages, strict=True))
+
+
+def _profile(weights, sigma):
+    known = profiles(weights)
+    if not known:
+        raise ValueError(
+            f"fid.weights: ema_sigma{sigma:g} needs a run that tracked such averages "
+            "(training.ema_sigma)"
+        )
+    if sigma in known:
+        return known[sigma]
+    sigmas, averages = zip(*known.items(), strict=True)
+    return snapshots.reconstruct(weights["workdir"], weights["step"], sigmas, averages, sigma)
 
 
 def place(weights, mesh):

@@ -4,6 +4,8 @@ Nothing here needs jax, a device or the data. What a network, an objective, a co
 alone can know of its options, it checks itself when it is built (`parts.check`).
 """
 
+import re
+
 DATA_PLACEHOLDER = "YOUR_DATA_ROOT"  # of the published YAML files
 REFERENCE_PLACEHOLDER = "YOUR_FID_CACHE_REF"
 
@@ -11,7 +13,6 @@ CHOICES = {
     "training.lr_schedule": ("const", "cosine"),
     "sampling.format": ("png", "npz"),
     "sampling.vae_dtype": ("float32", "bfloat16"),
-    "fid.labels": ("random", "balanced"),
     "init_weights": ("ema", "params"),
 }
 
@@ -19,8 +20,8 @@ POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor "
     "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
-    "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
-    "mesh.fsdp"
+    "training.checkpoint_per_epoch training.ema_snapshot_per_epoch training.ema_period "
+    "sampling.num_images fid.device_batch_size mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
@@ -112,7 +113,13 @@ def _validate_evaluation(config):
     fid = config.fid
     _require(fid.num_samples >= 2, "fid.num_samples", "a covariance needs at least 2 samples")
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
+    averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
     weights = ["ema", "params", *averages]
+    for name in fid.weights:
+        found = re.fullmatch(r"ema_sigma(0?\.\d+)", name)
+        # Of a run that has tracked two profiles, an evaluation reconstructs any other.
+        if found and (config.eval_only or float(found[1]) in config.training.ema_sigma):
+            weights.append(name)
     _require(
         fid.weights and all(name in weights for name in fid.weights),
         "fid.weights",

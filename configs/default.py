@@ -134,6 +134,8 @@ def _training(training):
     training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
     training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
     training.ema_period = 1  # updates between two changes of the averages, by decay ** period
+    training.ema_sigma = ()  # sigma_rel of power-function averages, as 0.05,0.10 (post-hoc EMA)
+    training.ema_snapshot_per_epoch = 5  # epochs between two snapshots of those, all of them kept
     training.half_precision = False  # matrix products of the network in bfloat16
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training
@@ -154,7 +156,7 @@ def _training(training):
 def _sampling(sampling):
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
-    sampling.method = "ode"  # ode | consistency (average velocity) | euler | heun (instantaneous)
+    sampling.method = ("ode",)  # ode | consistency (average velocity) | euler | heun; several: each
     sampling.omega = ()  # guidance scales, for objectives guided at sampling time; several: each
     sampling.t_min = (0.0,)  # that guidance holds for t_min <= t <= t_max; several: each
     sampling.t_max = (1.0,)  # the end of that interval; several: each
@@ -174,12 +176,16 @@ def _fid(fid):
     fid.num_samples = 50000  # generated images
     fid.device_batch_size = 20  # images per device at a time
     fid.cache_ref = ""  # npz with the reference mean and covariance; empty: the training images
+    fid.evaluator = "meanflow"  # meanflow | adm | edm2: whose numbers; it sets what is empty below
+    fid.resize = ""  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
+    fid.labels = ""  # labels of the samples: random (all three) | balanced
+    fid.rounding = ""  # of images to bytes: nearest (127.5 x + 128) | down (127.5 (x + 1), ADM)
+    fid.metrics = ()  # fid, sfid, inception_score, precision_recall, fd_dinov2, kid, kid_all, mind
     fid.features = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])
     fid.inception_weights = ""  # weight file; empty: $INCEPTION_WEIGHTS, then the cache folder
-    fid.resize = "half_pixel"  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
-    fid.labels = "random"  # labels of the samples: random (published) | balanced
-    fid.weights = ("ema",)  # which weights: ema, ema_DECAY for a further average, params
-    fid.metrics = ("fid",)  # fid, sfid, inception_score, precision_recall
+    fid.dinov2_weights = ""  # weight file; empty: $DINOV2_WEIGHTS, then the cache folder
+    fid.dinov2_resize = "edm2"  # to 224x224: edm2 | edm2_pil (dgm-eval) | torch_fidelity
+    fid.weights = ("ema",)  # which weights: ema, ema_DECAY, ema_sigmaS (any profile), params
 
 
 # Devices --------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ ELEMENTS = {
     "sampling.omega": float,
     "sampling.sampling_timesteps": float,
     "sampling.labels": int,
+    "training.ema_sigma": float,
+    "fid.metrics": str,
 }
 
 # What may be left empty, and stands for what the records say (`parts.settle`).
@@ -43,9 +45,9 @@ FROM_RECORDS = {"dataset.num_classes": -1}
 
 # $VARIABLES and ~ are expanded in these.
 PATHS = (
-    "dataset.root", "dataset.vae", "fid.cache_ref", "fid.inception_weights", "load_from",
-    "init_from",
-)  # fmt: skip
+    "dataset.root dataset.vae fid.cache_ref fid.inception_weights fid.dinov2_weights load_from "
+    "init_from"
+).split()
 
 EXPECTED = {
     bool: "true or false",

@@ -112,17 +112,18 @@ def shuffled(read, count):
 
 def evaluate(config, images):
     """Metrics of the images at a path, and what they depend on, as a dict."""
-    from metrics import features, reference, scorer  # late: they bring jax
+    from metrics import evaluators, features, reference, scorer  # late: they bring jax
     from utils import dataset, sharding
 
     read, count, shape = open_images(images)
+    options = evaluators.fill(config.fid)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     mesh = sharding.make_mesh(fsdp=1)
-    scorer.check_options(config.fid)
-    score = scorer.Scorer(features.load(config.fid), mesh, config.fid, shape)
-    real = reference.Reference(config.fid, score, records)
+    score = scorer.Scorer(features.load(options), mesh, options, shape)
+    real = reference.Reference(options, score, records)
     results = real.compare(*score.read(shuffled(read, count), count, "images"), count)
-    described = {**score.describe(), **real.describe(), "shuffled_by_seed": SHUFFLE_SEED}
+    described = {"evaluator": evaluators.describe(options), **score.describe(), **real.describe()}
+    described["shuffled_by_seed"] = SHUFFLE_SEED
     return {**results, **described, "num_samples": count, "images": str(images)}
 
 

@@ -62,28 +62,31 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Writes checkpoints in the background, and keeps the newest three.
+    """Writes checkpoints in the background, and keeps the newest of them, or all.
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, kept=KEPT):
         _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=kept, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = _Manager(folder(workdir).absolute(), options=options)
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
-        """Starts to write; returns as soon as the arrays are copied to the host.
+        """`write` for the items of a run."""
+        arrays = {"params": params, "ema_params": ema_params, "progress": progress}
+        self.write(step, arrays, {"data": data, "config": config})
+
+    def write(self, step, arrays, plain):
+        """Starts to write trees of arrays and JSON values; returns when they are on the host.
 
         Raises:
           OSError: this or the last checkpoint could not be written, in one line.
         """
         self.wait()
-        arrays = {"params": params, "ema_params": ema_params, "progress": progress}
-        plain = {"data": data, "config": config}
         plain["checksums"] = checksums(arrays, plain)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in plain.items()}
@@ -169,7 +172,8 @@ def _link(source, target):
 
 def _sums_of_bits(tree):
     # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    return [x.view("uint32").sum(dtype="uint32") for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    return [x.view(f"uint{8 * x.dtype.itemsize}").sum(dtype="uint32") for x in leaves]
 
 
 _sums_on_device = jax.jit(_sums_of_bits)
@@ -179,7 +183,7 @@ def checksums(arrays, plain):
     """Checksums of the items of a checkpoint: name -> int.
 
     Args:
-      arrays: trees of arrays of 32 bits per number, all on devices or all numpy.
+      arrays: trees of arrays of 16 or 32 bits per number, all on devices or all numpy.
       plain: what JSON holds.
     """
     on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)
