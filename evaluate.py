@@ -14,12 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import inherit
 import parts
 import sample
 import weights as weights_of
 from methods import path
 from metrics import features, reference, scorer
-from utils import checkpoint, dataset, files, metric_writer, processes, sharding
+from utils import (
+    checkpoint,
+    dataset,
+    environment,
+    files,
+    locks,
+    metric_writer,
+    processes,
+    sharding,
+)
 
 
 class Evaluator:
@@ -99,6 +109,9 @@ class Evaluation:
             "seed": self.sampling.seed,
             "network_dtype": parts.network_dtype(config),
             "vae_dtype": autoencoder.dtype,
+            "decoder": autoencoder.identity.get("decoder"),
+            "options": inherit.digest(config),
+            "environment": environment.describe(),
         }
 
     def run(self, weights, workdir):
@@ -204,9 +217,10 @@ def save_result(workdir, result):
     if not processes.is_writer():
         return
     file = pathlib.Path(workdir) / "results.json"
-    known = json.loads(file.read_text()) if file.exists() else []
-    known = [old for old in known if _depends_on(old) != _depends_on(result)]
-    files.write_text(file, json.dumps([*known, result], indent=1) + "\n")
+    with locks.alone(file):
+        known = json.loads(file.read_text()) if file.exists() else []
+        known = [old for old in known if _depends_on(old) != _depends_on(result)]
+        files.write_text(file, json.dumps([*known, result], indent=1) + "\n")
 
 
 def _depends_on(result):
@@ -216,10 +230,16 @@ def _depends_on(result):
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     model = parts.make(config)
-    weights = weights_of.load(config.load_from or workdir, model.param_shapes())
+    where = config.load_from or workdir
+    weights = weights_of.load(where, model.param_shapes())
+    inherit.check(config, weights, where)
+    for name in config.fid.weights:
+        weights_of.choose(weights, name)  # a name that is not there is told before hours of images
     weights = weights_of.place(weights, model.mesh)
+    autoencoder = parts.load_autoencoder(config)
+    inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
-    evaluation = Evaluation(config, model, parts.load_autoencoder(config), records)
+    evaluation = Evaluation(config, model, autoencoder, records)
     results = evaluation.run(weights, workdir)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(

@@ -24,7 +24,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 def run_job(config, flags):
     """Runs the job that the config names; returns the exit status."""
     # Imported late: a wrong option is told at once, without waiting for jax.
-    from utils import processes
+    from utils import environment, processes
 
     try:
         processes.join(
@@ -35,6 +35,7 @@ def run_job(config, flags):
             logging.getLogger().setLevel(logging.WARNING)
         options = load_config.options(config) | {"workdir": flags.workdir}
         processes.check_same("configuration", options)
+        processes.check_same("environment", environment.describe())
         if config.eval_only:
             from evaluate import evaluate_job as job
         elif config.sample_only:
@@ -119,8 +120,14 @@ def main(argv):
     try:
         config, rest = load_config.from_command_line(argv)
         flags = parse_flags(rest)
-        import parts  # with jax, which a wrong option or flag need not wait for
+        # With jax, which a wrong option or flag need not wait for.
+        from utils import environment
 
+        environment.pin()
+        import inherit
+        import parts
+
+        config = inherit.adopt(config, flags.workdir, load_config.given(argv))
         parts.check(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

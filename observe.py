@@ -13,7 +13,7 @@ import parts
 import sample
 from configs import load_config
 from methods import path
-from utils import chips, metric_writer, processes, train_metrics
+from utils import chips, identity, metric_writer, processes, train_metrics
 from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -43,8 +43,11 @@ class Observer:
             config.sampling.num_steps[0], config.sampling.sampling_timesteps
         )
         self.labels = sample.grid_labels(config.dataset.num_classes)
+        self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
             autoencoder = parts.load_autoencoder(config)
+            self.autoencoder = dict(autoencoder.identity)
+            identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if config.training.sample_on_training:
             self.sampler = sample.Sampler(
                 model, autoencoder, config.sampling, config.fid.device_batch_size

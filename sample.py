@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 
+import inherit
 import parts
 import weights
 from methods import path
@@ -157,9 +158,12 @@ def run(sampler, params, options, num_classes, output):
 def sample_job(config, workdir):
     """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`."""
     model = parts.make(config)
-    found = weights.load(config.load_from or workdir, model.param_shapes())
+    where = config.load_from or workdir
+    found = weights.load(where, model.param_shapes())
+    inherit.check(config, found, where)
     found = weights.place(found, model.mesh)
     autoencoder = parts.load_autoencoder(config)
+    inherit.check_autoencoder(found, autoencoder, where)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
     output = pathlib.Path(workdir) / "samples" / f"step_{found['step']}"
     run(sampler, found["ema_params"][0], config.sampling, config.dataset.num_classes, output)

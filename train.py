@@ -22,7 +22,15 @@ import parts
 import resume
 from methods import path
 from models import codec, network
-from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
+from utils import (
+    checkpoint,
+    dataset,
+    environment,
+    iterator,
+    processes,
+    sharding,
+    train_metrics,
+)
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -253,11 +261,19 @@ def train(config, workdir):
     sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size
     total = training.num_steps or training.num_epochs * steps_per_epoch
+    if total >= 2**31:
+        raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
     recipe, schedule = make_recipe(config, model, total)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    state, shardings, place = resume.start(config, workdir, model.mesh, init)
+    identity = {
+        "records": records.identity,
+        "autoencoder": observer.autoencoder,
+        "environment": environment.describe(),
+    }
+    processes.check_same("dataset or autoencoder", identity)
+    state, shardings, place = resume.start(config, workdir, model.mesh, init, identity)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -269,7 +285,7 @@ def train(config, workdir):
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
     step_fn = make_step(recipe, key, model.mesh, shardings)
-    with contextlib.closing(batches), checkpoint.Checkpointer(workdir) as checkpointer:
+    with contextlib.closing(batches), checkpoint.Checkpointer(workdir, identity) as checkpointer:
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state

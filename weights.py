@@ -14,18 +14,20 @@ def load(path, shapes, optimizer=False):
 
     Returns:
       A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
-      decays, empty where the file does not say) and `opt_state` ({"count", "mu", "nu"} of Adam
-      where asked for and stored, else None).
+      decays, empty where the file does not say), `opt_state` ({"count", "mu", "nu"} of Adam where
+      asked for and stored, else None), `config` (the options of the run, nested, or None) and
+      `identity` (what the run was made from, see utils/checkpoint.py; {} where it does not say).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model.
     """
     if checkpoint.steps(path):
         weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-        weights["ema_vals"] = weights.pop("config").get("training", {}).get("ema_val", ())
+        weights["ema_vals"] = weights["config"].get("training", {}).get("ema_val", ())
     else:
         weights = published.load(path)
         weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
+        weights |= {"config": None, "identity": {}}
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         where = f"{name} of {path}: not the weights of the configured model"
         trees.check_tree(shapes, tree, where)

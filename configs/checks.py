@@ -27,6 +27,10 @@ NOT_NEGATIVE = (
     "sampling.seed sampling.channels"
 ).split()
 
+LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3e38
+LARGEST_STEPS = 10**6  # of a sampler
+LONGEST = 300  # characters of a line
+
 FROM_0_TO_1 = ("training.adam_b1", "training.adam_b2")
 
 
@@ -43,9 +47,24 @@ def validate(config):
     for path in FROM_0_TO_1:
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
+    _validate_sizes(config)
     _validate_training(config.training)
     _validate_sampling(config.sampling, config.dataset.num_classes)
     _validate_evaluation(config)
+
+
+def _validate_sizes(config):
+    """Numbers have to fit into the 32 bits that devices count and compute in."""
+    for section, values in config.items():
+        options = values.items() if hasattr(values, "items") else [(None, values)]
+        for key, value in options:
+            path = section if key is None else f"{section}.{key}"
+            limit = LARGEST_SEED if key == "seed" else LARGEST_INT
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, int):
+                    _require(abs(x) <= limit, path, f"is at most {limit}, got {x}")
+                elif isinstance(x, float):
+                    _require(abs(x) <= LARGEST_FLOAT, path, f"is too large: {x}")
 
 
 def _validate_training(training):
@@ -75,9 +94,10 @@ def _validate_training(training):
 
 def _validate_sampling(sampling, num_classes):
     _require(
-        sampling.num_steps and all(steps >= 1 for steps in sampling.num_steps),
+        sampling.num_steps and all(1 <= steps <= LARGEST_STEPS for steps in sampling.num_steps),
         "sampling.num_steps",
-        f"needs one or more numbers of at least 1, got {list(sampling.num_steps)}",
+        f"needs one or more numbers of at least 1, at most {LARGEST_STEPS}, got "
+        f"{list(sampling.num_steps)}",
     )
     for path in ("t_min", "t_max"):
         _require(sampling[path], f"sampling.{path}", "needs one or more times")
@@ -93,15 +113,15 @@ def _validate_evaluation(config):
     _require(fid.num_samples >= 2, "fid.num_samples", "a covariance needs at least 2 samples")
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
     weights = ["ema", "params", *averages]
-    _require(
-        fid.weights and all(name in weights for name in fid.weights),
+    trains = not (config.eval_only or config.sample_only)
+    _require(  # where it evaluates, the weights that are loaded tell what there is
+        fid.weights and (not trains or all(name in weights for name in fid.weights)),
         "fid.weights",
         f"are of {' | '.join(weights)}, got {list(fid.weights)}",
     )
     _require(
         not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
     )
-    trains = not (config.eval_only or config.sample_only)
     if trains:
         _require(
             DATA_PLACEHOLDER not in config.dataset.root,
@@ -125,4 +145,5 @@ def _get(config, path):
 
 def _require(condition, path, message):
     if not condition:
-        raise ValueError(f"{path} {message}")
+        line = f"{path} {message}"
+        raise ValueError(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")

@@ -1,14 +1,19 @@
 """The reference that generated images are compared with: its file, its checks, the comparison.
 
-Builds on metrics/distances.py and utils/files.py.
+Builds on metrics/distances.py, metrics/provenance.py, metrics/scorer.py,
+utils/files.py and utils/identity.py.
 """
 
 import os
 
 import numpy as np
+import scipy.linalg
 
-from metrics import distances
-from utils import files
+from metrics import distances, provenance
+from metrics.scorer import SPATIAL
+from utils import files, identity
+
+NEGATIVE = 1e-3  # eigenvalues as negative as that, relative to the largest entry, are rounding
 
 
 class Reference:
@@ -30,6 +35,8 @@ class Reference:
         if options.cache_ref:
             self._statistics = load_reference(options.cache_ref)
             check_fits(options, scorer.features, self._statistics, scorer.dim)
+            size = scorer.image_shape[0]
+            self._said = provenance.describe(self._statistics["said"], options.cache_ref, size)
         else:
             check_records(options, records, scorer.image_shape)
 
@@ -72,7 +79,16 @@ class Reference:
 
     def describe(self):
         """Which reference it is, for the results."""
-        return {"reference": self.options.cache_ref or str(self.records.root)}
+        if self.options.cache_ref:
+            moments = {name: self._statistics[name] for name in ("mu", "sigma")}
+            digest = identity.of_arrays(moments)
+            return {"reference": self.options.cache_ref, "reference_digest": digest, **self._said}
+        digests = {name: self.records.identity.get(name) for name in ("content", "sample")}
+        return {
+            "reference": str(self.records.root),
+            "reference_number": self.records.num_records,
+            **{f"reference_{name}": value for name, value in digests.items() if value},
+        }
 
 
 def check_records(options, records, image_shape):
@@ -97,8 +113,18 @@ def check_fits(options, features, reference, dim):
         raise ValueError(
             f"{where} was made with {reference['resize']} resize, fid.resize is {features.resize}"
         )
-    if "sfid" in options.metrics and reference["mu_s"] is None:
-        raise ValueError(f"{where} holds no spatial statistics (mu_s, sigma_s) for sfid")
+    made_by = reference["said"].get("weights", features.weights_sha256)
+    if made_by != features.weights_sha256:
+        raise ValueError(
+            f"{where} was made with feature weights {made_by[:12]}, and "
+            f"{features.name} has {str(features.weights_sha256)[:12]}: see fid.inception_weights"
+        )
+    if "sfid" in options.metrics:
+        if reference["mu_s"] is None:
+            raise ValueError(f"{where} holds no spatial statistics (mu_s, sigma_s) for sfid")
+        if len(reference["mu_s"]) != SPATIAL:
+            found = len(reference["mu_s"])
+            raise ValueError(f"{where} holds {found} spatial features, not {SPATIAL}")
     if "precision_recall" in options.metrics:
         raise ValueError(
             "fid.metrics: precision_recall needs the features of the reference images; "
@@ -110,12 +136,14 @@ def check_fits(options, features, reference, dim):
 # The file ---------------------------------------------------------------------------------------
 
 
-def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None):
+def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None, said=None):
     """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
 
-    `resize` says which resize came before the network; comparing two would mislead.
+    `resize` says which resize came before the network; comparing two would mislead. `said` is
+    that and more, by the names of metrics/provenance.py.
     """
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize}
+    arrays |= said or {}
     with files.complete(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
@@ -123,7 +151,8 @@ def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None):
 def load_reference(path):
     """Reference statistics from an npz: a dict with `mu` (D,), `sigma` (D, D), float64.
 
-    Beside them `mu_s, sigma_s` for sFID and `resize` (str), each None where the file has none.
+    Beside them `mu_s, sigma_s` for sFID and `resize` (str), each None where the file has none, and
+    `said`: what the file says of its images, from `provenance.of_file`.
     The names `ref_mu, ref_sigma` of the published MeanFlow code are known too. Raises
     FileNotFoundError, or ValueError with one line: not an npz, names missing, wrong shapes, not
     finite, not symmetric.
@@ -132,19 +161,36 @@ def load_reference(path):
         raise FileNotFoundError(f"{path}: no such file of reference statistics")
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in _names_in(file, path)}
+            names = _names_in(file, path)
+            provenance.check_sizes(file, names)
+            found, said = {name: file[name] for name in names}, provenance.of_file(file)
     except _ReferenceError:
         raise
     except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
         raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
-    result = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None, "resize": None}
+    result = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None}
+    result |= {"resize": said.get("resize"), "said": said}
     for name, value in found.items():
-        name = name.removeprefix("ref_")
-        result[name] = str(value) if name == "resize" else np.asarray(value, np.float64)
+        if value.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} holds {value.dtype}, not real numbers")
+        result[name.removeprefix("ref_")] = np.asarray(value, np.float64)
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if result[mu] is not None:
             _check_moments(path, mu, sigma, result[mu], result[sigma])
     return result
+
+
+def said_of(path):
+    """What a file of statistics says of its images, without checking the statistics themselves.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return provenance.of_file(file)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
 
 
 class _ReferenceError(ValueError):
@@ -152,7 +198,7 @@ class _ReferenceError(ValueError):
 
 
 def _names_in(file, path):
-    names = [n for n in ("resize",) if n in file.files]
+    names = []
     for prefix in ("", "ref_"):
         if f"{prefix}mu" in file.files and f"{prefix}sigma" in file.files:
             names += [f"{prefix}mu", f"{prefix}sigma"]
@@ -179,3 +225,8 @@ def _check_moments(path, mu_name, sigma_name, mu, sigma):
             raise ValueError(f"{path}: {name} has values that are not finite")
     if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
         raise ValueError(f"{path}: {sigma_name} is not symmetric")
+    smallest = scipy.linalg.eigvalsh(sigma, subset_by_index=[0, 0])[0]
+    if smallest < -NEGATIVE * np.abs(sigma).max():
+        raise ValueError(
+            f"{path}: {sigma_name} is no covariance: its smallest eigenvalue is {smallest:.3g}"
+        )

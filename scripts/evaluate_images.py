@@ -63,15 +63,16 @@ def read_picture(path):
         return (
             np.asarray(image)[..., None] if image.mode == "L" else np.asarray(image.convert("RGB"))
         )
-    except OSError as error:
+    except Exception as error:  # PIL raises nearly anything on damaged or huge pictures
         raise ValueError(f"{path}: unreadable picture ({error})") from error
 
 
 def evaluate(config, images):
     """Metrics of the images at a path, and what they depend on, as a dict."""
     from metrics import features, reference, scorer  # late: they bring jax
-    from utils import dataset, sharding
+    from utils import dataset, environment, sharding
 
+    environment.pin()
     read, count, shape = open_images(images)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     mesh = sharding.make_mesh(fsdp=1)

@@ -5,7 +5,9 @@
                             /progress     step, optimizer, sums of the metrics
                             /data         the place in the data (JSON)
                             /config       the options of the run (JSON)
-                            /checksums    of the five above (JSON)
+                            /identity     what it is made from: records, autoencoder, environment,
+                                          each an identity (JSON; not in those of before)
+                            /checksums    of the six above (JSON)
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
@@ -26,8 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 KEPT = 3  # newest checkpoints
+NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
 ARRAYS = ("params", "ema_params", "progress")
-PLAIN = ("data", "config")
+PLAIN = ("data", "config", "identity")
 
 
 class DamagedError(ValueError):
@@ -44,7 +47,7 @@ def steps(workdir):
     path = folder(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -61,9 +64,14 @@ class Checkpointer:
     """Writes checkpoints in the background, and keeps the newest three.
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
+
+    Args:
+      workdir: folder of the run.
+      identity: what the run is made from, see the module; goes into every checkpoint.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, identity=None):
+        self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
@@ -79,7 +87,7 @@ class Checkpointer:
         """
         self.wait()
         arrays = {"params": params, "ema_params": ema_params, "progress": progress}
-        plain = {"data": data, "config": config}
+        plain = {"data": data, "config": config, "identity": self._identity}
         plain["checksums"] = checksums(arrays, plain)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in plain.items()}
@@ -154,7 +162,9 @@ def checksums(arrays, plain):
 
 
 def read_plain(workdir, step):
-    """The items of a checkpoint that are JSON: a dict of `data`, `config` and `checksums`.
+    """The items of a checkpoint that are JSON: `data`, `config`, `identity` and `checksums`.
+
+    `identity` is {} where the checkpoint is of before there was one.
 
     Raises:
       DamagedError: it cannot be read.
@@ -162,7 +172,24 @@ def read_plain(workdir, step):
     with _damage(workdir, step):
         path = _path(workdir, step)
         read = ocp.JsonCheckpointHandler().restore
-        return {name: read(path / name) for name in (*PLAIN, "checksums")}
+        found = {"identity": {}, "checksums": dict(read(path / "checksums"))}
+        names = [name for name in PLAIN if name != "identity" or name in found["checksums"]]
+        return found | {name: dict(read(path / name)) for name in names}
+
+
+def options(workdir):
+    """The options of a run, nested, of its newest checkpoint that tells them; None without a run.
+
+    Does not use jax, so processes can ask before they join.
+    """
+    for step in reversed(steps(workdir)):
+        try:
+            found = json.loads((_path(workdir, step) / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue  # whoever reads the weights says what is wrong
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def read_arrays(workdir, step, targets):
@@ -209,7 +236,7 @@ def verify(workdir, step, arrays, plain):
       arrays, plain: from `read_arrays` and `read_plain`. All processes have to ask.
     """
     for name, value in checksums(arrays, plain).items():
-        if value != plain["checksums"][name]:
+        if value != plain["checksums"].get(name, value if name == "identity" else None):
             raise DamagedError(f"{folder(workdir) / str(step)}: {name} does not match its checksum")
 
 
@@ -230,8 +257,9 @@ def restore_weights(workdir, step=None, optimizer=False):
       optimizer: whether to read the moments of Adam too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config` and,
-      with `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}, or None.
+      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config`,
+      `identity` and, with `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree},
+      or None.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -256,7 +284,7 @@ def _read_weights(workdir, step, optimizer):
     arrays, plain = read_arrays(workdir, step, dict.fromkeys(names)), read_plain(workdir, step)
     verify(workdir, step, arrays, plain)
     weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
-    weights["config"] = plain["config"]
+    weights |= {"config": plain["config"], "identity": plain["identity"]}
     if optimizer:
         weights["opt_state"] = _find_adam(arrays["progress"])
     return weights

@@ -13,6 +13,7 @@ import sys
 
 import parts
 from scripts.measure import costs, data, evaluation, train
+from utils import environment
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -34,6 +35,7 @@ def main(argv=None):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)
         command.add_argument("--json", help="also write the results to this file")
+    environment.pin()
     try:
         if argv[:1] == ["data"]:
             args = parser.parse_args(argv)

@@ -36,7 +36,7 @@ import parts  # noqa: E402
 import train  # noqa: E402
 from models import network  # noqa: E402
 from scripts.measure import costs, stand_ins  # noqa: E402
-from utils import chips, sharding  # noqa: E402
+from utils import chips, environment, sharding  # noqa: E402
 
 
 def slice_devices(name):
@@ -164,6 +164,7 @@ def main(argv=None):
     parser.add_argument("--topology", required=True, help="like v5e:4x4")
     parser.add_argument("--steps", nargs="+", choices=["train", "eval"], default=["train", "eval"])
     parser.add_argument("--json", help="also write the figures to this file")
+    environment.pin()
     try:
         config, rest = costs.config_without_data(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(rest)
