@@ -282,13 +282,27 @@ def train(config, workdir):
     observer.begin(int(state.step))
     if place is not None:
         observer.catch_up(int(state.step), state)
-    batches = open_batches(config, records, int(state.step), place)
+    first = int(state.step)
+    batches = open_batches(config, records, first, place)
+    begin = batches.get_state()["position"]
     key = jax.random.key(training.seed)
     step_fn = make_step(recipe, key, model.mesh, shardings)
     with contextlib.closing(batches), checkpoint.Checkpointer(workdir, identity) as checkpointer:
-        state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
+        try:
+            state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
+        except train_metrics.NotFiniteError as error:
+            bad = batches.not_finite(begin + (error.step - 1 - first) * training.batch_size)
+            raise FloatingPointError(f"{error}{in_the_data(bad, records.root)}") from error
     observer.end(int(state.step))
     return state
+
+
+def in_the_data(bad, root):
+    """What a line about numbers that are not finite says of the batch: records `bad` hold them."""
+    if not bad:
+        return ". The batch itself is finite"
+    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+    return f". The batch itself holds them: records {', '.join(map(str, bad[:10]))}{more} of {root}"
 
 
 def open_batches(config, records, step, place):

@@ -57,8 +57,23 @@ class RecordIterator:
     def _read(self, position, i):
         start = position + i * self._batch_size + self._row
         stop = start + self._local_size
-        indices = shuffled_indices(start, stop, self._records.num_records, self._seed)
-        return self._records.read(indices, self._flipped)
+        return self._records.read(self._draws(start, stop), self._flipped)
+
+    def _draws(self, start, stop):
+        """The numbers of the records of draws [start, stop)."""
+        return shuffled_indices(start, stop, self._records.num_records, self._seed)
+
+    def not_finite(self, start):
+        """Which records of the batch of all processes from draw `start` on are not finite.
+
+        Returns:
+          Their numbers in the dataset, ascending.
+        """
+        indices = self._draws(start, start + self._batch_size)
+        bad = np.zeros(len(indices), bool)
+        for value in self._records.read(indices, self._flipped).values():
+            bad |= ~np.isfinite(value.astype(np.float32)).reshape(len(indices), -1).all(axis=1)
+        return sorted({int(i) for i in indices[bad]})
 
     def __iter__(self):
         return self
