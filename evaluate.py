@@ -140,6 +140,10 @@ class Evaluation:
                     save_result(workdir, results[-1])  # one that is stopped keeps what it has
         if len(results) > 1:
             logging.info("%s", table(results))
+        compared = [result for result in results if "fid" in result]
+        if len(compared) > 1:
+            best = min(compared, key=lambda result: result["fid"])
+            logging.info("best: %s", report(best))
         return results
 
     def measure(self, params, about, times, guidance):
@@ -231,7 +235,9 @@ def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     model = parts.make(config)
     where = config.load_from or workdir
-    weights = weights_of.load(where, model.param_shapes())
+    weights = weights_of.load(
+        where, model.param_shapes(), config, may_lack=model.module.only_for_training
+    )
     inherit.check(config, weights, where)
     for name in config.fid.weights:
         weights_of.choose(weights, name)  # a name that is not there is told before hours of images

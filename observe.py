@@ -201,10 +201,10 @@ def peak_rate(model, batch_size):
 
     None where the peak of the devices or the cost of the network is not known.
     """
-    chip, forward = chips.chip(model.mesh.devices.flat[0]), model.module.flops(model.image_shape)
-    if chip is None or forward is None:
+    chip, needed = chips.chip(model.mesh.devices.flat[0]), model.step_flops(batch_size)
+    if chip is None or needed is None:
         return None
-    return chip.peak * model.mesh.size / (model.method.passes(batch_size) * forward)
+    return chip.peak * model.mesh.size / needed
 
 
 def device_memory():

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs import default
-from methods import flow, meanflow, path
+from methods import flow, improved, meanflow, path
 from metrics import scorer
-from models import codec, dit, network, vae
+from models import codec, dit, imf_dit, network, vae
 from utils import sharding
 
-BACKBONES = (dit,)
+BACKBONES = (dit, imf_dit)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
+    "improved": improved.Improved,
     "flow": flow.Flow,
 }
 
@@ -37,6 +38,14 @@ class Parts(NamedTuple):
     def param_shapes(self):
         """The parameters of the network as a tree of `ShapeDtypeStruct`s."""
         return network.param_shapes(self.module, self.image_shape)
+
+    def step_flops(self, batch_size):
+        """FLOPs of the products that a step needs, by image; None: not known."""
+        if self.module.flops(self.image_shape) is None:
+            return None
+        both = self.method.passes_of_both(batch_size)
+        flops = (self.method.passes(batch_size) - both) * self.module.flops(self.image_shape)
+        return flops + (both * self.module.flops(self.image_shape, both=True) if both else 0)
 
 
 def make(config, mesh=None):
@@ -73,6 +82,16 @@ def check(config):
             f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which method.name "
             f"{config.method.name} gives to the network"
         )
+    if method.needs_v and not module.predicts_v:
+        raise ValueError(
+            f"model.cls: {config.model.cls} predicts no instantaneous velocity beside the average "
+            f"one, which method.name {config.method.name} trains"
+        )
+    if method.instantaneous and not module.takes_t:
+        raise ValueError(
+            f"model.cls: {config.model.cls} is told h = t - r and not t, and h is 0 throughout "
+            f"with method.name {config.method.name}: it would not know the time"
+        )
     check_parts_of_batch(method, config.training.batch_size, config.training.grad_accum_steps)
     sampling = config.sampling
     if sampling.method not in path.SAMPLERS:
@@ -86,6 +105,13 @@ def check(config):
             f"sampling.omega: the guidance of method.name {config.method.name} is trained in "
             "(method.omega); leave it empty"
         )
+    if "omega" in method.conditions:  # the guidance is an input of the network
+        if sampling.channels:
+            raise ValueError(
+                f"sampling.channels: method.name {config.method.name} guides all channels: leave 0"
+            )
+        if min(sampling.omega, default=1) <= 0:
+            raise ValueError(f"sampling.omega must be above 0, got {list(sampling.omega)}")
     scorer.check_options(config.fid)
 
 
@@ -117,25 +143,32 @@ def make_module(config):
     if name not in backbones:
         raise ValueError(f"model.cls: unknown network {name!r}; known: {', '.join(backbones)}")
     backbone = backbones[name]
-    return backbone.build(
+    module = backbone.build(
         name,
         image_shape=image_shape(config),
         num_classes=config.dataset.num_classes,
         dtype=jnp.dtype(network_dtype(config)),
         **own_options(config, "model", backbone.OPTIONS, chosen_by="cls"),
     )
+    method = objective(config)
+    return module.serving(method.conditions, method.needs_v)
 
 
-def make_method(config):
-    """The objective that `method.name` names."""
+def objective(config):
+    """The class of the objective that `method.name` names."""
     name = config.method.name
     if name not in OBJECTIVES:
         raise ValueError(f"method.name: {name!r} is not one of {' | '.join(OBJECTIVES)}")
-    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    return OBJECTIVES[name]
+
+
+def make_method(config):
+    """The objective that `method.name` names, with its options."""
+    fields = [field.name for field in dataclasses.fields(objective(config))]
     options = own_options(
         config, "method", [field for field in fields if field != "num_classes"], chosen_by="name"
     )
-    return OBJECTIVES[name](num_classes=config.dataset.num_classes, **options)
+    return objective(config)(num_classes=config.dataset.num_classes, **options)
 
 
 def own_options(config, section, names, chosen_by):

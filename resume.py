@@ -29,8 +29,10 @@ MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (
     "dataset.image_size dataset.image_channels dataset.num_classes dataset.latent_mean "
     "dataset.latent_std dataset.use_flip "
-    "model.cls model.depth model.hidden_size model.num_heads model.patch_size model.time_cond "
+    "model.cls model.depth model.hidden_size model.num_heads model.patch_size "
+    "model.aux_head_depth model.time_cond "
     "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
+    "training.warmup_epochs "
     "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
     "training.half_precision"
 ).split()
@@ -84,7 +86,7 @@ def start(config, workdir, mesh, init, identity=None):
         return found[0], shardings, found[1]
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
-        found = weights.load(config.load_from, shapes.params, optimizer=True)
+        found = weights.load(config.load_from, shapes.params, config, optimizer=True)
         state = from_weights(state, found, shardings, config.training.ema_val)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     return state, shardings, None

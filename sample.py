@@ -159,7 +159,9 @@ def sample_job(config, workdir):
     """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`."""
     model = parts.make(config)
     where = config.load_from or workdir
-    found = weights.load(where, model.param_shapes())
+    found = weights.load(
+        where, model.param_shapes(), config, may_lack=model.module.only_for_training
+    )
     inherit.check(config, found, where)
     found = weights.place(found, model.mesh)
     autoencoder = parts.load_autoencoder(config)

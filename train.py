@@ -48,17 +48,19 @@ class TrainState(NamedTuple):
 # The step -------------------------------------------------------------------------------------
 
 
-def make_optimizer(training, total_steps):
+def make_optimizer(training, total_steps, steps_per_epoch=0):
     """AdamW as published (b1 0.9, b2 0.95, eps 1e-8, no decay, constant rate), and its schedule.
 
     Args:
       training: the options `training`.
       total_steps: length of the run, where the cosine ends.
+      steps_per_epoch: in which `training.warmup_epochs` counts.
 
     Returns:
       An optax transformation, and the function step -> learning rate.
     """
-    rate, warmup = training.learning_rate, training.warmup_steps
+    rate = training.learning_rate
+    warmup = training.warmup_steps or training.warmup_epochs * steps_per_epoch
     if training.lr_schedule == "cosine":
         after = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
     else:
@@ -193,9 +195,9 @@ def update(recipe, state, x, given, draws, key):
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(config, model, total_steps):
+def make_recipe(config, model, total_steps, steps_per_epoch=0):
     """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
-    optimizer, schedule = make_optimizer(config.training, total_steps)
+    optimizer, schedule = make_optimizer(config.training, total_steps, steps_per_epoch)
     recipe = Recipe(
         net=model.net,
         method=model.method,
@@ -263,7 +265,7 @@ def train(config, workdir):
     total = training.num_steps or training.num_epochs * steps_per_epoch
     if total >= 2**31:
         raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
-    recipe, schedule = make_recipe(config, model, total)
+    recipe, schedule = make_recipe(config, model, total, steps_per_epoch)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)

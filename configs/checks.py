@@ -22,7 +22,8 @@ POSITIVE = (
 
 NOT_NEGATIVE = (
     "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size training.seed training.num_epochs training.num_steps training.warmup_steps "
+    "model.patch_size model.aux_head_depth training.seed training.num_epochs training.num_steps "
+    "training.warmup_steps training.warmup_epochs "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
     "sampling.seed sampling.channels"
 ).split()
@@ -75,6 +76,11 @@ def _validate_training(training):
         "training.batch_size",
         f"({training.batch_size}) must be a multiple of training.grad_accum_steps "
         f"({training.grad_accum_steps})",
+    )
+    _require(
+        not (training.warmup_steps and training.warmup_epochs),
+        "training.warmup_epochs",
+        "and training.warmup_steps: give one of them",
     )
     decays = training.ema_val
     _require(

@@ -12,10 +12,15 @@ from ml_collections import config_dict
 def get_config():
     """Returns the default `ConfigDict`. A fresh one at each call."""
     config = ml_collections.ConfigDict()
-    sections = dict(
-        dataset=_dataset, model=_model, method=_method, training=_training,
-        sampling=_sampling, fid=_fid, mesh=_mesh,
-    )  # fmt: skip
+    sections = {
+        "dataset": _dataset,
+        "model": _model,
+        "method": _method,
+        "training": _training,
+        "sampling": _sampling,
+        "fid": _fid,
+        "mesh": _mesh,
+    }
     for name, fill in sections.items():
         config[name] = ml_collections.ConfigDict()
         fill(config[name])
@@ -44,11 +49,12 @@ def _dataset(dataset):
 
 
 def _model(model):
-    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, or DiT with the four sizes below
+    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT: see below
     model.depth = 0  # number of blocks; 0: that of cls
     model.hidden_size = 0  # width; 0: that of cls
     model.num_heads = 0  # attention heads; 0: that of cls
     model.patch_size = 0  # side of a patch; 0: that of cls
+    model.aux_head_depth = 0  # imfDiT: blocks of each head (depth counts one head); 0: that of cls
     model.time_cond = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
     model.unroll = 1  # blocks per iteration of the scan over the blocks; depth: no loop at all
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
@@ -59,7 +65,7 @@ def _model(model):
 
 
 def _method(method):
-    method.name = "meanflow"  # meanflow | flow (flow matching: the velocity alone)
+    method.name = "meanflow"  # meanflow | improved | flow (flow matching: the velocity alone)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
@@ -73,6 +79,8 @@ def _method(method):
     method.t_start = 0.0  # guidance holds for t_start <= t <= t_end, row by row
     method.t_end = 1.0  # the end of that interval
     method.tangent = (0.0, 1.0)  # (dr, dt) of the JVP, dz = v; the others of Table 1b are wrong
+    method.cfg_beta = 1.0  # improved: guidance scales are drawn with a density like omega^-cfg_beta
+    method.omega_max = 8.0  # improved: the largest guidance scale that is drawn; the smallest is 1
     method.norm_p = 1.0  # adaptive weight 1 / (error + norm_eps) ** norm_p; 0: plain squared error
     method.norm_eps = 0.01  # keeps the adaptive weight finite
 
@@ -88,6 +96,7 @@ def _training(training):
     training.learning_rate = 1e-4  # of AdamW, after the warm-up
     training.lr_schedule = "const"  # const | cosine (to zero at the end of the run)
     training.warmup_steps = 0  # steps of linear warm-up from zero
+    training.warmup_epochs = 0  # the same in epochs, instead of warmup_steps
     training.adam_b1 = 0.9  # decay of the mean of the gradient
     training.adam_b2 = 0.95  # decay of the mean of its square
     training.weight_decay = 0.0  # decoupled (AdamW), on every parameter

@@ -96,10 +96,10 @@ def _load_stream(file, path, size):
 def _load_zip(archive, path, size):
     members = {info.filename: info for info in archive.infolist()}
     _check_inflation(members.values(), path, size)
-    found = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(found) != 1:
+    roots = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
         raise pickles.RefusedError(f"{path}: a zip archive without NAME/data.pkl is no torch file")
-    folder = found[0].split("/")[0]
+    folder = roots[0].split("/")[0]
     order = "little"
     if f"{folder}/byteorder" in members:
         order = archive.read(f"{folder}/byteorder").decode()
@@ -114,7 +114,7 @@ def _load_zip(archive, path, size):
             cache[storage.key] = archive.read(info)
         return _elements(cache[storage.key], storage.dtype, storage.numel, order)
 
-    root = pickles.Unpickler(io.BytesIO(archive.read(found[0])), path).load()
+    root = pickles.Unpickler(io.BytesIO(archive.read(roots[0])), path).load()
     return pickles.plain(root, fetch)
 
 

@@ -33,6 +33,7 @@ class Flow(path.Objective):
 
     rows = ("error", "v_loss")
     guided_at_sampling = True
+    instantaneous = True
 
     def __post_init__(self):
         path.check_options(self)

@@ -64,10 +64,7 @@ class MeanFlow(path.Objective):
         P_mean_r = self.P_mean if self.P_mean_r is None else self.P_mean_r
         P_std_r = self.P_std if self.P_std_r is None else self.P_std_r
         second = path.draw_time(key_r, batch_size, self.noise_dist, P_mean_r, P_std_r)
-        t, r = jnp.maximum(first, second), jnp.minimum(first, second)
-        r_differ, _ = split_rows(r, num_equal)
-        _, t_equal = split_rows(t, num_equal)
-        r = merge_rows(r_differ, t_equal)
+        t, r = path.order_times(first, second, num_equal)
 
         drop = path.draw_dropped(key_drop, batch_size, num_equal, self.class_dropout_prob)
         return path.Draws(t, r, jax.random.normal(key_noise, shape), drop)

@@ -44,6 +44,8 @@ class Objective:
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
     conditions = ()  # what its network has to take beside t, h and y
+    needs_v = False  # whether its network has to predict the instantaneous velocity too
+    instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
 
     def draw(self, key, shape, step):
@@ -94,6 +96,10 @@ class Objective:
     def passes(self, batch_size):
         """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""
         raise NotImplementedError
+
+    def passes_of_both(self, batch_size):
+        """Those of them that predict both velocities; all others predict one."""
+        return 0.0
 
 
 def by_row(s):
@@ -192,6 +198,14 @@ def draw_time(key, batch_size, noise_dist, P_mean, P_std):
     if noise_dist == "uniform":
         return jax.random.uniform(key, (batch_size,))
     return jax.nn.sigmoid(P_mean + P_std * jax.random.normal(key, (batch_size,)))
+
+
+def order_times(first, second, num_equal):
+    """Two times by row -> t, the larger, and r, the smaller or in `num_equal` rows t: each (B,)."""
+    t, r = jnp.maximum(first, second), jnp.minimum(first, second)
+    r_differ, _ = split_rows(r, num_equal)
+    _, t_equal = split_rows(t, num_equal)
+    return t, merge_rows(r_differ, t_equal)
 
 
 def draw_dropped(key, batch_size, num_equal, probability):

@@ -1,8 +1,9 @@
 """Weights of the FID network: finding the file, reading its format, making `inception`'s tree.
 
 The tree is the one that `inception.features` takes: layer -> {kernel, bias}, batch norms folded.
-Builds on formats/torch_files.py, utils/files.py and utils/trees.py. No framework is needed for any format, nothing is executed, and
-every mapping is strict: each array is consumed once, each shape checked.
+No framework is needed for any format, nothing is executed, and every mapping is strict: each array
+is consumed once, each shape checked. Builds on formats/torch_files.py, utils/files.py and
+utils/trees.py.
 """
 
 import hashlib

@@ -73,7 +73,7 @@ def differences(said, asked):
     `images` is known only when all of them are read, so it is not asked for here.
     """
     return [
-        f"{name} {said[name]}, asked for {value}"
+        "other files" if name == "files" else f"{name} {said[name]}, asked for {value}"
         for name, value in asked.items()
         if name in said and said[name] != value
     ]

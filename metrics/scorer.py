@@ -1,8 +1,8 @@
 """Images -> features -> statistics, on all devices.
 
 Features and their moments are computed where the images are; only moments come to the host
-(features too, where precision and recall ask for them). Builds on metrics/distances.py, metrics/inception.py, utils/processes.py
-and utils/sharding.py.
+(features too, where precision and recall ask for them). Builds on metrics/distances.py,
+metrics/inception.py, utils/processes.py and utils/sharding.py.
 """
 
 import functools

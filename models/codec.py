@@ -21,6 +21,14 @@ class Normalisation(NamedTuple):
     shift: tuple[float, ...]
     scale: tuple[float, ...]
 
+    def apply(self, z):
+        """Latents (B, h, w, c) -> x."""
+        return (z - jnp.asarray(self.shift)) * jnp.asarray(self.scale)
+
+    def undo(self, x):
+        """x (B, h, w, c) -> latents."""
+        return x / jnp.asarray(self.scale) + jnp.asarray(self.shift)
+
 
 SD_NORMALISATION = Normalisation((0.0,), (SD_SCALE,))
 
@@ -83,8 +91,7 @@ class Codec(NamedTuple):
             moments = _choose(flip_key, batch["moments_flipped"], moments)
         mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # (B, h, w, c)
         z = mean + std * jax.random.normal(noise_key, mean.shape, jnp.float32)
-        shift, scale = self.normalisation
-        return (z - jnp.asarray(shift)) * jnp.asarray(scale), given
+        return self.normalisation.apply(z), given
 
 
 def _choose(key, ours, theirs):

@@ -8,6 +8,8 @@ the time to compile does not grow with the depth. Several batches can go through
 (`DiT.together`), in one pass over the parameters.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,15 +67,27 @@ class TimeEmbedder(nn.Module):
     """A time in [0, 1], (B,) -> (B, D). In float32: its derivative enters the JVP."""
 
     hidden_size: int
+    kernel_init: Callable = normal
 
     @nn.compact
     def __call__(self, t):
         half = FREQUENCIES // 2
         angle = t[:, None] * MAX_PERIOD ** -(np.arange(half, dtype=np.float32) / half)
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # (B, 256)
-        dense = dict(features=self.hidden_size, kernel_init=normal, precision="highest")
+        dense = dict(features=self.hidden_size, kernel_init=self.kernel_init, precision="highest")
         x = nn.Dense(**dense, name="fc1")(x)
         return nn.Dense(**dense, name="fc2")(nn.silu(x))
+
+
+GUIDANCE = ("omega", "t_min", "t_max")
+
+
+def guidance_numbers(c):
+    """What is embedded of the guidance in the conditions c (arXiv 2512.02012): name -> (B,)."""
+    numbers = {name: c[name] for name in GUIDANCE if name in c}
+    if "omega" in c:
+        numbers["omega"] = 1 - 1 / c["omega"]
+    return numbers
 
 
 class Attention(nn.Module):
@@ -157,6 +171,9 @@ class DiT(Network):
       depth, hidden_size, num_heads, patch_size: the size of the transformer.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
+      conditions: what is embedded beside them, of GUIDANCE.
+      predicts_v: a second final layer, which gives the instantaneous velocity; where parameters
+        hold none, v is None.
       dtype: of the matrix products; parameters and the residual stream stay float32.
       unroll: blocks per iteration of the scan.
       remat: keep nothing of a block for the backward pass, and compute it there again.
@@ -173,6 +190,10 @@ class DiT(Network):
     unroll: int = 1
     remat: bool = False
     fused_attention: bool = False
+    conditions: tuple[str, ...] = ()
+    predicts_v: bool = False
+
+    only_for_training = ("v_final_layer",)
 
     def __call__(self, z, c):
         return self.together((z, c))[0]
@@ -186,7 +207,8 @@ class DiT(Network):
         # The kernel has the shape of the convolution it stands for, (p, p, C, D).
         patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
         x_embedder = nn.DenseGeneral(D, **patch, name="x_embedder")
-        embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in self.time_cond}
+        embedded = (*self.time_cond, *self.conditions)
+        embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
         fused = tuple(self.fused_attention and i != jvp for i in range(len(batches)))
         # Only the products with parameters are kept for the backward pass; what lies between them
@@ -200,20 +222,35 @@ class DiT(Network):
             length=self.depth,
             unroll=self.unroll,
         )(D, self.num_heads, self.dtype, fused, name="blocks")
-        final_layer = FinalLayer(p * p * C, self.dtype, name="final_layer")
 
         def embed(z, c):
             x = x_embedder(patchify(z, p))  # (B, N, D)
-            times = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"]}
-            vector = sum(embedder(times[name]) for name, embedder in embedders.items())
+            numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
+            vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
             vector = vector + y_embedder(c["y"])  # (B, D)
             # each adaLN begins with silu
             return x + position_embedding(D, side), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         xs, _ = blocks(xs, cs)
-        outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
-        return tuple(Velocity(unpatchify(x, p, C).astype(jnp.float32)) for x in outs)
+
+        def images(name):
+            final_layer = FinalLayer(p * p * C, self.dtype, name=name)
+            outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
+            return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
+
+        us, vs = images("final_layer"), [None] * len(xs)
+        if (
+            self.predicts_v
+            and self.is_initializing()
+            or self.has_variable("params", "v_final_layer")
+        ):
+            vs = images("v_final_layer")
+        return tuple(map(Velocity, us, vs))
+
+    def serving(self, conditions, v):
+        known = tuple(name for name in conditions if name in GUIDANCE)
+        return self.clone(conditions=known, predicts_v=v)
 
     def cast(self, params):
         """The blocks in the type of their products.
@@ -223,13 +260,18 @@ class DiT(Network):
         """
         return params | {"blocks": jax.tree.map(lambda p: p.astype(self.dtype), params["blocks"])}
 
-    def flops(self, image_shape):
+    @property
+    def takes_t(self):
+        return self.time_cond != ("h",)
+
+    def flops(self, image_shape, both=False):
         height, width, channels = image_shape
         tokens = height * width // self.patch_size**2
         D, patch = self.hidden_size, self.patch_size**2 * channels
         block = tokens * (4 + 8) * D * D + 2 * tokens * tokens * D + 6 * D * D
-        times = len(self.time_cond) * (FREQUENCIES * D + D * D)
-        return 2 * (self.depth * block + times + 2 * tokens * patch * D + 2 * D * D)
+        times = len(self.time_cond + self.conditions) * (FREQUENCIES * D + D * D)
+        final = tokens * patch * D + 2 * D * D
+        return 2 * (self.depth * block + times + tokens * patch * D + (1 + both) * final)
 
     def unrolled(self):
         return self.clone(unroll=self.depth)

@@ -23,11 +23,16 @@ class Velocity(NamedTuple):
 class Network(nn.Module):
     """Base of all backbones. A subclass has `__call__`, and overrides what it does better.
 
-    `conditions` names what it takes of `c` beside `t`, `h` and `y`: an objective that needs more
-    of a network is refused when it is built (`parts.py`).
+    `conditions` names what it takes of `c` beside `t`, `h` and `y`, and `predicts_v` says whether
+    it predicts the instantaneous velocity too: an objective that needs more of a network is refused
+    when it is built (`parts.py`).
     """
 
     conditions = ()
+    predicts_v = False
+    takes_t = True  # whether it is told t beside h
+    # First names of the parameters that only training needs; weights without them are sampled from.
+    only_for_training = ()
 
     def __call__(self, z, c):
         """Predicts the velocity.
@@ -51,12 +56,23 @@ class Network(nn.Module):
         """
         return tuple(self(*batch) for batch in batches)
 
+    def serving(self, conditions, v):
+        """The network for an objective that gives it `conditions` and, where `v`, asks for v.
+
+        As it is, here: for a network that can be with and without them, the one that is asked for.
+        """
+        return self
+
     def cast(self, params):
         """The parameters in the type of their products, once for all passes of a step."""
         return params
 
-    def flops(self, image_shape):
-        """FLOPs of the matrix products of one pass on an image (h, w, c); None: not known."""
+    def flops(self, image_shape, both=False):
+        """FLOPs of the matrix products of one pass on an image (h, w, c); None: not known.
+
+        Args:
+          both: of a pass that predicts u and v; else one of them.
+        """
         return None
 
     def unrolled(self):

@@ -119,7 +119,6 @@ def _check_scale(path, normalisation, channels):
 def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     """The autoencoder of a configuration (the fields of config.json) with given parameters."""
     model = _flax_autoencoder(config, jnp.dtype(dtype))
-    shift, scale = normalisation
 
     def encode(params, images):
         moments = model.apply({"params": params}, images, method=_moments)
@@ -127,7 +126,7 @@ def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Au
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(params, x):
-        z = x / jnp.asarray(scale) + jnp.asarray(shift)
+        z = normalisation.undo(x)
         return model.apply({"params": params}, z, method=_image).astype(jnp.float32)
 
     downscale = 2 ** (len(model.block_out_channels) - 1)

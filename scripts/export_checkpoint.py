@@ -1,5 +1,5 @@
-"""Writes a checkpoint in the layout of the published MeanFlow code, so that weights can be
-exchanged both ways.
+"""Writes a checkpoint in the layout of the published code, so that weights can be exchanged both
+ways: that of MeanFlow for a DiT, that of improved MeanFlow (orbax alone) for an imfDiT.
 
 python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format msgpack|orbax]
 
@@ -10,23 +10,30 @@ written as it is: that way one form becomes the other.
 import argparse
 import sys
 
-from formats import published
+from formats import published, published_imf
 from utils import checkpoint
 
 
-def export(source, folder, step=None, form="msgpack"):
+def export(source, folder, step=None, form=None):
     """Writes folder/checkpoint_STEP and returns its path.
 
-    source: the workdir of a run, or a published checkpoint; step: of the run, default the newest.
+    source: the workdir of a run, or a published checkpoint; step: of the run, default the newest;
+    form: msgpack, the default, or orbax; for an imfDiT orbax, the default.
     Raises FileNotFoundError, FileExistsError or ValueError with one line.
     """
-    if published.is_published(source):
+    if imf := published_imf.find(source):
+        state = published_imf.load(imf)
+    elif published.is_published(source):
         state = published.load(source)
     else:
         found = checkpoint.restore_weights(source, step, optimizer=True)
         state = {name: found[name] for name in ("step", "params", "opt_state")}
         state["ema_params"] = found["ema_params"][0]
-    return published.export(**state, folder=folder, form=form)
+    if "u_blocks" not in state["ema_params"]:
+        return published.export(**state, folder=folder, form=form or "msgpack")
+    if form not in (None, "orbax"):
+        raise ValueError(f"--format={form}: the published improved MeanFlow reads orbax alone")
+    return published_imf.export(**state, folder=folder)
 
 
 def parse(argv):
@@ -38,7 +45,7 @@ def parse(argv):
     parser.add_argument("--from", dest="source", required=True, help="workdir or checkpoint")
     parser.add_argument("--to", dest="folder", required=True, help="folder to write into")
     parser.add_argument("--step", type=int, help="checkpoint of the run, default the newest")
-    parser.add_argument("--format", dest="form", choices=("msgpack", "orbax"), default="msgpack")
+    parser.add_argument("--format", dest="form", choices=("msgpack", "orbax"))
     return parser.parse_args(argv)
 
 

@@ -41,7 +41,7 @@ NOT_RUN = {
     r"model\.cls=ConvNet": "needs the edit of its page; tests/test_extending.py",
     r"wandb": "needs an account; tests/test_monitoring.py has a stand-in",
     r": (pip install|hf download)": "needs a network",
-    r"scripts\.(benchmark|compile_for_tpu|export_checkpoint|evaluate_images)": "has its own tests",
+    r"scripts\.(measure|export_checkpoint|evaluate_images)": "has its own tests",
     r"^docs/pods\.md": "needs several machines; tests/test_processes.py runs several processes",
     r"JAX_KIND=|install\.sh": "installs; tests/test_install.py",
 }
@@ -65,6 +65,9 @@ ALL = [(page, c) for page, text in TEXTS.items() for c in [*commands(text), *inl
 LAUNCHES = [c for _, c in ALL if re.search(r"scripts/launch\.sh \w", c)]
 
 
+FOLDERS = ("configs", "docs", "formats", "methods", "metrics", "models", "scripts", "utils")
+
+
 def test_every_command_runs_here_or_says_why_not():
     unknown = [
         f"{page}: {command}"
@@ -86,7 +89,7 @@ def copy(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".toml", ".txt"):
             shutil.copy(path, folder)
-        elif path.name in ("configs", "docs", "models", "scripts", "utils"):
+        elif path.name in FOLDERS:
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "install.sh").write_text(f"echo {sys.executable}\n")
     config = folder / "configs" / "digits.yml"

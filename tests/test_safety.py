@@ -122,7 +122,7 @@ def test_an_evil_config_is_refused_by_name(tmp_path, trace, monkeypatch):
             load_config.from_command_line(["--config=configs/load_config.py:evil"])
 
 
-# What runs code, or unpickles without a restriction. `torch_files` restricts its own.
+# What runs code, or unpickles without a restriction. `pickles` restricts its own.
 FORBIDDEN = {
     "pickle.load", "pickle.loads", "cPickle.load", "dill.load", "joblib.load", "torch.load",
     "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "marshal.load", "shelve.open",
@@ -162,7 +162,7 @@ def test_the_project_loads_nothing_that_runs():
     ]
     assert sorted(bases) == [
         ("load_config.py", "yaml.SafeLoader"),
-        ("torch_files.py", "pickle.Unpickler"),
+        ("pickles.py", "pickle.Unpickler"),
     ]
 
 

@@ -108,7 +108,7 @@ def test_a_malicious_file_is_refused_by_name_and_runs_nothing(tmp_path, write, p
         ("builtins", "getattr"),
         ("torch._utils", "_rebuild_wrapper_subclass"),
         ("torch", "load"),
-        ("formats.torch_files", "_Function"),
+        ("formats.pickles", "_Function"),
         ("numpy", "load"),
         ("__torch__", "Layer"),  # of TorchScript
     ],

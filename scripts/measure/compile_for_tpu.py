@@ -149,8 +149,8 @@ def run(config, topology, steps):
         results[name] = compile_step(*makers[name](config, model), chip)
         report(name, results[name], chip)
     if "train" in steps:
-        passes, forward = model.method.passes(batch), model.module.flops(model.image_shape)
-        results["train"]["flops_by_hand"] = passes * forward * batch / len(devices)
+        passes, needed = model.method.passes(batch), model.step_flops(batch)
+        results["train"]["flops_by_hand"] = needed * batch / len(devices)
         print(f"  FLOPs needed, by hand: {results['train']['flops_by_hand']:.3g} ({passes:g} F)")
     return results
 

@@ -8,9 +8,14 @@ third. The tests compare with it, and `scripts.measure train --against plain` me
 import jax
 import jax.numpy as jnp
 
+from methods import improved
+from scripts.measure import plain_improved
+
 
 def loss(net, params, x, y, draws, method):
-    """Returns the loss and, by row, the squared error and the v_loss."""
+    """Returns the loss and, by row, the squared error and the v_loss (improved: of V and of v)."""
+    if isinstance(method, improved.Improved):
+        return plain_improved.loss(net, params, x, y, draws, method)
     t, r, e, drop = draws
     column, null_label = (-1, 1, 1, 1), method.num_classes
     v = e - x

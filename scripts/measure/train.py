@@ -98,7 +98,7 @@ def run(config, args):
         for candidate in candidates.values():
             candidate.run(args.steps)
     batch = config.training.batch_size
-    needed = model.method.passes(batch) * model.module.flops(model.image_shape)
+    needed = model.step_flops(batch)
     results = {name: figures(c, batch, needed, mesh) for name, c in candidates.items()}
     if len(results) > 1:
         ours, plain = results.values()

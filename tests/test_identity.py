@@ -1,0 +1,199 @@
+"""What things are made of is compared where they are used: records, runs, autoencoders, options."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, write_records
+
+import evaluate
+import main
+from models import vae
+from utils import dataset, environment, identity, locks, processes
+
+DIGEST = "d" * 32
+
+
+def records_of(root, change=0, per_shard=RECORDS):
+    """Records like those of `jobs.write_records`, one of them changed by `change`."""
+    images = np.random.RandomState(0).randint(0, 256, (RECORDS, *SHAPE)).astype(np.uint8)
+    images[7, 0, 0] += np.uint8(change)
+    root.mkdir(parents=True)
+    starts = range(0, RECORDS, per_shard)
+    lengths = []
+    for i, start in enumerate(starts):
+        part = [
+            {"image": images[k], "label": k % CLASSES}
+            for k in range(start, min(start + per_shard, RECORDS))
+        ]
+        path = dataset.shard_path(root, "train", i, len(starts))
+        lengths.append(dataset.write_shard(path, part))
+    dataset.write_metadata(root, "image", SHAPE, np.uint8, CLASSES, {"train": lengths})
+    return root
+
+
+def run(workdir, options, config="digits"):
+    """A job in this process; its exit status."""
+    words = [f"--config.{name}={value}" for name, value in options.items()]
+    return main.main([f"--workdir={workdir}", f"--config=configs/load_config.py:{config}", *words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps, its options, and the records it was trained on."""
+    folder = tmp_path_factory.mktemp("identity")
+    options = {
+        **OPTIONS,
+        "dataset.root": write_records(folder / "records"),
+        "training.num_steps": 2,
+        "training.sample_on_training": False,
+        "fid.on_training": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "join", lambda *args: None)  # jax is already in use here
+        assert run(folder / "run", options) == 0
+        yield folder / "run", options
+
+
+# Records and runs -------------------------------------------------------------------------------
+
+
+def test_a_dataset_is_its_records_however_they_lie(tmp_path):
+    one = dataset.open_records(records_of(tmp_path / "a")).identity
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert dataset.open_records(tmp_path / "copy").identity == one
+    assert dataset.open_records(records_of(tmp_path / "b", per_shard=16)).identity == one
+    other = dataset.open_records(records_of(tmp_path / "c", change=1)).identity
+    assert other["content"] != one["content"] and other["sample"] != one["sample"]
+    assert not list(tmp_path.rglob("unfinished-*"))
+
+
+def test_of_a_large_set_one_record_that_differs_is_known_by_the_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.contents.WHOLE", 10)
+    monkeypatch.setattr("utils.contents.SAMPLED", 4)  # records 0, 13, 26 and 39
+    one, other = (
+        dataset.open_records(records_of(tmp_path / str(i), change=i)).identity for i in (0, 1)
+    )
+    assert one["sample"] == other["sample"] and one["content"] != other["content"]
+    with pytest.raises(ValueError, match="other records than dataset.root holds now"):
+        identity.check_run({"records": one}, {"records": other}, "run")
+    identity.check_run({"records": {"sample": one["sample"]}}, {"records": other}, "run")
+
+
+def test_a_run_goes_on_with_its_own_records_alone(trained, tmp_path, capsys):
+    workdir, options = trained
+    run_copy = shutil.copytree(workdir, tmp_path / "run")
+    other = options | {"training.num_steps": 4, "dataset.root": records_of(tmp_path / "c", 1)}
+    assert run(run_copy, other) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "checkpoint 2 was made with other records" in line and "content" in line
+    moved = shutil.copytree(options["dataset.root"], tmp_path / "moved")
+    assert run(run_copy, other | {"dataset.root": moved}) == 0
+
+
+def test_a_run_goes_on_in_its_own_environment_alone(trained, tmp_path, capsys, caplog):
+    workdir, options = trained
+    run_copy = shutil.copytree(workdir, tmp_path / "run")
+    with jax.default_matmul_precision("highest"):
+        assert run(run_copy, options | {"training.num_steps": 4}) == 1
+    assert "matmul_precision default, now highest" in capsys.readouterr().err
+    before = {"environment": environment.describe() | {"jax": "0.1", "device": "abacus"}}
+    with caplog.at_level("INFO"):
+        identity.check_run(before, {"environment": environment.describe()}, "run")
+    assert "jax 0.1" in caplog.text and "device abacus" in caplog.text
+
+
+def test_what_a_shell_leaves_behind_is_pinned(caplog):
+    try:
+        for name, value in (("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True)):
+            jax.config.update(name, value)
+        environment.pin()
+        assert jax.config.jax_default_prng_impl == "threefry2x32"
+        assert not jax.config.jax_enable_x64
+        assert "JAX_DEFAULT_PRNG_IMPL=rbg is not used" in caplog.text
+        assert "JAX_ENABLE_X64=True is not used" in caplog.text
+    finally:
+        environment.pin()
+
+
+def test_processes_with_different_settings_are_told_apart(monkeypatch):
+    writer = environment.describe() | {"matmul_precision": "highest"}
+    monkeypatch.setattr(processes, "from_writer", lambda value: writer)
+    with pytest.raises(ValueError, match="another environment than process 0: matmul_precision"):
+        processes.check_same("environment", environment.describe())
+
+
+# Options and results ----------------------------------------------------------------------------
+
+
+def test_the_options_of_the_weights_come_with_them(trained, tmp_path, capsys, caplog):
+    workdir, options = trained
+    asked = {
+        "eval_only": True,
+        "load_from": workdir,
+        **{name: value for name, value in options.items() if name.startswith("fid.")},
+        "fid.features": "pixels",
+        "dataset.root": options["dataset.root"],
+    }
+    with caplog.at_level("INFO"):
+        assert run(tmp_path, asked, "run_b4") == 0
+        assert "model.cls DiT (not DiT_B_4, configs/run_b4.yml)" in caplog.text
+        assert run(tmp_path, options | asked) == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["environment"] == environment.describe() and len(result["options"]) == 32
+    for name, value in (("model.num_heads", 1), ("model.time_cond", "t,r"), ("method.kappa", 0.1)):
+        capsys.readouterr()
+        assert run(tmp_path, asked | {name: value}) == 2
+        line = capsys.readouterr().err
+        assert f"{name} {options.get(name, '')}" in line and f"not {value}" in line
+    assert json.loads((tmp_path / "results.json").read_text()) == [result]
+
+
+def test_results_of_jobs_that_write_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: evaluate.save_result(tmp_path, {"fid": 1.0, "seed": i}), range(40)))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(result["seed"] for result in found) == list(range(40))
+    with locks.alone(tmp_path / "results.json"):  # and nobody holds it any more
+        pass
+
+
+# Autoencoders -----------------------------------------------------------------------------------
+
+
+def test_latents_belong_to_their_encoder(golden):
+    tiny = vae.load(golden / "vae" / "tiny").identity
+    again = vae.load(golden / "vae" / "tiny_legacy_names").identity
+    assert tiny["encoder"] == again["encoder"] and tiny["decoder"] == again["decoder"]
+    made = {"vae": "a", "encoder": tiny["encoder"]}
+    identity.check_autoencoder(made, again, "records")
+    identity.check_autoencoder(made, tiny | {"decoder": DIGEST}, "records")
+    with pytest.raises(ValueError, match="did not make the latents of records"):
+        identity.check_autoencoder(made, tiny | {"encoder": DIGEST}, "records")
+
+
+def test_what_cannot_be_known_is_said(caplog):
+    with caplog.at_level("INFO"):
+        mse = {"name": "mse", "encoder": DIGEST, "decoder": DIGEST}
+        identity.check_autoencoder({"vae": "mse"}, mse, "records")
+        identity.check_autoencoder({}, {}, "records")  # pixels
+        assert not caplog.text
+        identity.check_autoencoder({"source": "pt"}, mse, "imported records")
+        assert "imported records does not say which autoencoder" in caplog.text
+        identity.check_run({}, {"records": {"sample": DIGEST}}, "an old run")
+        assert "an old run is of a version" in caplog.text
+
+
+def test_the_scale_that_an_autoencoder_asks_for_is_not_passed_over(golden, tmp_path, caplog):
+    vae.load(golden / "vae" / "tiny")
+    assert not caplog.text
+    folder = shutil.copytree(golden / "vae" / "tiny", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"scaling_factor": 0.25, "shift_factor": 0.5}
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    vae.load(folder)
+    assert "dataset.latent_mean=0.5,0.5,0.5,0.5 dataset.latent_std=4,4,4,4" in caplog.text
