@@ -12,9 +12,10 @@ import resume
 from configs import checks
 from utils import checkpoint, identity
 
-# What says how numbers are computed, not which; and what names places on a machine. Taken from the
-# run as well, where nothing else says what to take.
-WEAK = ("dataset.vae dataset.root dataset.name training.half_precision training.ema_val").split()
+# Taken from the run as well: places on a machine, where nothing else says what to take, and what is
+# one's own choice on the command line.
+PLACES = ("dataset.vae", "dataset.root", "dataset.name")
+CHOICES = ("training.half_precision", "training.ema_val")
 
 
 def belongs(option):
@@ -50,12 +51,13 @@ def adopt(config, workdir, given):
         return config
     saved, now, taken = resume.of_run(saved), resume.flat(config), {}
     for name, value in now.items():
-        if not (belongs(name) or name in WEAK) or saved[name] == value:
+        if not (belongs(name) or name in (*PLACES, *CHOICES)) or saved[name] == value:
             continue
         source = given.get(name) or (given.get("dataset.name") if name == "dataset.root" else None)
-        if name in WEAK and source:
+        explicit = source == "command line"
+        if (name in PLACES and source) or (name in CHOICES and explicit):
             continue
-        if source == "command line":
+        if explicit:
             _refuse(where, {name: (saved[name], value)})
         taken[name] = f"{name} {saved[name]}" + (f" (not {value}, {source})" if source else "")
         now[name] = saved[name]

@@ -87,6 +87,7 @@ def start(config, workdir, mesh, init, identity=None):
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config, optimizer=True)
+        check_network(found["config"], config)
         state = from_weights(state, found, shardings, config.training.ema_val)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     return state, shardings, None
@@ -186,6 +187,22 @@ def check_options(saved, config, workdir):
         )
     for name in changes:
         logging.info("changed: %s%s", described[name], _consequence(name, config))
+
+
+def check_network(saved, config):
+    """Raises ValueError where the weights of `load_from` belong to another network.
+
+    Args:
+      saved: the options they were trained with, nested; None where they do not tell.
+    """
+    before, now = of_run(saved or config.to_dict()), flat(config)
+    refused = [
+        f"{name} {before[name]}, not {now[name]}"
+        for name in now
+        if name.startswith("model.") and not may_change(name) and before[name] != now[name]
+    ]
+    if refused:
+        raise ValueError(f"the weights of {config.load_from} belong to {', '.join(refused)}")
 
 
 def _consequence(name, config):

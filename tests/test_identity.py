@@ -1,5 +1,6 @@
 """What things are made of is compared where they are used: records, runs, autoencoders, options."""
 
+import argparse
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, write_records
 
 import evaluate
 import main
+from metrics import provenance, reference
 from models import vae
+from scripts.prepare import statistics
 from utils import dataset, environment, identity, locks, processes
 
 DIGEST = "d" * 32
@@ -136,6 +139,7 @@ def test_the_options_of_the_weights_come_with_them(trained, tmp_path, capsys, ca
         "load_from": workdir,
         **{name: value for name, value in options.items() if name.startswith("fid.")},
         "fid.features": "pixels",
+        "fid.cache_ref": "",
         "dataset.root": options["dataset.root"],
     }
     with caplog.at_level("INFO"):
@@ -197,3 +201,72 @@ def test_the_scale_that_an_autoencoder_asks_for_is_not_passed_over(golden, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     vae.load(folder)
     assert "dataset.latent_mean=0.5,0.5,0.5,0.5 dataset.latent_std=4,4,4,4" in caplog.text
+
+
+# Statistics and numbers that are not finite -----------------------------------------------------
+
+
+def test_statistics_that_are_there_are_those_asked_for(tmp_path, capsys):
+    path = tmp_path / "stats.npz"
+    args = argparse.Namespace(fid_stats=path, image_size=8, fid_resize="tf1", overwrite=False)
+    items = [("val/a/0.png", 0), ("val/a/1.png", 0)]
+    statistics.check(args, "val", items)  # there are none
+    said = statistics.asked(args, "val", items) | {"number": 2, "images": DIGEST, "weights": "w"}
+    reference.save_reference(path, np.zeros(3), np.eye(3), said=said)
+    statistics.check(args, "val", items)
+    for split, other, change in (
+        ("train", items, {}),
+        ("val", items[:1], {}),
+        ("val", items, {"image_size": 16}),
+        ("val", items, {"fid_resize": "half_pixel"}),
+    ):
+        with pytest.raises(ValueError, match="stats.npz holds other statistics"):
+            statistics.check(argparse.Namespace(**{**vars(args), **change}), split, other)
+    reference.save_reference(path, np.zeros(3), np.eye(3), resize="tf1")  # as of before
+    statistics.check(args, "val", items)
+    assert "does not say of which images" in capsys.readouterr().out
+
+
+def test_a_result_says_what_its_reference_is(tmp_path, caplog):
+    path = tmp_path / "stats.npz"
+
+    def described(size=8, **arrays):
+        np.savez(path, **{"mu": np.zeros(3), "sigma": np.eye(3), **arrays})
+        caplog.clear()
+        said = reference.load_reference(path)["said"]
+        return said.get("resize"), provenance.describe(said, path, size)
+
+    caplog.set_level("INFO")
+    ours = {"split": "val", "number": 4, "size": 8, "images": DIGEST, "resize": "tf1"}
+    resize, said = described(**ours)
+    assert resize == "tf1" and said["reference_images"] == DIGEST
+    assert "statistics of 4 val images" in caplog.text and "WARNING" not in caplog.text
+    described(size=16, **ours)
+    assert "of images of 8 pixels, and those generated have 16" in caplog.text
+    assert described(mu_s=np.zeros(3), sigma_s=np.eye(3)) == ("tf1", {"reference_origin": "ADM"})
+    published = {"ref_mu": np.zeros(3), "ref_sigma": np.eye(3)}
+    assert described(**published)[0] == "half_pixel"
+    assert described() == (None, {"reference_origin": "unknown"})
+    assert "nor how they were resized" in caplog.text and "WARNING" in caplog.text
+
+
+def test_records_that_are_not_finite_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "join", lambda *args: None)
+    moments = np.random.RandomState(0).rand(RECORDS, 4, 4, 8).astype(np.float32)
+    moments[[3, 30], 0, 0, 0] = np.nan
+    path = dataset.shard_path(tmp_path, "train", 0, 1)
+    dataset.write_shard(path, ({"moments": x, "label": 0} for x in moments))
+    dataset.write_metadata(tmp_path, "moments", (4, 4, 8), np.float32, 1, {"train": [RECORDS]})
+    options = OPTIONS | {
+        "dataset.root": tmp_path,
+        "dataset.vae": "mse",
+        "dataset.image_channels": 4,
+        "dataset.num_classes": 1,
+        "training.batch_size": RECORDS,
+        "training.log_per_step": 1,
+        "training.sample_on_training": False,
+        "fid.on_training": False,
+    }
+    assert run(tmp_path / "run", options) == 1
+    line = capsys.readouterr().err
+    assert "step 1:" in line and f"The batch itself holds them: records 3, 30 of {tmp_path}" in line

@@ -66,6 +66,8 @@ def write(args, split, items, decode):
     if not all(part.exists() for part in parts):
         return print("statistics: the rest is left to other processes", flush=True)
     found = [np.load(part) for part in parts]
+    if len({str(part["weights"]) for part in found}) > 1:
+        raise ValueError(f"{path}: the processes had different --inception_weights; start over")
     images = identity.Sum()
     for part in found:
         images.join(identity.Sum(str(part["images"])))
