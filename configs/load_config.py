@@ -146,7 +146,7 @@ def _merge(config, section, values, prefix):
     """Sets the nested `values` of a YAML file in `section`, a part of `config`."""
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ValueError(f"{prefix}{shown(key)}: the name of an option is text")
+            raise ValueError(f"unknown option {prefix}{shown(key)}; the name of an option is text")
         path = f"{prefix}{key}"
         if isinstance(section.get(key), ConfigDict):
             if value is not None and not isinstance(value, dict):

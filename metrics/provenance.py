@@ -55,8 +55,9 @@ def describe(said, path, size):
             "%s is of images of %d pixels, and those generated have %d", path, said["size"], size
         )
     if "images" in said:
-        logging.info("%s: statistics of %d %s images", path, said["number"], said["split"])
-        return {f"reference_{n}": said[n] for n in ("split", "number", "size", "images")}
+        known = {name: said.get(name, "?") for name in ("split", "number", "size", "images")}
+        logging.info("%s: statistics of %s %s images", path, known["number"], known["split"])
+        return {f"reference_{name}": value for name, value in known.items()}
     if "origin" in said:
         logging.info("%s: statistics by %s (by its names)", path, said["origin"])
         return {"reference_origin": said["origin"]}

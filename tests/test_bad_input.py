@@ -80,7 +80,7 @@ def test_any_yaml(tmp_path, monkeypatch, values, text):
 @pytest.mark.parametrize(
     "content, line",
     [
-        ("~: 1", "None: the name of an option is text"),
+        ("~: 1", "unknown option None; the name of an option is text"),
         ("[" * 20000, "nested too deep"),
         ("training: {seed: \0}", "special characters"),
         (f"training: {{batch_size: {'1' * 400}}}", "batch_size is at most 2147483647"),

@@ -230,18 +230,18 @@ def test_statistics_that_are_there_are_those_asked_for(tmp_path, capsys):
 def test_a_result_says_what_its_reference_is(tmp_path, caplog):
     path = tmp_path / "stats.npz"
 
-    def described(size=8, **arrays):
+    def described(side=8, **arrays):
         np.savez(path, **{"mu": np.zeros(3), "sigma": np.eye(3), **arrays})
         caplog.clear()
         said = reference.load_reference(path)["said"]
-        return said.get("resize"), provenance.describe(said, path, size)
+        return said.get("resize"), provenance.describe(said, path, side)
 
     caplog.set_level("INFO")
     ours = {"split": "val", "number": 4, "size": 8, "images": DIGEST, "resize": "tf1"}
     resize, said = described(**ours)
     assert resize == "tf1" and said["reference_images"] == DIGEST
     assert "statistics of 4 val images" in caplog.text and "WARNING" not in caplog.text
-    described(size=16, **ours)
+    described(side=16, **ours)
     assert "of images of 8 pixels, and those generated have 16" in caplog.text
     assert described(mu_s=np.zeros(3), sigma_s=np.eye(3)) == ("tf1", {"reference_origin": "ADM"})
     published = {"ref_mu": np.zeros(3), "ref_sigma": np.eye(3)}
