@@ -15,7 +15,7 @@ import pathlib
 import sys
 import traceback
 
-from configs import load_config
+from utils import signals  # and late what takes long: a signal in the first second is heard
 
 # What people can cause and mend; anything else is a bug and shows its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -24,6 +24,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 def run_job(config, flags):
     """Runs the job that the config names; returns the exit status."""
     # Imported late: a wrong option is told at once, without waiting for jax.
+    from configs import load_config
     from utils import environment, processes
 
     try:
@@ -47,7 +48,7 @@ def run_job(config, flags):
         job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
-        processes.ignore_signals()
+        signals.ignore()
         processes.leave()
         return processes.RESTART
     except KeyboardInterrupt:
@@ -117,6 +118,8 @@ def main(argv):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("absl", "jax"):  # orbax and tfds tell every detail in the former
         logging.getLogger(name).setLevel(logging.WARNING)
+    from configs import load_config
+
     try:
         config, rest = load_config.from_command_line(argv)
         flags = parse_flags(rest)
@@ -136,4 +139,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
+    signals.end_at_once(signals.RESTART)
     sys.exit(main(sys.argv[1:]))

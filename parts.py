@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from configs import default
 from methods import flow, improved, meanflow, path
 from metrics import scorer
-from models import codec, dit, imf_dit, network, vae
+from models import codec, dit, imf_dit, network, unet, vae
 from utils import sharding
 
-BACKBONES = (dit, imf_dit)
+BACKBONES = (dit, imf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
@@ -61,9 +61,7 @@ def make(config, mesh=None):
         module=module,
         net=network.function(module, sharding.gather(mesh)),
         method=make_method(config),
-        codec=codec.Codec(
-            make_normalisation(config), config.dataset.use_flip, config.dataset.num_classes > 0
-        ),
+        codec=make_codec(config),
         image_shape=image_shape(config),
         num_classes=config.dataset.num_classes,
     )
@@ -75,13 +73,17 @@ def check(config):
     What joins sections without jax is checked before, by configs/checks.py.
     """
     module, method = make_module(config), make_method(config)
-    make_normalisation(config)
-    lacking = [name for name in method.conditions if name not in module.conditions]
-    if lacking:
-        raise ValueError(
-            f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which method.name "
-            f"{config.method.name} gives to the network"
-        )
+    origins = (
+        (method.conditions, f"method.name {config.method.name}"),
+        (make_codec(config).conditions, "dataset.augment_prob"),
+    )
+    for conditions, origin in origins:
+        lacking = [name for name in conditions if name not in module.conditions]
+        if lacking:
+            raise ValueError(
+                f"model.cls: {config.model.cls} does not take {', '.join(lacking)}, which {origin} "
+                "gives to the network"
+            )
     if method.needs_v and not module.predicts_v:
         raise ValueError(
             f"model.cls: {config.model.cls} predicts no instantaneous velocity beside the average "
@@ -185,6 +187,17 @@ def own_options(config, section, names, chosen_by):
                 f"which has {', '.join(names)}"
             )
     return {name: values[name] for name in names}
+
+
+def make_codec(config):
+    """What turns records into the network's inputs."""
+    data = config.dataset
+    return codec.Codec(
+        normalisation=make_normalisation(config),
+        flip=data.use_flip,
+        labelled=data.num_classes > 0,
+        augment_prob=data.augment_prob,
+    )
 
 
 def make_normalisation(config):

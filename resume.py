@@ -19,7 +19,7 @@ from utils import identity as identities
 # configs/default.py is in one of the two (or below MAY_CHANGE_BELOW).
 MAY_CHANGE = (
     "dataset.name dataset.root dataset.vae dataset.num_workers dataset.prefetch_factor "
-    "model.unroll model.remat model.fused_attention "
+    "model.unroll model.remat model.fused_attention model.half_residual "
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
     "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
@@ -28,13 +28,15 @@ MAY_CHANGE = (
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (
     "dataset.image_size dataset.image_channels dataset.num_classes dataset.latent_mean "
-    "dataset.latent_std dataset.use_flip "
+    "dataset.latent_std dataset.use_flip dataset.augment_prob "
     "model.cls model.depth model.hidden_size model.num_heads model.patch_size "
     "model.aux_head_depth model.time_cond "
+    "model.model_channels model.channel_mult model.channel_mult_emb model.channel_mult_noise "
+    "model.num_blocks model.attn_resolutions model.dropout model.resample_filter model.augment_dim "
     "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
-    "training.warmup_epochs "
+    "training.warmup_epochs training.warmup_init "
     "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.half_precision"
+    "training.ema_period training.half_precision"
 ).split()
 MAKE_THE_RUN_BELOW = ("method.",)
 

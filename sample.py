@@ -122,7 +122,7 @@ def grid(sampler, params, labels, times, guidance):
     return picture(images, GRID_COLUMNS)
 
 
-def run(sampler, params, options, num_classes, output):
+def run(sampler, params, options, num_classes, output, guidance):
     """The sampling job: draws `options.num_images` images and writes them below `output`.
 
     Writes grid.png (of the first images) and, by `options.format`, one PNG per image or
@@ -133,7 +133,7 @@ def run(sampler, params, options, num_classes, output):
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []
-    batches = sampler(params, labels, times, guidances(options)[0])
+    batches = sampler(params, labels, times, guidance)
     count = -(-len(labels) // sampler.batch_size)
     for batch in processes.progress(batches, count, "batches", "sample", processes.is_writer()):
         processes.check_stop()
@@ -156,7 +156,10 @@ def run(sampler, params, options, num_classes, output):
 
 
 def sample_job(config, workdir):
-    """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`."""
+    """Draws `sampling.num_images` images from `load_from`, or from the run in `workdir`.
+
+    With several guidances each draws the same noise and labels, into a folder of its own.
+    """
     model = parts.make(config)
     where = config.load_from or workdir
     found = weights.load(
@@ -167,6 +170,11 @@ def sample_job(config, workdir):
     autoencoder = parts.load_autoencoder(config)
     inherit.check_autoencoder(found, autoencoder, where)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
-    output = pathlib.Path(workdir) / "samples" / f"step_{found['step']}"
-    run(sampler, found["ema_params"][0], config.sampling, config.dataset.num_classes, output)
-    logging.info("%d images of step %d: %s", config.sampling.num_images, found["step"], output)
+    options, asked = config.sampling, guidances(config.sampling)
+    for guidance in asked:
+        name = f"step_{found['step']}"
+        if len(asked) > 1:
+            name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
+        output = pathlib.Path(workdir) / "samples" / name
+        run(sampler, found["ema_params"][0], options, config.dataset.num_classes, output, guidance)
+        logging.info("%d images of step %d: %s", options.num_images, found["step"], output)

@@ -21,7 +21,7 @@ import observe
 import parts
 import resume
 from methods import path
-from models import codec, network
+from models import card, codec, network
 from utils import (
     checkpoint,
     dataset,
@@ -65,7 +65,8 @@ def make_optimizer(training, total_steps, steps_per_epoch=0):
         after = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
     else:
         after = optax.constant_schedule(rate)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    before = optax.linear_schedule(training.warmup_init, rate, warmup)
+    schedule = optax.join_schedules([before, after], [warmup])
     adamw = optax.adamw(
         schedule, training.adam_b1, training.adam_b2, weight_decay=training.weight_decay
     )
@@ -82,6 +83,7 @@ class Recipe:
     codec: codec.Codec
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
+    ema_period: int = 1
     grad_accum_steps: int = 1
     skip_nonfinite: bool = False
     log_per_step: int = 100
@@ -152,7 +154,17 @@ def make_step(recipe, key, mesh, shardings):
         in_shardings=(shardings, sharding.by_row(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
+        compiler_options=card.compiler_options(mesh),
     )
+
+
+def averaged(decay, period, step, ema, p):
+    """An average after update number `step`, from 0: changed at every `period`-th update alone.
+
+    Then by decay ** period, which is nearly, not exactly, the average of every update.
+    """
+    new = decay**period * ema + (1 - decay**period) * p
+    return new if period == 1 else jnp.where((step + 1) % period == 0, new, ema)
 
 
 def update(recipe, state, x, given, draws, key):
@@ -167,7 +179,7 @@ def update(recipe, state, x, given, draws, key):
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = tuple(
-        jax.tree.map(lambda ema, p, decay=decay: decay * ema + (1 - decay) * p, average, params)
+        jax.tree.map(partial(averaged, decay, recipe.ema_period, state.step), average, params)
         for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
     )
     norms = {
@@ -204,6 +216,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         codec=model.codec,
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
+        ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
@@ -293,18 +306,10 @@ def train(config, workdir):
         try:
             state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
         except train_metrics.NotFiniteError as error:
-            bad = batches.not_finite(begin + (error.step - 1 - first) * training.batch_size)
-            raise FloatingPointError(f"{error}{in_the_data(bad, records.root)}") from error
+            blamed = batches.blame(begin + (error.step - 1 - first) * training.batch_size)
+            raise FloatingPointError(f"{error}. {blamed}") from error
     observer.end(int(state.step))
     return state
-
-
-def in_the_data(bad, root):
-    """What a line about numbers that are not finite says of the batch: records `bad` hold them."""
-    if not bad:
-        return ". The batch itself is finite"
-    more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return f". The batch itself holds them: records {', '.join(map(str, bad[:10]))}{more} of {root}"
 
 
 def open_batches(config, records, step, place):

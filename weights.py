@@ -1,6 +1,6 @@
 """Weights of any origin: loading, choosing a set, placing on devices."""
 
-from formats import published, published_imf
+from formats import published, published_cifar, published_imf
 from utils import checkpoint, sharding, trees
 
 
@@ -30,6 +30,8 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
         weights["ema_vals"] = saved.get("training", {}).get("ema_val", ())
         data = saved.get("dataset", {})
         latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
+    elif published_cifar.is_published(path):
+        weights, latents = published_cifar.load(path), [(), ()]
     else:
         if imf:
             weights = published_imf.load(imf, optimizer)

@@ -15,24 +15,25 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "dataset.image_size dataset.image_channels dataset.prefetch_factor model.unroll "
+    "dataset.image_size dataset.image_channels dataset.prefetch_factor "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
-    "training.checkpoint_per_epoch sampling.num_images fid.device_batch_size mesh.fsdp"
+    "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
+    "mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
     "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size model.aux_head_depth training.seed training.num_epochs training.num_steps "
-    "training.warmup_steps training.warmup_epochs "
+    "model.patch_size model.aux_head_depth model.unroll training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.warmup_epochs "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
-    "sampling.seed sampling.channels"
+    "training.warmup_init sampling.seed sampling.channels"
 ).split()
 
 LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3e38
 LARGEST_STEPS = 10**6  # of a sampler
 LONGEST = 300  # characters of a line
 
-FROM_0_TO_1 = ("training.adam_b1", "training.adam_b2")
+FROM_0_TO_1 = ("dataset.augment_prob", "training.adam_b1", "training.adam_b2")
 
 
 def validate(config):
@@ -49,6 +50,11 @@ def validate(config):
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
     _validate_sizes(config)
+    _require(
+        not config.dataset.augment_prob or config.dataset.vae == "none",
+        "dataset.augment_prob",
+        "is for pixels (dataset.vae: none); latents cannot be scaled and shifted",
+    )
     _validate_training(config.training)
     _validate_sampling(config.sampling, config.dataset.num_classes)
     _validate_evaluation(config)

@@ -41,6 +41,7 @@ def _dataset(dataset):
     dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean
     dataset.use_flip = False  # mirror half of the images (latents: needs moments_flipped records)
+    dataset.augment_prob = 0.0  # pixels: of each scale, stretch, shift; told to the UNet; 0: none
     dataset.num_workers = 4  # threads of each process that read records
     dataset.prefetch_factor = 2  # batches that are read ahead
 
@@ -49,16 +50,26 @@ def _dataset(dataset):
 
 
 def _model(model):
-    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT: see below
+    model.cls = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT, UNet: below
     model.depth = 0  # number of blocks; 0: that of cls
     model.hidden_size = 0  # width; 0: that of cls
     model.num_heads = 0  # attention heads; 0: that of cls
     model.patch_size = 0  # side of a patch; 0: that of cls
     model.aux_head_depth = 0  # imfDiT: blocks of each head (depth counts one head); 0: that of cls
     model.time_cond = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
-    model.unroll = 1  # blocks per iteration of the scan over the blocks; depth: no loop at all
+    model.unroll = 0  # blocks per iteration of the loop over them; 0: as is best for the card
     model.remat = False  # recompute each block in the backward pass: less memory, a third more time
-    model.fused_attention = False  # a fused kernel where no JVP is taken (NVIDIA, half precision)
+    model.fused_attention = config_dict.placeholder(bool)  # kernels of NVIDIA cards; null: there
+    model.half_residual = config_dict.placeholder(bool)  # between blocks too; null: half_precision
+    model.model_channels = 128  # UNet, also all below: the unit of its widths
+    model.channel_mult = (2, 2, 2)  # width of each level; a level has half the side of the last
+    model.channel_mult_emb = 4  # width of the embedding
+    model.channel_mult_noise = 2  # width of the embedding of one time
+    model.num_blocks = 4  # of each level of the encoder; the decoder has one more
+    model.attn_resolutions = (16,)  # sides at which there is attention
+    model.dropout = 0.2  # probability that an activation is left out in training
+    model.resample_filter = (1.0, 3.0, 3.0, 1.0)  # between two levels
+    model.augment_dim = 6  # numbers that tell the network of the augmentation; 0: it is not told
 
 
 # The objective --------------------------------------------------------------------------------
@@ -71,7 +82,9 @@ def _method(method):
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
     method.P_mean_r = config_dict.placeholder(float)  # the same for the second draw; null: P_mean
     method.P_std_r = config_dict.placeholder(float)  # null: P_std
+    method.tr_sampler = "v0"  # v0: the later draw is t, the other r | v1: r is at most t, else t
     method.data_proportion = 0.75  # share of the rows with r = t (plain flow matching)
+    method.equal_rows = "fixed"  # their number: fixed (no JVP for them) | drawn row by row
     method.class_dropout_prob = 0.1  # probability that a row trains without its label
     method.guidance_eq = "cfg"  # target velocity: cfg (guided) | none
     method.omega = 1.0  # guidance scale; the effective one is omega / (1 - kappa)
@@ -95,8 +108,9 @@ def _training(training):
     training.num_steps = 0  # length of the run in steps; 0: num_epochs decides
     training.learning_rate = 1e-4  # of AdamW, after the warm-up
     training.lr_schedule = "const"  # const | cosine (to zero at the end of the run)
-    training.warmup_steps = 0  # steps of linear warm-up from zero
+    training.warmup_steps = 0  # steps of linear warm-up
     training.warmup_epochs = 0  # the same in epochs, instead of warmup_steps
+    training.warmup_init = 0.0  # learning rate at its beginning
     training.adam_b1 = 0.9  # decay of the mean of the gradient
     training.adam_b2 = 0.95  # decay of the mean of its square
     training.weight_decay = 0.0  # decoupled (AdamW), on every parameter
@@ -104,6 +118,7 @@ def _training(training):
     training.grad_accum_steps = 1  # parts in which the batch is computed, one after the other
     training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
     training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
+    training.ema_period = 1  # updates between two changes of the averages, by decay ** period
     training.half_precision = False  # matrix products of the network in bfloat16
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training

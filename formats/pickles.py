@@ -48,6 +48,13 @@ class _Dict(dict):
         """The attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
 
 
+class _Namespace(dict):
+    """Options that a training script kept, such as an argparse.Namespace: names and values."""
+
+    def __setstate__(self, state):
+        self.update(state)
+
+
 class _Storage:
     def __init__(self, key, dtype, numel, offset=0):
         self.key, self.dtype, self.numel, self.offset = key, np.dtype(dtype), numel, offset
@@ -137,6 +144,8 @@ def _known_globals():
     first = _Function(lambda value, *_: value)
     known = {
         ("collections", "OrderedDict"): _Dict,
+        ("argparse", "Namespace"): _Namespace,
+        ("types", "SimpleNamespace"): _Namespace,
         ("_codecs", "encode"): _Function(_encode),
         ("torch", "Size"): _Function(tuple),
         ("torch", "device"): _Function(lambda *args: args),

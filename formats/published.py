@@ -60,10 +60,8 @@ def load(path) -> dict:
             f"load_from={path}: neither a run with checkpoints nor a published checkpoint, "
             "that is a file or folder checkpoint_STEP"
         )
-    try:
+    with files.reading(file, "damaged or not a published checkpoint"):
         state = serialization.msgpack_restore(file.read_bytes())
-    except Exception as error:  # msgpack raises many kinds of its own
-        raise ValueError(f"{file}: damaged or not a published checkpoint ({error})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a published checkpoint, but a {type(state).__name__}")
     trees.check_names(state, file)

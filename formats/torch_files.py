@@ -63,12 +63,17 @@ def load_pickle(path):
     Raises as `load` does.
     """
     with _open(path) as file:
-        try:
-            return pickles.plain(pickles.Unpickler(file, path).load(), None)
-        except pickles.RefusedError:
-            raise
-        except _DAMAGE as error:
-            raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
+        return read_pickle(file, path)
+
+
+def read_pickle(file, path):
+    """The same of an open file, whose name in errors is `path`."""
+    try:
+        return pickles.plain(pickles.Unpickler(file, path).load(), None)
+    except pickles.RefusedError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
 
 
 def _open(path):

@@ -26,7 +26,9 @@ class MeanFlow(path.Objective):
     P_std: float
     P_mean_r: float | None
     P_std_r: float | None
+    tr_sampler: str
     data_proportion: float
+    equal_rows: str
     class_dropout_prob: float
     guidance_eq: str
     omega: float
@@ -41,6 +43,9 @@ class MeanFlow(path.Objective):
 
     def __post_init__(self):
         path.check_options(self)
+        for name, kinds in (("tr_sampler", ("v0", "v1")), ("equal_rows", ("fixed", "drawn"))):
+            rule = f"is one of {' | '.join(kinds)}, not {getattr(self, name)!r}"
+            path.check(getattr(self, name) in kinds, name, rule)
         path.check(len(self.tangent) == 2, "tangent", "has two numbers: (dr, dt)")
 
     def passes(self, batch_size):
@@ -50,11 +55,21 @@ class MeanFlow(path.Objective):
         guidance = batch_size + (differ if self.kappa else 0) if path.is_guided(self) else 0
         return (guidance + 3 * equal + 4 * differ) / batch_size
 
+    def equal_count(self, batch_size):
+        """How many rows are computed apart, as r = t in them whatever is drawn."""
+        return 0 if self.equal_rows == "drawn" else super().equal_count(batch_size)
+
+    def times(self, first, second):
+        """t and r of two independent times: in order (v0), or t as it is and r at most t (v1)."""
+        t = first if self.tr_sampler == "v1" else jnp.maximum(first, second)
+        return t, jnp.minimum(first, second)
+
     def draw(self, key, shape, step=0):
         """See `path.Objective`.
 
-        t and r are two independent times in order. `equal_count(B)` rows, placed by `split_rows`,
-        have r = t; those lose their labels first.
+        t and r come from two independent times. With `equal_rows: fixed`, `equal_count(B)` rows,
+        placed by `split_rows`, have r = t; those lose their labels first. With `drawn` each row
+        has, with the probability `data_proportion`.
         """
         batch_size = shape[0]
         num_equal = self.equal_count(batch_size)
@@ -64,7 +79,11 @@ class MeanFlow(path.Objective):
         P_mean_r = self.P_mean if self.P_mean_r is None else self.P_mean_r
         P_std_r = self.P_std if self.P_std_r is None else self.P_std_r
         second = path.draw_time(key_r, batch_size, self.noise_dist, P_mean_r, P_std_r)
-        t, r = path.order_times(first, second, num_equal)
+        t, r = self.times(first, second)
+        if self.equal_rows == "drawn":
+            uniform = jax.random.uniform(jax.random.fold_in(key_r, 1), (batch_size,))
+            r = jnp.where(uniform < self.data_proportion, t, r)
+        r = path.equal_in(t, r, num_equal)
 
         drop = path.draw_dropped(key_drop, batch_size, num_equal, self.class_dropout_prob)
         return path.Draws(t, r, jax.random.normal(key_noise, shape), drop)

@@ -203,9 +203,14 @@ def draw_time(key, batch_size, noise_dist, P_mean, P_std):
 def order_times(first, second, num_equal):
     """Two times by row -> t, the larger, and r, the smaller or in `num_equal` rows t: each (B,)."""
     t, r = jnp.maximum(first, second), jnp.minimum(first, second)
+    return t, equal_in(t, r, num_equal)
+
+
+def equal_in(t, r, num_equal):
+    """r (B,), set to t in the `num_equal` rows that `split_rows` keeps for it."""
     r_differ, _ = split_rows(r, num_equal)
     _, t_equal = split_rows(t, num_equal)
-    return t, merge_rows(r_differ, t_equal)
+    return merge_rows(r_differ, t_equal)
 
 
 def draw_dropped(key, batch_size, num_equal, probability):

@@ -8,7 +8,6 @@ utils/trees.py.
 
 import hashlib
 import os
-import pathlib
 
 import numpy as np
 from safetensors import SafetensorError
@@ -37,10 +36,11 @@ def load(path=None):
     if cached.is_file():
         try:
             return _read_safetensors(cached)
-        except ValueError:
-            pass  # damaged: it is made anew
+        except (ValueError, OSError):
+            pass  # damaged, or another user's: it is read from its source
     params = read(source)
-    _write_safetensors(cached, params)
+    if cached.is_absolute():
+        _write_safetensors(cached, params)
     return params
 
 
@@ -51,7 +51,7 @@ def find(path=None):
         (os.environ.get("INCEPTION_WEIGHTS"), "INCEPTION_WEIGHTS"),
     ):
         if given:
-            given = pathlib.Path(given).expanduser()
+            given = files.user_path(given)
             if not given.is_file():
                 raise FileNotFoundError(f"{origin}: no such file: {given}")
             return given
@@ -66,8 +66,11 @@ def find(path=None):
 
 
 def cache_folder():
-    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meanflow"
+    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+
+    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
+    """
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
 
 
 def digest(params):
@@ -256,10 +259,8 @@ def _write_safetensors(path, params):
 
 
 def _read_safetensors(path):
-    try:
+    with files.reading(path, "damaged safetensors file"):
         flat = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     wanted = {f"{layer}.kernel": shape for layer, shape in CONV_SHAPES.items()}
     wanted |= {f"{layer}.bias": shape[-1:] for layer, shape in CONV_SHAPES.items()}
     wanted |= {"fc.kernel": FC_SHAPE, "fc.bias": FC_SHAPE[-1:]}

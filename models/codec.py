@@ -3,12 +3,15 @@
 Two roads lead there. For latents a record holds the posterior moments of an autoencoder, from
 which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC, all of
 the network's inputs float32. The way back, x -> image, is models/vae.py.
+Builds on models/augment.py.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from models import augment
 
 # Per-channel variance of ImageNet latents is close to one after this factor
 # (Rombach et al., arXiv 2112.10752, appendix D.1).
@@ -59,11 +62,18 @@ class Codec(NamedTuple):
     normalisation: of latents; pixels always become u / 127.5 - 1.
     flip: mirror each row with probability 1/2.
     labelled: whether there are classes; without, every row has the null label, which is 0.
+    augment_prob: of each transform of models/augment.py, for pixels; 0: none at all.
     """
 
     normalisation: Normalisation = SD_NORMALISATION
     flip: bool = False
     labelled: bool = True
+    augment_prob: float = 0.0
+
+    @property
+    def conditions(self):
+        """What the network has to take beside the labels."""
+        return ("augment",) if self.augment_prob else ()
 
     def encode(self, batch, key):
         """One batch of raw records -> (x float32 (B, h, w, c), given), pure, for `jit`.
@@ -76,7 +86,8 @@ class Codec(NamedTuple):
             they are the same on any number of devices.
 
         Returns:
-          x, a fresh posterior sample or pixels in [-1, 1], and {"y": labels, int32 (B,)}.
+          x, a fresh posterior sample or pixels in [-1, 1], and {"y": labels, int32 (B,)}, with
+          `augment`, float32 (B, 6), where images are augmented.
         """
         noise_key, flip_key = jax.random.split(key)
         given = {"y": batch["label"] if self.labelled else jnp.zeros_like(batch["label"])}
@@ -84,7 +95,11 @@ class Codec(NamedTuple):
             image = batch["image"]  # (B, h, w, c)
             if self.flip:
                 image = _choose(flip_key, image[:, :, ::-1], image)
-            return image.astype(jnp.float32) / 127.5 - 1.0, given
+            x = image.astype(jnp.float32) / 127.5 - 1.0
+            if self.augment_prob:
+                draws = augment.draw(noise_key, len(x))
+                x, given["augment"] = augment.augment(x, draws, self.augment_prob)
+            return x, given
         moments = batch["moments"]  # (B, h, w, 2c)
         if self.flip:
             # A latent cannot be mirrored itself: the VAE does not commute with mirroring.

@@ -1,11 +1,12 @@
 """The backbone: a Diffusion Transformer (Peebles & Xie, arXiv 2212.09748) with two times.
 
 `u(z, t, h, y)` is conditioned on the time `t`, on the length `h = t - r` of the interval over
-which the velocity is averaged, and on a class label. Images are NHWC. Builds on models/network.py.
+which the velocity is averaged, and on a class label. Images are NHWC.
 
 The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
 the time to compile does not grow with the depth. Several batches can go through them side by side
-(`DiT.together`), in one pass over the parameters.
+(`DiT.together`), in one pass over the parameters. Builds on models/network.py, models/blocks.py and
+models/card.py.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import card
+from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
-xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
-zeros = nn.initializers.zeros_init()
 
 
 def position_embedding(hidden_size, side):
@@ -51,18 +52,6 @@ def unpatchify(x, p, C):
     return x.reshape(B, side * p, side * p, C)
 
 
-def layer_norm(x):
-    """LayerNorm without scale and bias, in float32."""
-    x = x.astype(jnp.float32)
-    mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(var + 1e-6)
-
-
-def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class TimeEmbedder(nn.Module):
     """A time in [0, 1], (B,) -> (B, D). In float32: its derivative enters the JVP."""
 
@@ -90,65 +79,6 @@ def guidance_numbers(c):
     return numbers
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). The softmax is in float32."""
-
-    num_heads: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, fused):
-        B, N, D = x.shape
-        qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-        H = self.num_heads
-        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
-        if fused:
-            cudnn = jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16
-            x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else None)
-        else:
-            scale = q.shape[-1] ** -0.5
-            logits = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, preferred_element_type=jnp.float32)
-            weights = nn.softmax(logits).astype(self.dtype)
-            x = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
-        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x.reshape(B, N, D))
-
-
-class Mlp(nn.Module):
-    """(B, N, D) -> (B, N, D) through 4 D features."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        D = x.shape[-1]
-        x = nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=True)
-        return nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
-
-
-class Block(nn.Module):
-    """One transformer block with adaLN-Zero."""
-
-    hidden_size: int
-    num_heads: int
-    dtype: jnp.dtype
-    fused: tuple[bool, ...]  # for each batch: whether its attention may be a fused kernel
-
-    def setup(self):
-        self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
-        self.attn = Attention(self.num_heads, self.dtype)
-        self.mlp = Mlp(self.dtype)
-
-    def __call__(self, xs, cs):
-        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
-        return tuple(map(self.one, xs, cs, self.fused)), None
-
-    def one(self, x, c, fused):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.adaLN(c), 6, axis=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), fused)
-        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
-
-
 class FinalLayer(nn.Module):
     """(B, N, D) -> (B, N, features)."""
 
@@ -174,10 +104,13 @@ class DiT(Network):
       conditions: what is embedded beside them, of GUIDANCE.
       predicts_v: a second final layer, which gives the instantaneous velocity; where parameters
         hold none, v is None.
-      dtype: of the matrix products; parameters and the residual stream stay float32.
-      unroll: blocks per iteration of the scan.
+      dtype: of the matrix products; parameters stay float32. In float32 every operation is the
+        plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
+        in a JVP (`together`) is not differentiated any further.
+      unroll: blocks per iteration of the scan; 0: as is best for the card (models/card.py).
       remat: keep nothing of a block for the backward pass, and compute it there again.
-      fused_attention: allow a fused attention kernel where no JVP is taken; it has none.
+      fused_attention: the attention kernels of an NVIDIA card, for bfloat16; None: where they are.
+      half_residual: keep the residual stream in `dtype` too, not in float32.
     """
 
     depth: int
@@ -189,7 +122,8 @@ class DiT(Network):
     dtype: jnp.dtype = jnp.float32
     unroll: int = 1
     remat: bool = False
-    fused_attention: bool = False
+    fused_attention: bool | None = False
+    half_residual: bool = False
     conditions: tuple[str, ...] = ()
     predicts_v: bool = False
 
@@ -210,26 +144,32 @@ class DiT(Network):
         embedded = (*self.time_cond, *self.conditions)
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
-        fused = tuple(self.fused_attention and i != jvp for i in range(len(batches)))
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        fused = card.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or card.unroll(self.depth, D, differentiated=jvp is not None)
+        policies = jax.checkpoint_policies
+        kept = policies.dots_with_no_batch_dims_saveable
+        if self.dtype != jnp.float32:
+            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
-            unroll=self.unroll,
-        )(D, self.num_heads, self.dtype, fused, name="blocks")
+            unroll=unroll,
+        )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
+        residual = self.dtype if self.half_residual else jnp.float32
 
         def embed(z, c):
             x = x_embedder(patchify(z, p))  # (B, N, D)
             numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
             vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
             vector = vector + y_embedder(c["y"])  # (B, D)
+            x = x + position_embedding(D, side)
             # each adaLN begins with silu
-            return x + position_embedding(D, side), nn.silu(vector)
+            return x.astype(residual), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         xs, _ = blocks(xs, cs)
@@ -274,7 +214,7 @@ class DiT(Network):
         return 2 * (self.depth * block + times + tokens * patch * D + (1 + both) * final)
 
     def unrolled(self):
-        return self.clone(unroll=self.depth)
+        return self.clone(unroll=self.depth, fused_attention=False)
 
 
 # depth, hidden_size, num_heads
@@ -292,7 +232,8 @@ NAMES = {
 }
 NAMES["DiT"] = {}  # all four sizes are options
 SIZE_OPTIONS = ("depth", "hidden_size", "num_heads", "patch_size")
-OPTIONS = (*SIZE_OPTIONS, "time_cond", "unroll", "remat", "fused_attention")
+KERNEL_OPTIONS = ("unroll", "remat", "fused_attention", "half_residual")
+OPTIONS = (*SIZE_OPTIONS, "time_cond", *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
@@ -325,4 +266,6 @@ def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
         raise ValueError(
             f"model.time_cond is one of t,r | t,h | t,r,h | h, not {','.join(time_cond)!r}"
         )
+    if options["half_residual"] is None:
+        options["half_residual"] = dtype == jnp.bfloat16
     return DiT(**options, num_classes=num_classes, time_cond=time_cond, dtype=dtype)

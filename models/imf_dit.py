@@ -8,6 +8,8 @@ which only training needs. Images are NHWC. Builds on models/network.py; what it
 Diffusion Transformer stands in models/dit.py.
 
 The blocks of each of the three stacks are one scanned module, see models/dit.py.
+Builds on models/attention.py
+and models/card.py.
 """
 
 import flax.linen as nn
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import card
+from models.attention import attention
 from models.dit import (
     FREQUENCIES,
     MAX_PERIOD,
@@ -108,9 +112,10 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    fused: bool
 
     @nn.compact
-    def __call__(self, x, fused):
+    def __call__(self, x, tangent):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
@@ -118,15 +123,9 @@ class Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, d), 2, 0)  # (B, N, H, d)
         q = rotate(rms_norm(q, self.param("q_norm", ones, (d,)))).astype(self.dtype)
         k = rotate(rms_norm(k, self.param("k_norm", ones, (d,)))).astype(self.dtype)
-        if fused:
-            cudnn = jax.default_backend() == "gpu" and self.dtype == jnp.bfloat16
-            x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else None)
-        else:
-            logits = jnp.einsum(
-                "bnhd,bmhd->bhnm", q * d**-0.5, k, preferred_element_type=jnp.float32
-            )
-            weights = nn.softmax(logits).astype(self.dtype)
-            x = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+        # In float32 plain differentiation, see models/attention.py.
+        tangent = tangent and self.dtype != jnp.float32
+        x = attention(q, k, v, fused=self.fused, tangent=tangent)
         return nn.Dense(D, **dense, name="proj")(x.reshape(B, N, D))
 
 
@@ -154,22 +153,24 @@ class Block(nn.Module):
     hidden_size: int
     num_heads: int
     dtype: jnp.dtype
-    fused: tuple[bool, ...]  # for each batch: whether its attention may be a fused kernel
+    fused: bool
+    jvp: int | None  # which of the batches is inside of a `jax.jvp`
 
     def setup(self):
         D = (self.hidden_size,)
         self.norm1, self.norm2 = self.param("norm1", ones, D), self.param("norm2", ones, D)
         self.attn_scale = self.param("attn_scale", zeros, D)
         self.mlp_scale = self.param("mlp_scale", zeros, D)
-        self.attn = Attention(self.num_heads, self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype, self.fused)
         self.mlp = Mlp(self.dtype)
 
     def __call__(self, xs):
         """A tuple of batches (B, N, D) -> (the same, None), for `nn.scan`."""
-        return tuple(map(self.one, xs, self.fused)), None
+        tangents = [i == self.jvp for i in range(len(xs))]
+        return tuple(map(self.one, xs, tangents)), None
 
-    def one(self, x, fused):
-        x = x + self.attn_scale * self.attn(rms_norm(x, self.norm1), fused)
+    def one(self, x, tangent):
+        x = x + self.attn_scale * self.attn(rms_norm(x, self.norm1), tangent)
         return x + self.mlp_scale * self.mlp(rms_norm(x, self.norm2))
 
 
@@ -210,7 +211,7 @@ class ImfDiT(Network):
     dtype: jnp.dtype = jnp.float32
     unroll: int = 1
     remat: bool = False
-    fused_attention: bool = False
+    fused_attention: bool | None = False
 
     conditions = tuple(CONSTANTS)
     only_for_training = ("v_blocks", "v_final_layer")
@@ -223,7 +224,9 @@ class ImfDiT(Network):
     def together(self, *batches, jvp=None):
         C = batches[0][0].shape[-1]
         p = self.patch_size
-        fused = tuple(self.fused_attention and i != jvp for i in range(len(batches)))
+        fused = card.fused_attention(self.fused_attention, self.dtype)
+        size = (self.depth, self.hidden_size)
+        unroll = self.unroll or card.unroll(*size, differentiated=jvp is not None)
         embed = Embedding(self.hidden_size, p, self.num_classes, self.dtype, name="embedding")
         # see models/dit.py
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -234,8 +237,8 @@ class ImfDiT(Network):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=length,
-                unroll=min(self.unroll, length),
-            )(self.hidden_size, self.num_heads, self.dtype, fused, name=name)
+                unroll=min(unroll, length),
+            )(self.hidden_size, self.num_heads, self.dtype, fused, jvp, name=name)
 
         def head(name, xs):
             xs, _ = stack(self.aux_head_depth, f"{name}_blocks")(xs)
@@ -273,7 +276,7 @@ class ImfDiT(Network):
         return 2 * (blocks * block + scalars + (2 + both) * patches * patch * D)
 
     def unrolled(self):
-        return self.clone(unroll=self.depth)
+        return self.clone(unroll=self.depth, fused_attention=False)
 
 
 # depth, hidden_size, num_heads

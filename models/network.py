@@ -47,6 +47,10 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    def blank(self, name):
+        """One row of the condition `name`, of those in `conditions`, to make parameters with."""
+        return jnp.zeros(1)
+
     def together(self, *batches, jvp=None):
         """Several batches (z, c) in one pass over the parameters -> a `Velocity` for each.
 
@@ -88,7 +92,7 @@ def init_params(module, key, image_shape):
     """Fresh parameters for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
     zero = jnp.zeros(1)
     c = {"t": zero, "h": zero, "y": jnp.zeros(1, jnp.int32)}
-    c |= {name: zero for name in module.conditions}
+    c |= {name: module.blank(name) for name in module.conditions}
     return module.init(key, jnp.zeros((1, *image_shape)), c)["params"]
 
 

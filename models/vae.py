@@ -2,7 +2,8 @@
 
 Its network is the Flax class of diffusers (0.39 is the last release that has it). It is imported
 where weights are loaded, so training never pays for it, and nothing else knows of it. Builds on
-models/codec.py (the normalisation of latents), utils/identity.py and utils/trees.py.
+models/codec.py (the normalisation of latents), utils/files.py, utils/identity.py and
+utils/trees.py.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 from flax import serialization
 
 from models.codec import SD_NORMALISATION
-from utils import identity, trees
+from utils import files, identity, trees
 
 REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 STABLE_DIFFUSION = {  # the fields of config.json of both
@@ -154,32 +155,72 @@ def _image(model, z):
 def find(name) -> Path:
     """The folder that holds the files of the VAE `name` (not "none"), without the network.
 
-    Raises FileNotFoundError with one line that says which files are needed and where.
+    Raises FileNotFoundError with one line that says which files are needed, what is there, and
+    what would do.
     """
     needs = f"needs config.json and one of {', '.join(WEIGHT_FILES)}"
     if name in REPOSITORIES:
-        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub import constants
 
         repository = REPOSITORIES[name]
-        for file in WEIGHT_FILES:
-            found = [try_to_load_from_cache(repository, f) for f in ("config.json", file)]
-            if all(isinstance(f, str) for f in found):
-                return Path(found[0]).parent
+        there = "models--" + repository.replace("/", "--")
+        folder = Path(constants.HF_HUB_CACHE, there)
+        reference = folder / "refs" / "main"
+        if reference.is_file():
+            found = folder / "snapshots" / reference.read_text().strip()
+            if not _lack(found):
+                return found
         raise FileNotFoundError(
             f"dataset.vae={name}: {repository} is not in the Hugging Face cache "
-            f"{constants.HF_HUB_CACHE}: {needs}; run `hf download {repository} config.json "
-            f"{WEIGHT_FILES[0]}` where there is a network, or set dataset.vae to a folder of them"
+            f"{constants.HF_HUB_CACHE}: {needs}{_what_is_cached(folder)}; run `hf download "
+            f"{repository} config.json {WEIGHT_FILES[0]}` where there is a network, or set "
+            "dataset.vae to a folder of them"
         )
-    folder = Path(name).expanduser()
+    folder = files.user_path(name)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"dataset.vae={name}: neither {', '.join(REPOSITORIES)}, none nor a folder "
             f"in the Hugging Face layout ({needs})"
         )
-    files = {path.name for path in folder.iterdir()}
-    if "config.json" not in files or not files.intersection(WEIGHT_FILES):
-        raise FileNotFoundError(f"dataset.vae={name}: this folder {needs}")
+    if lack := _lack(folder):
+        raise FileNotFoundError(f"dataset.vae={name}: this folder {needs}; {lack}")
     return folder
+
+
+def _what_is_cached(folder):
+    """What the cache holds of a repository, and is not taken without being asked."""
+    for snapshot in sorted(folder.glob("snapshots/*")):
+        if not _lack(snapshot):
+            return f"; there is a snapshot that refs/main does not name: dataset.vae={snapshot}"
+    return "".join(f"; in {path} {_lack(path)}" for path in sorted(folder.glob("snapshots/*"))[:1])
+
+
+def _lack(folder):
+    """Why a folder is no VAE in the Hugging Face layout, and what would do; "" where it is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    if "config.json" in there and there.intersection(WEIGHT_FILES):
+        return ""
+    inner = [folder / "vae", *sorted(folder.glob("snapshots/*"))]
+    for path in inner:
+        if path.is_dir() and not _lack(path):
+            return f"one inside of it does: dataset.vae={path}"
+    broken = sorted(p.name for p in folder.iterdir() if p.is_symlink() and not p.exists())
+    if broken:
+        return f"{broken[0]} there is a link to a file that is gone: download it again"
+    if there.intersection(WEIGHT_FILES):
+        return "there is no config.json beside the weights: take that of the same repository"
+    others = sorted(n for n in there if n.endswith((".safetensors", ".msgpack")))
+    if others:
+        return f"there is {others[0]}, which would do under the name {WEIGHT_FILES[0]}"
+    torch = sorted(n for n in there if n.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    if torch:
+        return (
+            f"there is only {torch[0]}, a pickle of PyTorch: take {WEIGHT_FILES[0]} of the same "
+            "repository, or write one with safetensors"
+        )
+    return f"there is {', '.join(sorted(there)[:5]) or 'nothing'}"
 
 
 def _read_config(path):
@@ -228,15 +269,12 @@ def _read_params(folder, expected):
 
 def _read_weights(path):
     """{name: numpy array} as the file has them."""
-    try:
+    with files.reading(path, "damaged or not a weight file"):
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
 
             return load_file(path)
-        tree = serialization.msgpack_restore(path.read_bytes())
-        return trees.flatten(tree)
-    except Exception as error:  # each of the two formats raises several kinds of its own
-        raise ValueError(f"{path}: damaged or not a weight file ({error})") from error
+        return trees.flatten(serialization.msgpack_restore(path.read_bytes()))
 
 
 def from_torch(tensors, expected):

@@ -9,8 +9,9 @@
 #   LOG_DIR        logs and checkpoints go to LOG_DIR/$USER/JOB_NAME (default ./logs)
 #   MAX_RESTARTS   how often to start again after a preemption or a kill (default 0)
 #   RESTART_DELAY  seconds before that (default 5)
-# Relative paths in options count from the repository's folder. Ctrl-C or SIGTERM: the job saves
-# and stops; a second Ctrl-C kills it.
+# Relative paths in options count from the repository's folder. Ctrl-C, SIGTERM or a terminal that
+# closes (unless by nohup): the job saves and stops, with status 75; a second Ctrl-C kills it. What
+# reads the output (`| head`) may go away: the job goes on, and output.log has all of it.
 set -euo pipefail
 
 fail() { echo "launch.sh: $*" >&2; exit 2; }
@@ -49,15 +50,18 @@ run() {
   # Runs a command such that a signal to this script reaches it; its exit status in `status`.
   # It runs in the background because bash holds signals back while a command is in front.
   # In the background bash lets it ignore Ctrl-C, so that it hears of it once, as SIGTERM.
+  [[ -z $stopping ]] || { status=75; return 0; }
   "$@" >&3 2>&1 3>&- &
   child=$!
-  [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || true
+  [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || true  # it came in between
   local signals=""
   until [[ $signals == "$signals_seen" ]]; do  # a signal ends `wait`, not the command
     signals=$signals_seen status=0
     wait "$child" || status=$?
   done
   child=""
+  # Ended by what it was sent before it could listen: nothing is lost, and it may be begun again.
+  case $stopping:$status in ?*:129 | ?*:130 | ?*:143) status=75 ;; esac
 }
 
 stop() {
@@ -81,7 +85,10 @@ run_job() {
     [[ -z $stopping && $restarts -lt $MAX_RESTARTS ]] || return 0
     restarts=$((restarts + 1))
     echo "launch.sh: exit status $status; restart $restarts of $MAX_RESTARTS" >&3
-    sleep "${RESTART_DELAY:-5}"
+    sleep "$RESTART_DELAY" &
+    child=$!
+    wait "$child" || true  # a signal ends it
+    child=""
   done
 }
 
@@ -92,7 +99,10 @@ main() {
   [[ $job =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
     fail "JOB_NAME '$job' may have letters, digits, '_', '.' and '-' only; $usage"
   if [[ $# -ge 1 && $1 != -* ]]; then config=$1; shift; fi
-  [[ ${MAX_RESTARTS:=0} =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a whole number"
+  [[ ${MAX_RESTARTS:=0} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+    fail "MAX_RESTARTS=$MAX_RESTARTS is not a whole number (without leading zeros)"
+  [[ ${RESTART_DELAY:=5} =~ ^[0-9]+([.][0-9]+)?[smhd]?$ ]] ||
+    fail "RESTART_DELAY=$RESTART_DELAY is not a number of seconds (or 5m, 1h)"
 
   local root data_root log_dir workdir output
   root=$(dirname "${BASH_SOURCE[0]}")/..
@@ -110,15 +120,17 @@ main() {
   number=$(process_number "$@")
   [[ $number == 0 ]] && output+=/output.log || output+=/output.$number.log
 
+  local child="" stopping="" signals_seen=x status=0 restarts=0 tee_pid tee=(tee -a)
+  trap 'stop INT' INT
+  trap 'stop TERM' TERM
+  trap 'stop HUP' HUP  # not where it is ignored (nohup): bash then leaves it so
   local python
   python=$(bash install.sh) || exit 1
 
-  local child="" stopping="" signals_seen=x status=0 restarts=0 tee_pid
-  # tee outlives a Ctrl-C, which goes to every process of the terminal.
-  exec 3> >(trap '' INT TERM; exec 3>&-; tee -a "$output" | show)
+  # tee outlives a Ctrl-C, which goes to every process of the terminal, and whoever reads from it.
+  if tee -p </dev/null >/dev/null 2>&1; then tee+=(-p); fi
+  exec 3> >(trap '' INT TERM HUP; exec 3>&-; (trap '' PIPE; exec "${tee[@]}" "$output") | show)
   tee_pid=$!
-  trap 'stop INT' INT
-  trap 'stop TERM' TERM
   if [[ $config == digits ]]; then
     run "$python" -m scripts.prepare_dataset digits --output "$DATA_ROOT/digits"
   fi

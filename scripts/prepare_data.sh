@@ -35,8 +35,8 @@ mkdir -p "$log_folder" 2>/dev/null && [[ -w $log_folder ]] ||
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash install.sh) || exit 1
 export PYTHONUNBUFFERED=1
-# tee takes no notice of Ctrl-C, so that the last lines are kept.
+# tee takes no notice of Ctrl-C, of a terminal that closes, or of a reader of ours that goes away.
 "$python" -m scripts.prepare_dataset images --input="$input" --output="$output" \
   --image_size="$IMAGE_SIZE" --vae="$VAE" \
   --compute_latent="$COMPUTE_LATENT" --compute_fid="$COMPUTE_FID" "$@" \
-  2>&1 | (trap '' INT; tee -a "$log_folder/prepare_data_$IMAGE_SIZE.log")
+  2>&1 | (trap '' INT HUP PIPE; tee -a "$log_folder/prepare_data_$IMAGE_SIZE.log" || true)

@@ -3,7 +3,8 @@
 python -m scripts.prepare_dataset digits --output DIR
 python -m scripts.prepare_dataset images --input IMAGENET --output DIR --image_size 256
 python -m scripts.prepare_dataset pt --input FOLDER_OF_PT_FILES --output DIR
-python -m scripts.prepare_dataset tfds --name cifar10 --output DIR
+python -m scripts.prepare_dataset cifar10 --input cifar-10-python.tar.gz --output DIR
+python -m scripts.prepare_dataset tfds --name oxford_flowers102 --image_size 64 --output DIR
 """
 
 import argparse
@@ -11,9 +12,10 @@ import importlib
 import os
 import sys
 
-from scripts.prepare import shards
+from utils import signals
 
 DAY = 24 * 3600  # seconds
+STORES = ("float32", "float16", "bfloat16")
 
 
 def run(args):
@@ -50,7 +52,9 @@ def join_processes(args):
             f"for each other; or delete {args.output} first"
         )
     if args.process_id == 0:
-        shards.remove(args.output)
+        from scripts.prepare import shards
+
+        shards.begin_overwriting(args.output)
     if args.num_processes > 1:
         from jax.experimental import multihost_utils
 
@@ -75,15 +79,25 @@ def parse(argv):
     )
     images.add_argument("--vae", default="mse", help="mse, ema, a folder, or none for pixels")
     images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
-    images.add_argument("--device_batch_size", type=_positive, default=32)
     images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
-    images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
-    images.add_argument("--compute_fid", type=_bool, default=False, help="write FID statistics")
-    images.add_argument("--fid_stats", help="default: OUTPUT/imagenet_SIZE_fid_stats.npz")
-    images.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default="half_pixel")
     images.add_argument(
-        "--inception_weights", help="of the feature network; default: look for them"
+        "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
     )
+    images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
+
+    cifar10 = commands.add_parser("cifar10", help="CIFAR-10 from what there is on disk")
+    cifar10.add_argument(
+        "--input", required=True, help="an archive, or a folder of batches, downloads or pictures"
+    )
+    cifar10.add_argument(
+        "--check", type=_bool, default=True, help="whether it is whole and CIFAR-10's own"
+    )
+    for command, resize in ((images, "half_pixel"), (cifar10, "tf1")):
+        command.add_argument("--device_batch_size", type=_positive, default=32)
+        command.add_argument("--compute_fid", type=_bool, default=False, help="FID statistics too")
+        command.add_argument("--fid_stats", help="default: OUTPUT/NAME_fid_stats.npz")
+        command.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default=resize)
+        command.add_argument("--inception_weights", help="default: look for them")
 
     latents = commands.add_parser("pt", help="a folder of published .pt latents")
     latents.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
@@ -95,19 +109,23 @@ def parse(argv):
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
     named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
 
-    stores = ("float32", "float16", "bfloat16")
     for command in (images, latents):
-        command.add_argument("--store", choices=stores, default=stores[0], help="of latents")
-    for command in (images, latents, named):
-        command.add_argument("--output", required=True, help="folder of the records")
-        command.add_argument("--records_per_shard", type=_positive, default=4096)
-        command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
-        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
-        command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
-        command.add_argument("--num_processes", type=int, default=1, help="that share the work")
-        command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
-        command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
+        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
+    for command in (images, cifar10, latents, named):
+        _add_shared(command)
     return parser.parse_args(argv)
+
+
+def _add_shared(command):
+    """What all commands have whose work can be shared."""
+    command.add_argument("--output", required=True, help="folder of the records")
+    command.add_argument("--records_per_shard", type=_positive, default=4096)
+    command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
+    command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
+    command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
+    command.add_argument("--num_processes", type=int, default=1, help="that share the work")
+    command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
+    command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
 
 
 def _positive(text):
@@ -142,4 +160,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())

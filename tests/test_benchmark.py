@@ -1,18 +1,20 @@
 """The benchmark, and the cost of a step that it counts."""
 
+import dataclasses
 import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import make
+import numpy as np
 import pytest
 
 import parts
 import train
 from models import vae
 from scripts.measure import __main__ as measure
-from scripts.measure import costs, stand_ins
+from scripts.measure import check, costs, stand_ins, trace
 from scripts.measure.train import plain_step
 
 TINY = (
@@ -27,11 +29,69 @@ def get_config(*options):
 
 def count(config, plain):
     """FLOPs of a step by XLA."""
-    model, key = costs.unrolled(parts.make(config)), jax.random.key(0)
+    model, key = parts.make(config), jax.random.key(0)
     recipe, _ = train.make_recipe(config, model, 1)
+    recipe = dataclasses.replace(recipe, net=costs.countable(model))
     step = partial(plain_step if plain else train.train_step, recipe, key)
     state = costs.state_shapes(model, recipe)
     return costs.counted_flops(step, state, costs.batch_shapes(config))
+
+
+def test_train_where_xla_counts_nothing(tmp_path, monkeypatch, capsys):
+    """As on every GPU and TPU: jax does not ask their backends for the cost of a program."""
+    from jax._src.interpreters import pxla
+
+    monkeypatch.setattr(pxla.xb, "using_pjrt_c_api", lambda backend: True)
+    assert jax.jit(jnp.sin).lower(1.0).cost_analysis() is None
+    file = tmp_path / "results.json"
+    few = ["--steps=1", "--rounds=1", "--warmup=1", "--profile", f"--json={file}"]
+    assert measure.main(["train", *TINY, *few]) == 0
+    results = json.loads(file.read_text())
+    ours = results["this project"]
+    assert ours["GFLOP/image, XLA"] is None and ours["GFLOP/image, needed"] > 0
+    assert ours["ms/step"] > 0
+    # The profile: every kernel is of a kind, and the largest come first.
+    kernels = results["kernels"]
+    assert set(kernels["by kind"]) == set(trace.KINDS)
+    times = [ms for _, ms, _ in kernels["largest"]]
+    assert times == sorted(times, reverse=True) and 0 < len(times) <= 20
+    assert sum(times) <= sum(kernels["by kind"].values()) * 1.001
+    assert "the largest:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNN", "products"),
+        ("gemm_fusion_dot_29_0", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("attention_tangent", "attention"),
+        ("loop_convert_fusion_3", "elementwise"),
+        ("loop_dynamic_update_slice_fusion", "copies"),
+        ("MemcpyD2D", "copies"),
+        ("input_convert_reduce_fusion_2", "sums"),
+        ("fusion_589", "sums"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert trace.kind(name) == kind
+
+
+def test_the_kernels_of_a_card_are_checked():
+    """What `check` runs on a card, with the operations that stand in for its kernels here."""
+    errors = check.attention_errors((1, 64, 2, 24), fused=False, seed=0)
+    assert all(0 < errors[name] <= most for name, most in check.LARGEST.items())
+    assert check.distance(np.array([np.nan]), np.ones(1)) != 0  # NaN passes no comparison
+
+
+@pytest.mark.slow
+def test_table(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    few = ["--steps=1", "--rounds=1", "--warmup=1", f"--json={file}"]
+    rows = ["--rows", "digits", "digits:loop", "--evaluation", "digits"]
+    assert measure.main(["table", *rows, *few]) == 0
+    assert set(json.loads(file.read_text())) == {"digits", "digits:loop", "evaluation"}
+    assert "| `digits:loop` |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("half_precision", ["false", "true"])

@@ -381,5 +381,6 @@ def test_the_checks_and_the_schema_agree():
     empty = {path for path, value in flat.items() if value == ()}
     assert empty == load_config.ELEMENTS.keys()
     numbers = {path for path, value in flat.items() if type(value) in (int, float)}
-    elsewhere = {path for path in numbers if path.startswith("method.")} | {"fid.num_samples"}
+    of_parts = {path for path in numbers if path.startswith(("method.", "model."))}
+    elsewhere = of_parts - named | {"fid.num_samples"}
     assert numbers - named == elsewhere, "a number without a range check"

@@ -11,7 +11,7 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it.
+with another name, and renames it. Builds on utils/files.py.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ import zlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from utils import files
 
 KEPT = 3  # newest checkpoints
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
@@ -302,13 +304,13 @@ def _find_adam(tree):
 
 @contextlib.contextmanager
 def _damage(workdir, step):
-    """Turns whatever goes wrong while reading into a DamagedError."""
+    """Turns what goes wrong while reading into a DamagedError, or the system's OSError."""
     _hush()
     try:
         yield
-    except (PermissionError, MemoryError):
-        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
+        if reason := files.system_reason(error):
+            raise OSError(f"{_path(workdir, step)} cannot be read: {reason}") from error
         reason = _reason(error)
         raise DamagedError(f"{_path(workdir, step)} cannot be read ({reason})") from error
 

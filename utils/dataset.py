@@ -14,12 +14,13 @@ then one hash check and one copy. Builds on utils/contents.py, utils/files.py an
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import os
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401, makes bfloat16 known to numpy
@@ -31,6 +32,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from utils import contents, files, identity
 
 NAME = "records"
+SPARE_FILES = 256  # open files that are left to everything else
 _WRITE_OPTIONS = "group_size:1,uncompressed"  # group_size 1: random access record by record
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest for random access
 
@@ -166,14 +168,15 @@ class Records:
     has_flipped: bool
     shard_paths: tuple[Path, ...]
     shard_starts: np.ndarray = dataclasses.field(repr=False)  # (shards + 1,)
-    readers: tuple = dataclasses.field(repr=False)
+    readers: "_Readers" = dataclasses.field(repr=False)
     identity: dict = dataclasses.field(default_factory=dict, repr=False)  # utils/contents.py
 
     def read(self, indices, flipped=True):
         """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
 
         Safe to call from several threads. With `flipped`, `moments_flipped` too, where stored.
-        Raises ValueError naming the shard where a record cannot be read.
+        Raises ValueError naming the shard where a record is damaged, OSError where the system does
+        not let it be read.
         """
         keys = [self.key] + ["moments_flipped"] * (flipped and self.has_flipped)
         batch = {key: np.empty((len(indices), *self.shape), self.dtype) for key in keys}
@@ -184,11 +187,12 @@ class Records:
             rows_of[shard].append(row)
         for shard, rows in rows_of.items():
             positions = [int(indices[row] - self.shard_starts[shard]) for row in rows]
+            reader = self.readers.get(shard)
             try:
-                for row, record in zip(rows, self.readers[shard].read(positions), strict=True):
+                for row, record in zip(rows, reader.read(positions), strict=True):
                     self._parse(record, row, batch)
             except Exception as error:  # a RuntimeError of the reader, a DecodeError of protobuf
-                raise ValueError(_damaged(self.shard_paths[shard], error)) from error
+                raise _unreadable(self.shard_paths[shard], error) from error
         return batch
 
     def _parse(self, record, row, batch):
@@ -201,11 +205,39 @@ class Records:
                 out[row] = np.frombuffer(content, self.dtype).reshape(self.shape)
 
 
+class _Readers:
+    """Readers of shards, opened when asked for. The latest `most` of them stay open.
+
+    One that is let go of while a thread reads from it closes when that thread is done.
+    """
+
+    def __init__(self, paths, most):
+        self._paths, self._most = paths, max(most, 1)
+        self._open, self._lock = collections.OrderedDict(), threading.Lock()
+
+    def get(self, shard):
+        """The reader of shard number `shard`."""
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        reader = _open_shard(self._paths[shard])
+        with self._lock:
+            self._open[shard] = reader
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return reader
+
+    def length(self, shard):
+        """Number of records of a shard."""
+        return self.get(shard).num_records()
+
+
 def open_records(root, split="train"):
     """Opens a dataset and checks that every shard is there, whole, and as long as it should be.
 
     Raises FileNotFoundError where there is no dataset, ValueError where it is damaged or of
-    another kind, in one line that names the file.
+    another kind, OSError where the system does not let it be read, in one line that names the file.
     """
     root = Path(root)
     if not is_dataset(root):
@@ -215,6 +247,8 @@ def open_records(root, split="train"):
         key, feature = _tensor_of(info.features)
         classes = info.features["label"].num_classes
     except Exception as error:  # whatever tfds makes of foreign or damaged metadata
+        if reason := files.system_reason(error):
+            raise OSError(f"the dataset at {root} cannot be read: {reason}") from error
         raise ValueError(
             f"{root}: not a dataset of this project ({_first_line(error)}); "
             "rewrite it with scripts/prepare_dataset.py"
@@ -223,11 +257,13 @@ def open_records(root, split="train"):
         raise ValueError(f"{root} has no split '{split}', only: {', '.join(info.splits)}")
     lengths = info.splits[split].shard_lengths
     paths = tuple(Path(path) for path in info.splits[split].filepaths)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        readers = tuple(pool.map(_open_shard, paths))
-    for path, reader, length in zip(paths, readers, lengths, strict=True):
-        if reader.num_records() != length:
-            raise ValueError(_damaged(path, f"{reader.num_records()} records instead of {length}"))
+    allowed = files.allow_open_files(len(paths) + SPARE_FILES)
+    readers = _Readers(paths, max(allowed - SPARE_FILES, allowed // 2))
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(readers.length, range(len(paths)))
+        for path, length, expected in zip(paths, found, lengths, strict=True):
+            if length != expected:
+                raise ValueError(_damaged(path, f"{length} records instead of {expected}"))
     records = Records(
         root=root,
         split=split,
@@ -265,9 +301,16 @@ def _open_shard(path):
         try:
             reader.read([0])  # only reading tells why
         except Exception as error:
-            raise ValueError(_damaged(path, error)) from error
+            raise _unreadable(path, error) from error
         raise ValueError(_damaged(path, "cannot be opened"))
     return reader
+
+
+def _unreadable(path, error):
+    """The exception for a shard that cannot be read: damaged, or kept from us by the system."""
+    if reason := files.system_reason(error):
+        return OSError(f"{path} cannot be read: {reason}; the shard itself may be whole")
+    return ValueError(_damaged(path, error))
 
 
 def _no_dataset(root):

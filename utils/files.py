@@ -1,10 +1,20 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that appear under their name only when they are complete; what the system says of files."""
 
 import contextlib
+import errno
 import os
+import resource
 import shutil
 import socket
 from pathlib import Path
+
+# What a system says that has nothing to do with what a file holds: limits, rights, connections.
+SYSTEM = (
+    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.EFBIG, errno.ENOMEM, errno.EIO, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ENOLCK,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -13,12 +23,16 @@ def complete(path):
 
     Where the block fails, what it wrote is removed and `path` stays as it was. What a killed
     process leaves begins with `unfinished-NAME-`.
+
+    Raises:
+      OSError: with `path` in its line, where the system refuses to write (a full disk).
     """
     path = Path(path)
     unfinished = path.with_name(f"unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        with writing(path):
+            yield unfinished
+            os.replace(unfinished, path)
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
@@ -26,7 +40,88 @@ def complete(path):
             unfinished.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Names `path` in what the system says in the block (a full disk), where it names no file."""
+    try:
+        yield
+    except OSError as error:
+        reason = system_reason(error)
+        named = error.filename is not None and f"unfinished-{Path(path).name}-" not in str(error)
+        if not reason or named or str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be written: {reason}") from error
+
+
 def write_text(path, text):
     """Writes a text file that is there whole or not at all."""
     with complete(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def system_reason(error):
+    """What the system said, where an exception comes of that and not of what a file holds; or "".
+
+    Libraries put it into exceptions of their own, as a cause or as words.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError):
+            return "the memory is full"
+        for number in SYSTEM:
+            if getattr(error, "errno", None) == number or os.strerror(number) in text:
+                return os.strerror(number) + _hint(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@contextlib.contextmanager
+def reading(path, otherwise):
+    """Makes one line of whatever a library raises in the block about the file at `path`.
+
+    Raises:
+      OSError: what the system said; ValueError: anything else, with the words `otherwise`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if reason := system_reason(error):
+            raise OSError(f"{path} cannot be read: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: {otherwise} ({reason})") from error
+
+
+def user_path(name):
+    """A path as a user writes it, `~` expanded where it is known whose home that is."""
+    return Path(os.path.expanduser(name))
+
+
+def _hint(number):
+    if number == errno.EMFILE:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f" (this process may have {soft}, at most {hard}: see ulimit -n)"
+    return "; make room, and go on" if number in (errno.ENOSPC, errno.EDQUOT) else ""
+
+
+def allow_open_files(count):
+    """Raises the limit of this process so that `count` files more can be open, where it may.
+
+    Returns how many may be, which is fewer where the hard limit is lower.
+    """
+    used = _open_now()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    wanted = used + count
+    if soft != endless and soft < wanted:
+        soft = wanted if hard == endless else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):  # refused: it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return count if soft == endless else max(min(count, soft - used), 0)
+
+
+def _open_now():
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:  # none are left to look with, or no such folder
+        return 64

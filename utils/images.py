@@ -8,6 +8,8 @@ from PIL import Image
 
 from utils import files
 
+LONG = 16  # times the short side: a picture that is longer would fill the memory when scaled
+
 
 def center_crop(image, size):
     """Scales the short side of a PIL image to `size` and cuts out the middle: (size, size).
@@ -20,8 +22,12 @@ def center_crop(image, size):
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) > LONG * size:  # the same pixels, without all those that are cut off
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -1,17 +1,21 @@
-"""The order of the records, and the iterator over shuffled batches that training uses."""
+"""The iterator over shuffled batches that training uses.
 
-import functools
+Builds on utils/order.py.
+"""
 
 import grain
 import numpy as np
+
+from utils import order
+from utils.order import shuffled_indices
 
 
 class RecordIterator:
     """Endless shuffled batches, read ahead in the background; resumes anywhere at once.
 
     Draw number k of the whole run is record `permutation_{k div n}(k mod n)`: every record once
-    per epoch, another order each epoch, determined by `seed` alone. Batch i is draws
-    `[i B, (i + 1) B)`, across epoch borders, and process p of P gets its rows
+    per epoch, another order each epoch, determined by `seed` alone (utils/order.py). Batch i is
+    draws `[i B, (i + 1) B)`, across epoch borders, and process p of P gets its rows
     `[p B/P, (p + 1) B/P)`. So neither the number of processes nor of threads changes the data,
     and the place is one number.
 
@@ -42,6 +46,7 @@ class RecordIterator:
         self._records, self._seed, self._flipped = records, seed, flipped
         self._batch_size, self._local_size = batch_size, batch_size // process_count
         self._row = process_index * self._local_size
+        self._keyed = records.num_records > order.LARGE
         self._options = grain.ReadOptions(num_workers, max(prefetch, num_workers))
         self._batches = self._error = None
         self._start(0)
@@ -61,19 +66,21 @@ class RecordIterator:
 
     def _draws(self, start, stop):
         """The numbers of the records of draws [start, stop)."""
-        return shuffled_indices(start, stop, self._records.num_records, self._seed)
+        count = self._records.num_records
+        return shuffled_indices(start, stop, count, self._seed, self._keyed)
 
-    def not_finite(self, start):
-        """Which records of the batch of all processes from draw `start` on are not finite.
-
-        Returns:
-          Their numbers in the dataset, ascending.
-        """
+    def blame(self, start):
+        """Says whether the batch of all processes from draw `start` on is finite, or who is not."""
         indices = self._draws(start, start + self._batch_size)
         bad = np.zeros(len(indices), bool)
         for value in self._records.read(indices, self._flipped).values():
             bad |= ~np.isfinite(value.astype(np.float32)).reshape(len(indices), -1).all(axis=1)
-        return sorted({int(i) for i in indices[bad]})
+        numbers = sorted({int(i) for i in indices[bad]})
+        if not numbers:
+            return "The batch itself is finite"
+        more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+        shown = ", ".join(map(str, numbers[:10]))
+        return f"The batch itself holds them: records {shown}{more} of {self._records.root}"
 
     def __iter__(self):
         return self
@@ -92,7 +99,8 @@ class RecordIterator:
     def get_state(self):
         """The place: the number of records drawn so far by all processes, and what fixes them."""
         count = self._records.num_records
-        return {"position": self._position, "seed": self._seed, "num_records": count}
+        place = {"position": self._position, "seed": self._seed, "num_records": count}
+        return place | ({"keyed": True} if self._keyed else {})
 
     def set_state(self, state):
         """Goes on at a place from `get_state`, under any process count and batch size.
@@ -106,6 +114,7 @@ class RecordIterator:
                     f"cannot go on in the data of {self._records.root}: the saved place is for "
                     f"{name} {state[name]}, here it is {here[name]}"
                 )
+        self._keyed = bool(state.get("keyed", False))  # as the run began
         self._start(int(state["position"]))
 
     def close(self):
@@ -113,22 +122,3 @@ class RecordIterator:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
-
-
-def shuffled_indices(start, stop, num_records, seed):
-    """The record indices of draws [start, stop), int64, each epoch in an order of its own."""
-    parts = []
-    for epoch in range(start // num_records, (stop - 1) // num_records + 1):
-        first = epoch * num_records
-        part = slice(max(start - first, 0), stop - first)
-        parts.append(_permutation(num_records, seed, epoch)[part])
-    return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=2)  # batches read ahead may lie on both sides of an epoch's end
-def _permutation(num_records, seed, epoch):
-    # A whole permutation takes 30 ms and 10 MB for ImageNet. Grain's index shuffle would need no
-    # memory, but microseconds per index, and milliseconds in a set of a few records. RandomState
-    # is the generator whose stream numpy promises never to change.
-    key = np.random.SeedSequence([seed, epoch]).generate_state(8)
-    return np.random.RandomState(key).permutation(num_records)

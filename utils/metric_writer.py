@@ -7,20 +7,23 @@ resumed run takes back what was written after the step it resumes from. Builds o
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from utils import files
 
 JSONL = "metrics.jsonl"
+EVENTS = re.compile(r"\.tfevents\.(\d{1,10})\.")  # in the name of a file of events
 SHOWN = ("loss", "raw_loss/r=t", "raw_loss/r<t")  # in the progress line, where they are given
 
 
@@ -51,9 +54,7 @@ class MetricWriter:
         if path.exists():
             _cut(path, resume_step)
         self._jsonl = path.open("a", encoding="utf-8")
-        # The files are read in the order of their names, which begin with the second: without the
-        # nanoseconds a run restarted within one would overwrite its own file.
-        self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns() % 10**9:09d}")
+        self._events = RecordWriter(str(_next_events(workdir)))
         self._write(self._start, file_version="brain.Event:2")
         if resume_step is not None:
             # Each START hides what the files before it hold from its step on. The first one of a
@@ -66,8 +67,9 @@ class MetricWriter:
             return
         metrics = {name: float(value) for name, value in metrics.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-        self._jsonl.write(json.dumps({"step": int(step), **finite}) + "\n")
-        self._jsonl.flush()
+        with files.writing(self._jsonl.name):
+            self._jsonl.write(json.dumps({"step": int(step), **finite}) + "\n")
+            self._jsonl.flush()
         # Not summary.scalar: it would write the names r=t and r<t both as r_t.
         values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
         self._write(step, summary=Summary(value=values))
@@ -138,8 +140,21 @@ class MetricWriter:
         self._enabled = False
 
     def _write(self, step, **content):
-        self._events.write_event(Event(step=int(step), wall_time=time.time(), **content))
-        self._events.flush()
+        event = Event(step=int(step), wall_time=time.time(), **content)
+        with files.writing(self._events.path):
+            self._events.write(event.SerializeToString())
+            self._events.flush()
+
+
+def _next_events(workdir):
+    """A new file of events, behind all that are there: they are read in the order of their names.
+
+    The names begin with a second by custom. Clocks differ between machines and are set back, so
+    the second is at least the one after the last.
+    """
+    seconds = [int(m[1]) for p in workdir.glob("*.tfevents.*") if (m := EVENTS.search(p.name))]
+    second = max(int(time.time()), max(seconds, default=0) + 1)
+    return workdir / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
 
 
 def _wandb_module():

@@ -1,7 +1,8 @@
 """Several processes that run one job: they join, agree, share a folder, and end together.
 
 Nothing else knows how processes find or tell each other anything. In a single process every
-function here is the obvious one, and `jax.distributed` is not touched.
+function here is the obvious one, and `jax.distributed` is not touched. Builds on utils/cluster.py
+and utils/signals.py.
 
 A process that fails leaves a note in the coordinator's key-value store; each process looks there
 once a second and ends too, with the same line. A process that is killed leaves none: the others
@@ -10,6 +11,7 @@ notice by a broken collective, or by its missing heartbeats.
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -29,7 +31,9 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-RESTART = 75  # exit status (EX_TEMPFAIL): start the same command again, and the job goes on
+from utils import cluster, signals
+
+RESTART = signals.RESTART
 HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
 ANSWER_TIMEOUT = 600  # seconds in which the writer has to answer the others
 GRACE = 3.0  # seconds in which the others read the note of a process that fails
@@ -56,7 +60,7 @@ def join(
     """Joins the processes of this job, where there are several; before any other use of jax.
 
     Without arguments jax finds a TPU slice, SLURM or Open MPI by itself; elsewhere there is
-    nothing to join.
+    nothing to join. `num_processes` 1 alone is a job that joins nothing wherever it is.
 
     Args:
       coordinator_address: HOST:PORT of process 0, reachable from all.
@@ -67,52 +71,40 @@ def join(
       shutdown_timeout: seconds in which the others may come to their end after this process.
 
     Raises:
-      ValueError: only some of the three are given, or they do not fit together.
+      ValueError: only some of the three are given, or they do not fit together; or the port of
+        process 0 is in use.
     """
     given = (coordinator_address, num_processes, process_id)
-    check_flags(*given)
-    if num_processes == 1 or (given == (None,) * 3 and os.environ.get("SLURM_NTASKS") == "1"):
+    cluster.check_flags(*given)
+    if num_processes == 1:
         return
+    end = functools.partial(_end, status=RESTART)
+    with cluster.alarm(timeout, f"looked for the other processes for {timeout} s in vain", end):
+        found = cluster.find(timeout, described=num_processes is not None)
+    job = found if num_processes is None else cluster.Job(*given, None, "")
+    if job is None or job.count == 1:
+        return
+    if job.name:
+        logging.info("%s", cluster.announcement(job, timeout))
+    me = f"process {job.index} of {job.count}"
+    cluster.check_port(job)
     # Where the CPU is the device, as in tests; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address = coordinator_address or "the coordinator"
-    me = "this process" if process_id is None else f"process {process_id} of {num_processes}"
-    line = f"{me} waited {timeout} s at {address}, and the others did not all come; is each started"
-    alarm = threading.Timer(timeout, _end, (f"{line}, and with the same address?", RESTART))
-    alarm.daemon = True
-    alarm.start()
+    line = f"{me} waited {timeout} s at {job.address}, and the others did not all come; is each "
+    line += "started, and with the same address?"
     try:
-        jax.distributed.initialize(
-            *given,
-            initialization_timeout=timeout + 60,  # the alarm comes first
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            shutdown_timeout_seconds=shutdown_timeout,
-        )
-    except ValueError as error:
-        if given == (None,) * 3 and "coordinator_address" in str(error):
-            return  # jax found no cluster: a workstation
-        raise
+        with cluster.alarm(timeout, line, end), cluster.without_proxies():
+            jax.distributed.initialize(
+                job.address, job.count, job.index,
+                local_device_ids=found and found.local_devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=timeout + 60,  # the alarm comes first
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=shutdown_timeout,
+            )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"{me} cannot join at {address}: {_first_line(error)}") from error
-    finally:
-        alarm.cancel()
-    if jax.process_count() > 1:
-        threading.Thread(target=_watch, daemon=True).start()
-
-
-def check_flags(coordinator_address, num_processes, process_id):
-    """Raises ValueError where the three do not describe a process among others."""
-    given = [x is not None for x in (coordinator_address, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise ValueError(
-            "--coordinator_address, --num_processes and --process_id go together; give all three, "
-            "or none on a TPU slice, SLURM or a single machine"
-        )
-    if all(given):
-        if ":" not in coordinator_address:
-            raise ValueError(f"--coordinator_address {coordinator_address}: expected HOST:PORT")
-        if not 0 <= process_id < num_processes:
-            raise ValueError(f"--process_id {process_id} is not in 0..{num_processes - 1}")
+        raise ValueError(f"{me} cannot join at {job.address}: {_first_line(error)}") from error
+    threading.Thread(target=_watch, daemon=True).start()
 
 
 def is_writer():
@@ -225,7 +217,7 @@ _calls = 0
 
 
 def listen():
-    """From here on SIGTERM and Ctrl-C ask the job to stop; a second one later ends it at once.
+    """From here on SIGTERM, Ctrl-C and a hang-up ask the job to stop; a second one ends it at once.
 
     One signal may come twice: from a scheduler that sends it to every process, and from launch.sh.
     Of several processes jax listens to SIGTERM in each, and tells the others.
@@ -240,14 +232,10 @@ def listen():
             os.kill(os.getpid(), number)
 
     if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, ask)
-        signal.signal(signal.SIGINT, ask)
-
-
-def ignore_signals():
-    """What is saved and about to exit need not be told again, and must not die of it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signals.listen_to(signals.STOP, ask)
+    else:
+        signals.listen_to([signal.SIGINT], signal.default_int_handler)
+        signals.listen_to([signal.SIGHUP], lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def stop_requested():

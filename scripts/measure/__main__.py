@@ -3,6 +3,9 @@
     python -m scripts.measure train --config=configs/load_config.py:NAME [--against plain]
     python -m scripts.measure evaluation --config=configs/load_config.py:NAME
     python -m scripts.measure data
+    python -m scripts.measure compile --config=... --topology v5e:4x4 (or h200), without having it
+    python -m scripts.measure table      the table of docs/speed.md, in a few minutes
+    python -m scripts.measure check      whether the card's kernels compute the right thing
 
 Options of the config follow as for main.py (`--config.training.batch_size=64`); `--json FILE` also
 writes what is printed. Times on busy or shared processors mean little; ratios of one run mean more.
@@ -12,14 +15,18 @@ import argparse
 import sys
 
 import parts
-from scripts.measure import costs, data, evaluation, train
+from scripts.measure import check, compile, costs, data, evaluation, table, train
 from utils import environment
 
 COMMANDS = {
     "train": (train, "the train step"),
     "evaluation": (evaluation, "the evaluation's stages"),
     "data": (data, "the data iterator"),
+    "compile": (compile, "the steps compiled for chips that are not at hand"),
+    "table": (table, "all of docs/speed.md's rows of a card"),
+    "check": (check, "the kernels of the card beside float32"),
 }
+WITHOUT_CONFIG = (data, table, check)
 
 
 def main(argv=None):
@@ -37,10 +44,11 @@ def main(argv=None):
         command.add_argument("--json", help="also write the results to this file")
     environment.pin()
     try:
-        if argv[:1] == ["data"]:
+        module = COMMANDS.get(argv[0], [None])[0] if argv else None
+        if module in WITHOUT_CONFIG:
             args = parser.parse_args(argv)
             costs.check_writable(args.json)
-            results = data.run(args)
+            results = module.run(args)
         else:
             config, rest = costs.config_without_data(argv)
             args = parser.parse_args(rest)
@@ -50,8 +58,8 @@ def main(argv=None):
         costs.write_json(args.json, results)
     except (ValueError, OSError) as error:
         print(f"measure: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 2 if argv[:1] == ["compile"] else 1
+    return 0 if results.get("passed", True) and results.get("fits", True) else 1
 
 
 if __name__ == "__main__":

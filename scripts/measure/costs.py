@@ -46,10 +46,20 @@ def state_shapes(model, recipe):
 def counted_flops(step, state, batch):
     """FLOPs of a step over all devices, counted by XLA in the program that is handed to it.
 
-    XLA counts the body of a loop once, so `step` must be made of a network without a loop:
-    `unrolled`.
+    Args:
+      step: pure, without shardings, and of a network without a loop (`Network.unrolled`), since
+        XLA counts the body of a loop once.
+
+    Returns:
+      None where XLA does not tell: accelerators do not, so a CPU beside them is asked.
     """
-    return jax.jit(step).lower(state, batch).cost_analysis()["flops"]
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
+    with jax.default_device(cpu):
+        counted = jax.jit(step).lower(state, batch).cost_analysis()
+    return counted["flops"] if counted else None
 
 
 def unrolled(model):
@@ -57,6 +67,11 @@ def unrolled(model):
     module = model.module.unrolled()
     net = network.function(module, sharding.gather(model.mesh))
     return model._replace(module=module, net=net)
+
+
+def countable(model):
+    """The network of `parts.Parts` as a function for `counted_flops`."""
+    return network.function(model.module.unrolled())
 
 
 # Compiled programs ----------------------------------------------------------------------------
@@ -135,8 +150,13 @@ def trip_count(condition):
 
 
 def peak_bytes(compiled):
-    """Memory per device that a compiled function needs at most, arguments and results included."""
+    """Bytes per device that a compiled function needs at most, arguments and results included.
+
+    None where the compiler does not tell.
+    """
     m = compiled.memory_analysis()
+    if m is None:
+        return None
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     return m.argument_size_in_bytes + results + m.temp_size_in_bytes
 

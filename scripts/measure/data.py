@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from formats import torch_files
+from scripts.measure import growth
+from scripts.measure.growth import peak_memory
 from utils import dataset, iterator
 
 RECORDS_PER_SHARD = 4096
@@ -36,6 +38,10 @@ def add_arguments(parser):
     parser.add_argument("--prefetch", type=int, default=4, help="batches read ahead")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--seconds", type=float, default=3, help="least length of a measurement")
+    parser.add_argument("--growth", type=int, nargs="*", help="instead: how it grows with these "
+                        "numbers of records; without numbers up to a billion")  # fmt: skip
+    parser.add_argument("--largest_stored", type=int, default=100_000_000, help="of --growth: up "
+                        "to how many records also with a permutation in memory")  # fmt: skip
     parser.add_argument("--folder", help="where to put the temporary data; default: the system's")
 
 
@@ -48,6 +54,10 @@ def run(args):
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
         print("writing synthetic latents ...", file=sys.stderr)
+        if args.growth is not None:
+            write_records(folder / "small", args.num_records, args.latent_size, "float32")
+            args.growth = args.growth or growth.COUNTS
+            return {"growth": growth.run(folder / "small", args)}
         readers = {}
         for store in STORES:
             write_records(folder / store, args.num_records, args.latent_size, store)
@@ -132,13 +142,6 @@ def _epoch(root, args):
     rate = steps * args.batch_size / (time.perf_counter() - start)
     batches.close()
     return {"latents_per_second": rate, "peak_mib": peak_memory(), "peak_mib_by_tenth": memory}
-
-
-def peak_memory():
-    """The largest resident memory of this process so far, in MiB."""
-    # Not getrusage: its figure goes on from that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def report(results):

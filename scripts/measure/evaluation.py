@@ -28,18 +28,26 @@ def run(config, args):
     model = parts.make(config)
     evaluator = stand_ins.evaluator(config, model)
     batch_size = evaluator.score.batch_size
-    measured = {name: Stage(*stage) for name, stage in stand_ins.stages(evaluator).items()}
-    rates = {name: [] for name in measured}
-    for _ in range(args.rounds):
-        for name, stage in measured.items():
-            rates[name].append(batch_size / stage.seconds())
-    results = {name: float(np.median(rate)) for name, rate in rates.items()}
+    results = rates(
+        {name: Stage(*stage) for name, stage in stand_ins.stages(evaluator).items()},
+        batch_size,
+        args.rounds,
+    )
     results |= {f"whole, {n} CPU devices": on_devices(config, args, n) for n in args.devices}
     kind = jax.devices()[0].device_kind
     print(f"{config.model.cls}, {model.mesh.size} x {kind}, images per second")
     for name, rate in results.items():
         print(f"  {name:24} {rate:10.2f}   {rate / results['whole']:8.2f} x the whole")
     return results
+
+
+def rates(stages, batch_size, rounds):
+    """Images per second of each `Stage`, measured in turn; the median of `rounds`."""
+    found = {name: [] for name in stages}
+    for _ in range(rounds):
+        for name, stage in stages.items():
+            found[name].append(batch_size / stage.seconds())
+    return {name: float(np.median(rate)) for name, rate in found.items()}
 
 
 class Stage:

@@ -1,5 +1,7 @@
 """Speed, FLOPs and memory of the train step, with made-up data."""
 
+import dataclasses
+import tempfile
 import time
 from functools import partial
 
@@ -8,7 +10,7 @@ import numpy as np
 
 import parts
 import train
-from scripts.measure import costs, plain
+from scripts.measure import costs, plain, trace
 from utils import chips, sharding
 
 
@@ -18,6 +20,7 @@ def add_arguments(parser):
     parser.add_argument("--steps", type=int, default=10, help="steps of a measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first one")
+    parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
 
 
 def plain_step(recipe, key, state, batch):
@@ -40,40 +43,58 @@ def plain_step(recipe, key, state, batch):
 
 
 class Candidate:
-    """A step to be measured: compiled, with a state and a batch on the devices."""
+    """A step to be measured: `compile`, then `place` a state and a batch, then `run`."""
 
-    def __init__(self, config, mesh, is_plain):
+    def __init__(self, config, mesh, is_plain=False, count=True):
         key = jax.random.key(0)
         if is_plain:
             config = config.copy_and_resolve_references()
             config.update({"training": {"half_precision": False}, "model": {"remat": False}})
-            config.model.fused_attention = False
         model = parts.make(config, mesh)
-        unrolled = costs.unrolled(model)
-        recipe, _ = train.make_recipe(config, unrolled if is_plain else model, 1)
-        state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
-        shardings = sharding.by_parameter(mesh, state)
         if is_plain:
-            step = partial(plain_step, recipe, key)
-            rows = sharding.by_row(mesh)
-            jitted = jax.jit(step, in_shardings=(shardings, rows), out_shardings=shardings)
+            model = costs.unrolled(model)
+        self.model, self.batch_size = model, config.training.batch_size
+        self.recipe, _ = train.make_recipe(config, model, 1)
+        shapes = costs.state_shapes(model, self.recipe), costs.batch_shapes(config)
+        self.shapes = shapes
+        self.shardings = sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh)
+        self.flops = None
+        if count:
+            counted = dataclasses.replace(self.recipe, net=costs.countable(model))
+            step = plain_step if is_plain else train.train_step
+            self.flops = costs.counted_flops(partial(step, counted, key), *shapes)
+        if is_plain:
+            jitted = jax.jit(
+                partial(plain_step, self.recipe, key),
+                in_shardings=self.shardings, out_shardings=self.shardings[0],
+            )  # fmt: skip
         else:
-            jitted = train.make_step(recipe, key, mesh, shardings)
-            step = partial(train.train_step, train.make_recipe(config, unrolled, 1)[0], key)
-        self.flops = costs.counted_flops(step, state, batch)
-        lowered = jitted.lower(state, batch)
+            jitted = train.make_step(self.recipe, key, mesh, self.shardings[0])
+        self.lowered = jitted.lower(*shapes)
+        self.seconds = []
+
+    def compile(self):
+        """Compiles; may be called in a thread beside others. Returns itself."""
         begin = time.perf_counter()
-        self.step = lowered.compile()
+        self.step = self.lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
         self.bytes = costs.peak_bytes(self.step)
-        init = partial(train.init_state, recipe, model.module, model.image_shape)
-        self.state = jax.jit(init, out_shardings=shardings)(key)
+        init = partial(train.init_state, self.recipe, self.model.module, self.model.image_shape)
+        init = jax.jit(init, out_shardings=self.shardings[0])
+        self.init = init.lower(jax.random.key(0)).compile()
+        return self
+
+    def place(self):
+        """Puts a state and a batch on the devices."""
+        of_rows = self.shardings[1]
+        self.state = self.init(jax.random.key(0))
         rng = np.random.RandomState(0)
-        self.batch = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), batch)
-        self.batch = sharding.place(
-            self.batch, jax.tree.map(lambda _: sharding.by_row(mesh), batch)
-        )
-        self.seconds = []
+        batch = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), self.shapes[1])
+        self.batch = sharding.place(batch, jax.tree.map(lambda _: of_rows, batch))
+
+    def free(self):
+        """Gives the memory on the devices back."""
+        self.state = self.batch = self.step = self.init = self.lowered = None
 
     def run(self, steps):
         """Takes `steps` steps and notes the seconds per step."""
@@ -86,48 +107,68 @@ class Candidate:
 
 def run(config, args):
     """Measures the step, and beside it the plain one; returns the results as a dict."""
-    model = parts.make(config)
-    mesh = model.mesh
+    mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
     names = ["this project", *args.against]
     candidates = {name: Candidate(config, mesh, is_plain=name == "plain") for name in names}
-    for candidate in candidates.values():  # the first steps are slower
-        candidate.run(args.warmup)
-        candidate.seconds.clear()
-    for _ in range(args.rounds):
-        for candidate in candidates.values():
-            candidate.run(args.steps)
-    batch = config.training.batch_size
-    needed = model.step_flops(batch)
-    results = {name: figures(c, batch, needed, mesh) for name, c in candidates.items()}
+    for candidate in candidates.values():
+        candidate.compile().place()
+    measure(candidates.values(), args)
+    ours = candidates["this project"]
+    needed = ours.model.step_flops(ours.batch_size)
+    results = {name: figures(c, needed, mesh) for name, c in candidates.items()}
     if len(results) > 1:
-        ours, plain = results.values()
+        first, plain = results.values()
         results["ratio"] = {
-            key: value / plain[key] for key, value in ours.items() if value and plain[key]
+            key: value / plain[key] for key, value in first.items() if value and plain[key]
         }
     device = jax.devices()[0]
-    print(f"{config.model.cls}, batch {batch}, {jax.device_count()} x {device.device_kind}, "
-          f"jax {jax.__version__}")  # fmt: skip
+    print(f"{config.model.cls}, batch {ours.batch_size}, {jax.device_count()} x "
+          f"{device.device_kind}, jax {jax.__version__}")  # fmt: skip
     print_table(results)
+    if args.profile:
+        results["kernels"] = profile(ours, args.steps)
     return results
 
 
-def figures(candidate, batch, needed, mesh):
+def measure(candidates, args):
+    """`args.rounds` measurements of each, in turn."""
+    for candidate in candidates:  # the first steps are slower
+        candidate.run(args.warmup)
+        candidate.seconds.clear()
+    for _ in range(args.rounds):
+        for candidate in candidates:
+            candidate.run(args.steps)
+
+
+def figures(candidate, needed, mesh):
     """What was measured, under the names of the table; `needed`: FLOPs of an image by hand."""
-    seconds = float(np.median(candidate.seconds))
+    seconds, batch = float(np.median(candidate.seconds)), candidate.batch_size
     device = mesh.devices.flat[0]
     chip = chips.chip(device)
     in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    counted, memory = candidate.flops, candidate.bytes
     return {
         "ms/step": 1e3 * seconds,
         "images/s": batch / seconds,
-        "GFLOP/image, XLA": candidate.flops / batch / 1e9,
-        "GFLOP/image, needed": needed / 1e9,
-        "MFU": batch * needed / seconds / (chip.peak * mesh.size) if chip else None,
-        "GB/device, compiler": candidate.bytes / 1e9,
+        "GFLOP/image, XLA": counted / batch / 1e9 if counted else None,
+        "GFLOP/image, needed": needed / 1e9 if needed else None,
+        "MFU": batch * needed / seconds / (chip.peak * mesh.size) if chip and needed else None,
+        "GB/device, compiler": memory / 1e9 if memory else None,
         "GB/device, peak of the process": in_use / 1e9 if in_use else None,
         "compile s": candidate.compile_seconds,
     }
+
+
+def profile(candidate, steps):
+    """Prints where the time of a step goes, by kernel; returns it."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            candidate.run(steps)
+        kernels = trace.kernels(folder)
+    summary = trace.summary(kernels, steps)
+    trace.report(summary)
+    return summary
 
 
 def print_table(results):

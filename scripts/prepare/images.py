@@ -3,32 +3,34 @@
 import collections
 import functools
 import itertools
-import os
 from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from metrics import inception_weights
 from models import vae
 from scripts.prepare import moments, shards, statistics
-from utils import environment, images, sharding
-
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+from utils import environment, images, pictures, sharding
 
 
 def run(args):
     """The job behind `prepare_dataset images`: records, statistics, or both."""
     environment.pin()
-    classes, items = list_images(Path(args.input), args.splits)
+    root, listing = Path(args.input), pictures.Listing()
+    classes, items = list_images(root, args.splits, listing)
     counts = ", ".join(f"{len(files)} {split}" for split, files in items.items())
-    print(f"{args.input}: {len(classes)} classes; {counts} images", flush=True)
-    bad = BadImages(args.on_bad_image)
+    left = f"; {listing}" if str(listing) else ""
+    print(f"{args.input}: {len(classes)} classes; {counts} images{left}", flush=True)
+    if all(name.isdecimal() for name in classes) and sorted(classes, key=int) != classes:
+        i = next(i for i, name in enumerate(sorted(classes, key=int)) if name != classes[i])
+        print(f"the class folders are numbers, and sorted as text: label {i} is {classes[i]}")
+    notes = Notes(args.on_bad_image)
+    read = functools.partial(pictures.read, turn=args.exif_orientation)
     decode = functools.partial(
-        decoded, root=Path(args.input), size=args.image_size, workers=args.workers, bad=bad
+        decoded, root=root, size=args.image_size, workers=args.workers, notes=notes, read=read
     )
     split = next(iter(items))  # whose statistics are made
     if args.compute_fid:
@@ -38,54 +40,79 @@ def run(args):
         write_records(args, classes, items, decode)
     if args.compute_fid:
         statistics.write(args, split, items[split], decode)
-    bad.report()
+    notes.report()
 
 
 # The files
 
 
-def list_images(root, splits=()):
+def list_images(root, splits=(), listing=None):
     """Image files below `root/SPLIT/CLASS/`, or `root/CLASS/` where there is no `root/train`.
 
     Returns (class names sorted, {split: [(path below root, label)] sorted}); the label is the
-    index of the class folder among the sorted ones of the first split.
+    index of the class folder among the sorted ones of the first split. What is left out is counted
+    in `listing`.
     """
+    listing = pictures.Listing() if listing is None else listing
     if not root.is_dir():
         raise FileNotFoundError(f"no folder of images at {root}")
+    there, _ = pictures.entries(root, pictures.Listing())
     if not splits:
-        splits = [split for split in ("train", "val") if (root / split).is_dir()]
+        splits = [split for split in ("train", "val") if split in there]
+    for name in set(there).difference(splits) if splits else ():
+        listing.leave_out("folders that are not among the splits", root / name)
     folders = {split: root / split for split in splits} or {"train": root}
     classes, items = None, {}
     for split, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder} for the split '{split}'")
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        found, loose = pictures.entries(folder, listing)
         if not found:
             raise ValueError(
                 f"{folder} has no class folders; images belong into {folder}/CLASS/, and --splits "
                 "says which splits to take"
             )
+        for name in loose:
+            listing.leave_out("beside the class folders", folder / name)
         classes = classes or found
         labels = {name: label for label, name in enumerate(classes)}
         if unknown := [name for name in found if name not in labels]:
             raise ValueError(f"{folder / unknown[0]}: no such class in the first split")
+        of_class = {name: list_class(folder / name, listing) for name in found}
+        empty = [name for name, names in of_class.items() if not names]
+        if len(empty) == len(found):
+            known = " ".join(pictures.EXTENSIONS)
+            left = f"; {listing}" if str(listing) else ""
+            raise ValueError(f"no images below {folder}; known are {known}{left}")
+        if empty and not items:
+            raise ValueError(
+                f"{folder / empty[0]} is a class folder without images, one of {len(empty)}: take "
+                "them away, or put the images there; a class without images would move the labels"
+            )
         prefix = folder.relative_to(root)
         items[split] = [
             (str(prefix / name / file), labels[name])
-            for name in found
-            for file in sorted(os.listdir(folder / name))
-            if file.lower().endswith(EXTENSIONS)
+            for name, names in of_class.items()
+            for file in names
         ]
-        if not items[split]:
-            raise ValueError(f"no images below {folder}; known are {' '.join(EXTENSIONS)}")
     return classes, items
 
 
-class BadImages:
-    """What to do about unreadable images: "fail" at the first, or "skip" and count."""
+def list_class(folder, listing):
+    """The names of the images in a class folder, sorted."""
+    deeper, names = pictures.entries(folder, listing, links_matter=False)
+    for name in deeper:
+        for path in pictures.below(folder / name, pictures.Listing()):
+            listing.leave_out("in deeper folders", path)
+    return pictures.wanted(folder, names, listing)
+
+
+class Notes:
+    """What images are told of: unreadable ones, by policy ("fail" at the first, or "skip"), and
+    those that are not stored as they are in the file."""
 
     def __init__(self, policy):
-        self.policy, self.problems = policy, set()
+        self.policy, self.problems, self.told = policy, set(), collections.defaultdict(set)
 
     def add(self, problem):
         if self.policy == "fail":
@@ -94,32 +121,44 @@ class BadImages:
             print(f"left out: {problem}", flush=True)
         self.problems.add(problem)
 
+    def tell(self, line, path):
+        if line not in self.told:
+            print(f"{path}, and maybe others, {line}", flush=True)
+        self.told[line].add(path)
+
     def report(self):
+        for line, paths in self.told.items():
+            print(f"{len(paths)} images {line}", flush=True)
         if self.problems:
             print(f"{len(self.problems)} unreadable images were left out", flush=True)
 
 
-def decoded(items, root, size, workers, bad):
+def decoded(items, root, size, workers, notes, read=pictures.read):
     """(path, label) -> (uint8 (size, size, 3) or None where unreadable, label), in order.
 
     Decodes and crops in `workers` threads (PIL lets go of the interpreter), not far ahead.
     """
     if not items:
         return
-    files = grain.MapDataset.source(items).map(lambda item: _decode(root / item[0], size, item[1]))
-    for image, label, problem in files.to_iter_dataset(grain.ReadOptions(workers, 8 * workers)):
+    decode = functools.partial(_decode, root, size, read)
+    files = grain.MapDataset.source(items).map(decode)
+    for image, label, problem, told in files.to_iter_dataset(
+        grain.ReadOptions(workers, 8 * workers)
+    ):
+        for line, path in told:
+            notes.tell(line, path)
         if problem:
-            bad.add(problem)
+            notes.add(problem)
         yield image, label
 
 
-def _decode(path, size, label):
+def _decode(root, size, read, item):
+    path, told = root / item[0], []
     try:
-        with Image.open(path) as file:  # by content: ImageNet has a PNG named JPEG
-            image = file.convert("RGB")  # and CMYK and grayscale files
-        return np.asarray(images.center_crop(image, size)), label, None
-    except Exception as error:  # PIL raises nearly anything on damaged files
-        return None, label, f"cannot read the image {path} ({error or type(error).__name__})"
+        image = read(path, notes=lambda line: told.append((line, path))).convert("RGB")
+        return np.asarray(images.center_crop(image, size)), item[1], None, told
+    except ValueError as error:
+        return None, item[1], str(error), told
 
 
 # Records
@@ -128,6 +167,8 @@ def _decode(path, size, label):
 def write_records(args, classes, items, decode):
     """Writes latents, or with `--vae=none` pixels, as records."""
     settings = {"image_size": args.image_size, "vae": args.vae}
+    if args.exif_orientation:
+        settings["exif_orientation"] = True
     if args.vae == "none":
         key, shape, dtype, flipped = "image", (args.image_size, args.image_size, 3), np.uint8, False
         make = functools.partial(_pixels, decode)
@@ -148,7 +189,7 @@ def write_records(args, classes, items, decode):
         records_per_shard=args.records_per_shard,
         settings=settings,
     )
-    shards.write(job, make, args.process_id, args.num_processes)
+    shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
     if key == "moments":
         encode.report()
 

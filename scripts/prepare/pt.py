@@ -11,12 +11,15 @@ import numpy as np
 
 from formats import torch_files
 from scripts.prepare import moments, shards
+from utils import pictures
 
 
 def run(args):
     """The job behind `prepare_dataset pt`."""
-    root = Path(args.input)
-    items = list_files(root)
+    root, listing = Path(args.input), pictures.Listing()
+    items = list_files(root, listing)
+    counts = ", ".join(f"{len(names)} {split}" for split, names in items.items())
+    print(f"{root}: {counts} latents{f'; {listing}' if str(listing) else ''}", flush=True)
     first = next(iter(items.values()))[0]
     shape = load(root / first)[0].shape
     dtype = np.dtype(args.store)
@@ -34,21 +37,33 @@ def run(args):
     )
     spread = moments.Spread()
     read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers, spread)
-    shards.write(job, read, args.process_id, args.num_processes)
+    shards.write(job, read, args.process_id, args.num_processes, args.overwrite)
     spread.report()
 
 
-def list_files(root):
-    """{split: [path below root]} of `.pt` files in `root/train` and `root/val`, else in `root`."""
+def list_files(root, listing=None):
+    """{split: [path below root]} of `.pt` files in `root/train` and `root/val`, else in `root`.
+
+    What is left out is counted in `listing`.
+    """
+    listing = pictures.Listing() if listing is None else listing
     if not root.is_dir():
         raise FileNotFoundError(f"no folder of latents at {root}")
-    splits = [split for split in ("train", "val") if (root / split).is_dir()]
+    there, _ = pictures.entries(root, pictures.Listing())
+    splits = [split for split in ("train", "val") if split in there]
     folders = {split: root / split for split in splits} or {"train": root}
+    for name in set(there).difference(splits) if splits else ():
+        listing.leave_out("folders that are not among the splits", root / name)
     items = {}
     for split, folder in folders.items():
-        items[split] = sorted(str(path.relative_to(root)) for path in folder.glob("*.pt"))
+        deeper, names = pictures.entries(folder, listing)
+        for name in deeper:
+            listing.leave_out("deeper folders", folder / name)
+        prefix = folder.relative_to(root)
+        names = pictures.wanted(folder, names, listing, ".pt")
+        items[split] = [str(prefix / name) for name in names]
         if not items[split]:
-            raise ValueError(f"no .pt files in {folder}")
+            raise ValueError(f"no .pt files in {folder}{f'; {listing}' if str(listing) else ''}")
     return items
 
 

@@ -8,6 +8,8 @@ processes, and a run that was interrupted goes on with what is missing, under an
 import hashlib
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ import numpy as np
 from utils import dataset, files, processes
 
 PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
+METADATA = ("features.json", "label.labels.txt", "dataset_info.json")  # the last makes the dataset
+NEW = "unfinished-overwrite"  # where one is made that is to take the place of another
 
 
 class Job(NamedTuple):
@@ -57,8 +61,10 @@ def shards(job):
     return found
 
 
-def write(job, examples, process_index=0, process_count=1):
+def write(job, examples, process_index=0, process_count=1, overwrite=False):
     """Writes this process's missing shards, and the metadata once all shards of all are there.
+
+    With `overwrite` the dataset that is in the folder stays until the new one is complete.
 
     Args:
       examples: function: items -> iterable with, in their order, one example for each (see
@@ -66,6 +72,14 @@ def write(job, examples, process_index=0, process_count=1):
     Returns whether the dataset is complete. Raises ValueError if the folder was begun with other
     settings, or holds something else.
     """
+    if overwrite:
+        new = job._replace(output=job.output / NEW)
+        try:
+            return write(new, examples, process_index, process_count) and _take_place(job.output)
+        except FileNotFoundError:
+            if new.output.exists() or not dataset.is_dataset(job.output):
+                raise
+            return True  # another process came to the end at the same time, and was faster
     _begin(job)
     every = shards(job)
     mine = [s for s in every[process_index::process_count] if not s.path.exists()]
@@ -102,12 +116,33 @@ def _those_there_are(examples, shard):
         )
 
 
+def begin_overwriting(output):
+    """Makes the place for a dataset that `write` is to overwrite another with, empty."""
+    for path in Path(output).glob(f"{NEW}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _take_place(output):
+    """Puts the dataset in `output`/NEW in the place of the one in `output`; returns True.
+
+    Cut off at any point, the folder holds one plan and shards of no other, and no dataset that is
+    not whole.
+    """
+    new = (output / NEW).rename(output / f"{NEW}-complete")
+    remove(output)
+    names = sorted(path.name for path in new.glob(f"{dataset.NAME}-*.array_record-*"))
+    for name in (PLAN, *names, *METADATA):
+        if (new / name).exists():
+            os.replace(new / name, output / name)
+    shutil.rmtree(new)
+    print(f"it is in its place: {output}", flush=True)
+    return True
+
+
 def remove(output):
-    """Deletes the dataset in a folder, finished or not, and nothing else."""
-    output = Path(output)
-    names = ["dataset_info.json", "features.json", "label.labels.txt", PLAN]
-    patterns = [f"{dataset.NAME}-*.array_record-*", "unfinished-*"]
-    for path in [output / name for name in names] + [p for s in patterns for p in output.glob(s)]:
+    """Deletes the dataset in a folder, finished or not, and nothing else; its plan last."""
+    patterns = [*reversed(METADATA), f"{dataset.NAME}-*.array_record-*", "unfinished-*", PLAN]
+    for path in [found for pattern in patterns for found in output.glob(pattern)]:
         if path.is_file():
             path.unlink()
 

@@ -1,0 +1,123 @@
+"""The transformer block of DiT (Peebles & Xie, arXiv 2212.09748), with adaLN-Zero.
+
+In float32 every operation is the plain one. In bfloat16 attention, norms and GELU have derivatives
+of their own (models/attention.py, models/layers.py): the tangent of a batch that is inside of a
+`jax.jvp` is not differentiated any further.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from models import layers
+from models.attention import attention
+
+xavier = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros_init()
+KEPT = "product"  # the name of what the backward pass is to find, in half precision
+keep = partial(checkpoint_name, name=KEPT)
+
+
+def layer_norm(x):
+    """LayerNorm without scale and bias, in float32."""
+    x = x.astype(jnp.float32)
+    mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-6)
+
+
+def modulate(x, shift, scale):
+    """x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Qkv(nn.Module):
+    """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
+
+    So none of them has to be copied out of a product of all three. The parameters are those of
+    `nn.Dense(3 * D)`.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        D = x.shape[-1]
+        kernel = self.param("kernel", xavier, (D, 3 * D)).astype(self.dtype)
+        bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
+        return [keep(x @ w + b) for w, b in zip(kernels, biases, strict=True)]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). The softmax is in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x, tangent):
+        B, N, D = x.shape
+        H = self.num_heads
+        if self.dtype == jnp.float32:
+            qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+            q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
+            tangent = False  # plain differentiation
+        else:
+            q, k, v = (a.reshape(B, N, H, D // H) for a in Qkv(self.dtype, name="qkv")(x))
+        x = attention(q, k, v, fused=self.fused, tangent=tangent)
+        x = x.reshape(B, N, D)
+        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
+
+
+class Mlp(nn.Module):
+    """(B, N, D) -> (B, N, D) through 4 D features."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        D = x.shape[-1]
+        x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
+        x = nn.gelu(x, approximate=True) if self.dtype == jnp.float32 else layers.gelu(x)
+        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
+
+
+class Block(nn.Module):
+    """One transformer block with adaLN-Zero."""
+
+    hidden_size: int
+    num_heads: int
+    dtype: jnp.dtype
+    fused: bool
+    jvp: int | None  # which of the batches is inside of a `jax.jvp`
+
+    def setup(self):
+        self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype, self.fused)
+        self.mlp = Mlp(self.dtype)
+
+    def __call__(self, xs, cs):
+        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
+        tangents = [i == self.jvp for i in range(len(xs))]
+        return tuple(map(self.one, xs, cs, tangents)), None
+
+    def one(self, x, c, tangent):
+        modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
+        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent)))
+
+    def norm(self, x, shift, scale, tangent):
+        if self.dtype == jnp.float32:
+            return modulate(layer_norm(x), shift, scale)
+        return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
+
+    def add(self, x, gate, branch):
+        """x + gate * branch in float32, kept in the type of x."""
+        gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
+        return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)

@@ -1,0 +1,108 @@
+"""Layers in half precision with derivatives of their own: less to keep, less to read.
+
+Each computes in float32 and returns the type of its input or the one asked for. The derivatives
+are the exact ones of the plain forms; only where values are rounded differs.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+EPS = 1e-6
+_C, _CUBIC = 2 * (2 / jnp.pi) ** 0.5, 0.044715
+
+
+@jax.custom_jvp
+def gelu(x):
+    """GELU in its tanh form (arXiv 1606.08415), as x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+
+    The backward pass needs x alone.
+    """
+    y = x.astype(jnp.float32)
+    return (y * jax.nn.sigmoid(_C * (y + _CUBIC * y**3))).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = x.astype(jnp.float32)
+    s = jax.nn.sigmoid(_C * (y + _CUBIC * y**3))
+    slope = s + y * s * (1 - s) * _C * (1 + 3 * _CUBIC * y**2)
+    return (y * s).astype(x.dtype), (slope * dx).astype(x.dtype)
+
+
+def norm_modulate(x, shift, scale, dtype, tangent=False):
+    """LayerNorm(x) (1 + scale) + shift, in `dtype`.
+
+    Args:
+      x: (B, N, D), normalised over D without weights.
+      shift, scale: (B, D).
+      tangent: the call is inside a `jax.jvp` whose tangent is not differentiated any further, see
+        `models.attention.attention`.
+    """
+    return (_with_tangent if tangent else _norm_modulate)(x, shift, scale, dtype)
+
+
+def _statistics(x):
+    """Mean and 1 / standard deviation over the last axis, float32 (B, N, 1)."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + EPS)
+
+
+def _normalised(x, mean, rstd):
+    return (x.astype(jnp.float32) - mean) * rstd
+
+
+def _through_norm(n, rstd, g):
+    """The derivative of LayerNorm at n along g; it is its own transpose."""
+    mean = jnp.mean(g, axis=-1, keepdims=True)
+    return rstd * (g - mean - n * jnp.mean(g * n, axis=-1, keepdims=True))
+
+
+def _float32(*arrays):
+    return [a.astype(jnp.float32) for a in arrays]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_modulate(x, shift, scale, dtype):
+    n = _normalised(x, *_statistics(x))
+    shift, scale = _float32(shift[:, None], scale[:, None])
+    return (n * (1 + scale) + shift).astype(dtype)
+
+
+def _forward(x, shift, scale, dtype):
+    return _norm_modulate(x, shift, scale, dtype), (x, shift, scale)
+
+
+def _backward(dtype, kept, g):
+    x, shift, scale = kept
+    # With statistics at hand, each sum reads x and g as they are; otherwise XLA writes g * n in
+    # float32 beside the one sum, to read it again for the other.
+    mean, rstd = jax.lax.optimization_barrier(_statistics(x))
+    n, g = _normalised(x, mean, rstd), g.astype(jnp.float32)
+    d_x = _through_norm(n, rstd, g * (1 + scale[:, None].astype(jnp.float32)))
+    d_shift, d_scale = jnp.sum(g, axis=1), jnp.sum(g * n, axis=1)
+    return d_x.astype(x.dtype), d_shift.astype(shift.dtype), d_scale.astype(scale.dtype)
+
+
+_norm_modulate.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _with_tangent(x, shift, scale, dtype):
+    return _norm_modulate(x, shift, scale, dtype)
+
+
+@_with_tangent.defjvp
+def _jvp(dtype, primals, tangents):
+    value = _norm_modulate(*primals, dtype)
+    x, _, scale = map(stop_gradient, primals)
+    d_x, d_shift, d_scale = _float32(*map(stop_gradient, tangents))
+    mean, rstd = _statistics(x)
+    n = _normalised(x, mean, rstd)
+    d_n = _through_norm(n, rstd, d_x)
+    d_y = d_n * (1 + scale[:, None].astype(jnp.float32)) + n * d_scale[:, None] + d_shift[:, None]
+    return value, d_y.astype(dtype)

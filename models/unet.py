@@ -1,0 +1,324 @@
+"""The backbone of CIFAR-10: the U-Net of score models (Song et al., arXiv 2011.13456, "DDPM++").
+
+With the settings of MeanFlow's experiments (arXiv 2505.13447, appendix A): two times, a noise
+embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC. Builds on
+models/network.py.
+
+An encoder halves the side from level to level and keeps what each of its layers gives; a decoder
+goes back up and takes those outputs in again, newest first. `layers` lists both.
+Builds on models/augment.py and models/filters.py.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.augment import LABELS
+from models.filters import double, half
+from models.network import Network, Velocity
+
+MAX_PERIOD = 10000.0
+HALF = np.sqrt(0.5)  # keeps the variance of a sum of two
+
+
+def scaled_xavier(factor):
+    """Xavier-uniform weights times a factor."""
+    return nn.initializers.variance_scaling(factor**2, "fan_avg", "uniform")
+
+
+xavier = scaled_xavier(1.0)
+nearly_zero = scaled_xavier(1e-5)  # of the last product of each branch: a network begins at 0
+
+
+class Layer(NamedTuple):
+    """One residual block."""
+
+    name: str
+    side: int  # of its output
+    width_in: int  # channels of its input
+    width: int  # channels of its output
+    attention: bool = False
+    resample: str = ""  # down | up, or at the same side
+    joins: bool = False  # takes the newest output of the encoder that is left beside its input
+
+    @property
+    def has_skip(self):
+        return bool(self.resample) or self.width_in != self.width
+
+
+def layers(side, first, widths, num_blocks, attn_resolutions):
+    """The blocks in their order, (encoder, decoder), for images of this side.
+
+    Args:
+      first: channels that come into the first block.
+      widths: channels by level; level i has the side `side >> i`.
+      num_blocks: of a level of the encoder; the decoder has one more.
+      attn_resolutions: sides at which every block of the encoder, and the last of the decoder,
+        has attention; the innermost block always has.
+    """
+    encoder, decoder, kept = [], [], [first]
+    for level, width in enumerate(widths):
+        s = side >> level
+        if level:
+            encoder.append(Layer(f"enc_{s}x{s}_down", s, kept[-1], kept[-1], resample="down"))
+            kept.append(kept[-1])
+        for i in range(num_blocks):
+            attends = s in attn_resolutions
+            encoder.append(Layer(f"enc_{s}x{s}_block{i}", s, kept[-1], width, attends))
+            kept.append(width)
+    before = kept[-1]
+    for level, width in reversed(list(enumerate(widths))):
+        s = side >> level
+        if level == len(widths) - 1:
+            decoder.append(Layer(f"dec_{s}x{s}_in0", s, before, before, attention=True))
+            decoder.append(Layer(f"dec_{s}x{s}_in1", s, before, before))
+        else:
+            decoder.append(Layer(f"dec_{s}x{s}_up", s, before, before, resample="up"))
+        for i in range(num_blocks + 1):
+            attends, joined = s in attn_resolutions and i == num_blocks, before + kept.pop()
+            decoder.append(Layer(f"dec_{s}x{s}_block{i}", s, joined, width, attends, joins=True))
+            before = width
+    return encoder, decoder
+
+
+def time_embedding(s, width):
+    """Sines, then cosines, of times s (B,) in [0, 1]: float32 (B, width), without parameters."""
+    k = width // 2
+    angle = s[:, None] * MAX_PERIOD ** -(np.arange(k, dtype=np.float32) / (k - 1))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def groups(channels):
+    """Into how many groups of consecutive channels the normalisation divides them."""
+    return min(32, channels // 4)
+
+
+def group_norm(channels):
+    """GroupNorm in float32."""
+    exact = dict(dtype=jnp.float32, use_fast_variance=False)
+    return nn.GroupNorm(groups(channels), epsilon=1e-6, **exact)
+
+
+def attention(q, k, v):
+    """One head over all positions, (B, N, D) each -> (B, N, D). The softmax is in float32."""
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnd,bmd->bnm", q * scale, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bnm,bmd->bnd", nn.softmax(logits).astype(v.dtype), v)
+
+
+class Block(nn.Module):
+    """A residual block, (B, H, W, C), (B, E) -> (B, H', W', width); float32 between blocks."""
+
+    layer: Layer
+    dropout: float
+    taps: tuple[float, ...]
+    dtype: jnp.dtype
+
+    def setup(self):
+        layer, width = self.layer, self.layer.width
+        conv = dict(features=width, kernel_size=(3, 3), padding=1, dtype=self.dtype)
+        dense = dict(dtype=self.dtype, kernel_init=xavier)
+        self.norm0, self.norm1 = group_norm(layer.width_in), group_norm(width)
+        self.conv0 = nn.Conv(**conv, kernel_init=xavier)
+        self.affine = nn.Dense(width, **dense)
+        self.drop = nn.Dropout(self.dropout)
+        self.conv1 = nn.Conv(**conv, kernel_init=nearly_zero)
+        if layer.has_skip:
+            self.skip = nn.Dense(width, **dense)
+        if layer.attention:
+            self.norm2 = group_norm(width)
+            self.qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=scaled_xavier(0.2**0.5))
+            self.proj = nn.Dense(width, dtype=self.dtype, kernel_init=nearly_zero)
+
+    def __call__(self, x, e):
+        layer = self.layer
+        resampled = {"": lambda x, _: x, "down": half, "up": double}[layer.resample]
+        y = self.conv0(resampled(nn.silu(self.norm0(x)), self.taps))
+        y = nn.silu(self.norm1(y + self.affine(e)[:, None, None]))
+        y = self.conv1(self.drop(y, deterministic=not self.has_rng("dropout")))
+        if layer.has_skip:
+            x = self.skip(resampled(x, self.taps))
+        x = (y + x).astype(jnp.float32) * HALF
+        if layer.attention:
+            B, H, W, D = x.shape
+            qkv = self.qkv(self.norm2(x)).reshape(B, H * W, 3 * D)
+            y = attention(*jnp.split(qkv, 3, axis=-1)).reshape(x.shape)
+            x = (self.proj(y) + x).astype(jnp.float32) * HALF
+        return x
+
+
+def _is_product(primitive, *_, **params):
+    """What a block keeps for its backward pass: convolutions, and products with parameters."""
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or keep(primitive, *_, **params)
+
+
+class UNet(Network):
+    """The average velocity u(z, t, h), of a class or without.
+
+    `c["augment"]`, float32 (B, augment_dim), tells how the images were augmented
+    (models/augment.py); without it, as in sampling, they were not. Dropout has the same mask for u
+    and for du/dt, since both are of one pass.
+
+    Attributes:
+      num_classes: 0: without classes; else labels are 0..num_classes-1, and num_classes is none.
+      model_channels: the unit M of all widths.
+      channel_mult: by level, of its width M * mult.
+      channel_mult_emb: of the width of the embedding; channel_mult_noise: of that of a time.
+      num_blocks, attn_resolutions: see `layers`.
+      dropout: probability that an activation is left out.
+      resample_filter: taps of the filter between two levels.
+      augment_dim: number of augmentation labels; 0: none are taken.
+      remat: keep nothing of a block for the backward pass, and compute it there again.
+      dtype: of the products; parameters, norms and what goes from block to block stay float32.
+    """
+
+    num_classes: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    channel_mult_emb: int
+    channel_mult_noise: int
+    num_blocks: int
+    attn_resolutions: tuple[int, ...]
+    dropout: float
+    resample_filter: tuple[float, ...]
+    augment_dim: int
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def conditions(self):
+        return ("augment",) if self.augment_dim else ()
+
+    def blank(self, name):
+        return jnp.zeros((1, self.augment_dim))
+
+    @nn.compact
+    def __call__(self, z, c):
+        e = nn.silu(self.embedding(c))  # (B, E)
+        encoder, decoder = self.layers(z.shape[1])
+        conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
+        block = nn.remat(Block, policy=None if self.remat else _is_product)
+
+        def apply(layer, x):
+            options = (self.dropout, self.resample_filter, self.dtype)
+            return block(layer, *options, name=layer.name)(x, e)
+
+        first, last = (f"{part}_{z.shape[1]}x{z.shape[2]}" for part in ("enc", "dec"))
+        x = nn.Conv(self.model_channels, kernel_init=xavier, **conv, name=f"{first}_conv")(z)
+        kept = [x := x.astype(jnp.float32)]
+        for layer in encoder:
+            kept.append(x := apply(layer, x))
+        for layer in decoder:
+            x = apply(layer, jnp.concatenate([x, kept.pop()], axis=-1) if layer.joins else x)
+        exact = dict(dtype=jnp.float32, use_fast_variance=False, name=f"{last}_aux_norm")
+        x = nn.silu(nn.GroupNorm(groups(x.shape[-1]), epsilon=1e-6, **exact)(x))
+        x = nn.Conv(z.shape[-1], kernel_init=nearly_zero, **conv, name=f"{last}_aux_conv")(x)
+        return Velocity(x.astype(jnp.float32))
+
+    def embedding(self, c):
+        """What every block is told of the conditions, float32 (B, E), before its last silu."""
+        width = self.model_channels * self.channel_mult_noise
+        E = self.model_channels * self.channel_mult_emb
+        exact = dict(kernel_init=xavier, precision="highest")  # its derivative enters the JVP
+        e = jnp.concatenate([time_embedding(c[name], width) for name in ("t", "h")], axis=-1)
+        if self.num_classes:
+            table = nn.Embed(self.num_classes + 1, 2 * width, embedding_init=xavier, name="label")
+            e = e + table(c["y"])
+        if self.augment_dim:
+            labels = c.get("augment", jnp.zeros((len(e), self.augment_dim)))
+            e = e + nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)
+        e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(e))
+        return nn.Dense(E, **exact, name="map_layer1")(e)
+
+    def layers(self, side):
+        widths = [self.model_channels * mult for mult in self.channel_mult]
+        return layers(side, self.model_channels, widths, self.num_blocks, self.attn_resolutions)
+
+    def cast(self, params):
+        """The products of the blocks in their type, once for all passes; norms stay float32."""
+
+        def cast(name, tree):
+            if isinstance(tree, dict):
+                return {inner: cast(inner, leaf) for inner, leaf in tree.items()}
+            return tree.astype(self.dtype)
+
+        def of_block(tree):
+            return {k: v if k.startswith("norm") else cast(k, v) for k, v in tree.items()}
+
+        return {k: of_block(v) if "norm0" in v else v for k, v in params.items()}
+
+    def flops(self, image_shape):
+        side, _, channels = image_shape
+        M, E = self.model_channels, self.model_channels * self.channel_mult_emb
+        encoder, decoder = self.layers(side)
+        total = 2 * 9 * side**2 * M * channels  # the first and the last convolution
+        total += (2 * M * self.channel_mult_noise + E) * E
+        return 2 * (total + sum(_products(layer, E) for layer in encoder + decoder))
+
+    def parameter_groups(self):
+        names = ["map_augment", "map_layer0", "map_layer1", "label"]
+        return {"embedding": tuple(names), "encoder": ("enc_",), "decoder": ("dec_",)}
+
+
+def _products(layer, E):
+    """Products of numbers in one block for one image."""
+    N, width = layer.side**2, layer.width
+    total = 9 * N * (layer.width_in + width) * width + E * width
+    if layer.has_skip:
+        total += N * layer.width_in * width
+    if layer.attention:
+        total += 4 * N * width**2 + 2 * N**2 * width
+    return total
+
+
+# The published network of CIFAR-10: 55,932,419 parameters.
+NAMES = {"UNet": {}}
+OPTIONS = (
+    "model_channels channel_mult channel_mult_emb channel_mult_noise num_blocks attn_resolutions "
+    "dropout resample_filter augment_dim remat"
+).split()
+
+
+def build(cls, *, image_shape, num_classes, dtype, **options):
+    """A `UNet`.
+
+    Args:
+      cls: of NAMES.
+      image_shape: (h, w, c) of z, of which h = w is a multiple of 2 ** (levels - 1).
+      options: those of OPTIONS.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+    lists = ("channel_mult", "attn_resolutions", "resample_filter")
+    options |= {name: tuple(options[name]) for name in lists}
+    module = UNet(**options, num_classes=num_classes, dtype=dtype)
+    mult, M = module.channel_mult, module.model_channels
+    if not mult or min(*mult, M, module.num_blocks) < 1:
+        raise ValueError("model.channel_mult, model_channels and num_blocks must be 1 or more")
+    if image_shape[0] % 2 ** (len(mult) - 1):
+        raise ValueError(
+            f"dataset.image_size ({image_shape[0]}) must be a multiple of 2 ** {len(mult) - 1}, "
+            f"as model.channel_mult has {len(mult)} levels"
+        )
+    if not 0 <= module.dropout < 1:
+        raise ValueError(f"model.dropout must lie in 0..1, below 1, got {module.dropout}")
+    if module.augment_dim not in (0, LABELS):
+        raise ValueError(f"model.augment_dim is {LABELS}, or 0 for none, got {module.augment_dim}")
+    taps = module.resample_filter
+    if not taps or len(taps) % 2 or sum(taps) == 0:
+        raise ValueError(
+            f"model.resample_filter needs an even number of taps of a sum other than 0, got {taps}"
+        )
+    encoder, decoder = module.layers(image_shape[0])
+    for width in sorted({M} | {w for layer in encoder + decoder for w in layer[2:4]}):
+        if width < 4 or width % groups(width):
+            raise ValueError(
+                f"model.model_channels ({M}) and model.channel_mult {mult} give a layer of {width} "
+                f"channels, which do not divide into {max(groups(width), 1)} equal groups"
+            )
+    return module

@@ -1,0 +1,224 @@
+"""Compiles a config for accelerators that are not at hand: does it fit, and what does it cost?
+
+    python -m scripts.measure compile --config=configs/load_config.py:NAME --topology v5e:4x4
+    python -m scripts.measure compile --config=configs/load_config.py:NAME --topology h200
+
+Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
+step of train.py and the evaluation step, as they would run on every chip; nothing is run. For a TPU
+slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4; requirements-tpu-compile.txt) no time is told but the
+compiler's own. For NVIDIA cards (h100, h200, h200:8; `pip install "jax[cuda13]"`, Python 3.12) the
+kernels are counted, and their time is predicted, to about a tenth. `--against FILE` shows the
+change from figures that `--json FILE` wrote. Exit status: 0 all fits, 1 it does not, 2 wrong
+options.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+import parts
+import train
+from models import card, network
+from scripts.measure import costs, gpu_target, program, stand_ins
+from utils import chips, sharding
+
+# The compiler would otherwise ask the machine for its TPU.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # nobody else is kept from compiling
+}
+
+
+def add_arguments(parser):
+    """The options of `run`."""
+    parser.add_argument("--topology", required=True, help="like v5e:4x4, h200 or h200:8")
+    parser.add_argument("--steps", nargs="+", choices=["train", "eval"], default=["train", "eval"])
+    parser.add_argument("--against", help="a file of --json, to show the change from")
+
+
+def devices_of(topology):
+    """The devices of a topology by its name.
+
+    Raises:
+      ValueError: no compiler for it, or no such topology.
+    """
+    os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if gpu_target.is_card(topology):
+            gpu_target.believe()
+            return gpu_target.devices(topology)
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # jax and its compilers raise several kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--topology {topology}: {reason} (topologies are named like v4:2x2x4, v5e:4x4, "
+            "v5p:2x2x2, v6e:4x4, for which libtpu is in requirements-tpu-compile.txt, and h100, "
+            'h200, h200:8, for which pip install "jax[cuda13]")'
+        ) from error
+
+
+def as_on(config, topology, chip):
+    """A config whose options that are left to the card (models/card.py) are chosen for this one."""
+    config = config.copy_and_resolve_references()
+    if not gpu_target.is_card(topology):
+        config.model.unroll = config.model.unroll or 1
+        return config
+    if config.model.fused_attention is None:
+        config.model.fused_attention = True
+    if not config.model.unroll:
+        module = parts.make_module(config)
+        size = (module.depth, module.hidden_size) if hasattr(module, "depth") else (1, 1)
+        config.model.unroll = card.blocks_at_once(*size, chip.memory)
+    return config
+
+
+def train_step(config, model):
+    """The compiled function of training and its arguments: function, shapes, FLOPs per chip."""
+    mesh, key = model.mesh, jax.random.key(config.training.seed)
+    sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
+    recipe, _ = train.make_recipe(config, model, 1)
+    state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
+    step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
+    # Counted on this machine's CPU, so without the slice's mesh.
+    unrolled = model.module.unrolled()
+    recipe = dataclasses.replace(recipe, net=network.function(unrolled))
+    flops = costs.counted_flops(partial(train.train_step, recipe, key), state, batch)
+    return step, (state, batch), flops / mesh.size
+
+
+def evaluation_step(config, model):
+    """The same for a batch of the evaluation."""
+    step, arguments = stand_ins.stages(stand_ins.evaluator(config, model))["whole"]
+    return step, arguments, None
+
+
+def compile_step(step, arguments, flops, chip, is_gpu):
+    """Compiles; returns figures per chip, most of them None where it ran out of memory."""
+    lowered = step.lower(*arguments)
+    begin = time.perf_counter(), time.process_time()
+    figures = {"flops": flops, "temporaries": None, "collectives": None, "kernels": None}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return figures | {"fits": False, "needed": needed(str(error))}
+    seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    memory, text = costs.peak_bytes(compiled), compiled.as_text()
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
+    if is_gpu:
+        figures["kernels"] = program.summary(program.kernels(text))
+        accessed = 1e9 * figures["kernels"]["all"]["GB"]
+    return figures | {
+        "bytes": accessed,
+        "needed": memory,
+        "arguments": compiled.memory_analysis().argument_size_in_bytes,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "fits": memory <= chip.memory,
+        "collectives": costs.collectives(text),
+        "compile_seconds": seconds[0],
+        "compile_cpu_seconds": seconds[1],
+    }
+
+
+def needed(message):
+    """Bytes that the compiler says it would have needed."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
+    number, unit = [group for group in found.groups() if group] if found else ("nan", "G")
+    return float(number) * 1024 ** (1 + "KMGT".index(unit))
+
+
+def report(name, figures, chip):
+    """A step's figures for people."""
+    verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+    print(f"{name}: {verdict}, {figures['needed'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB")
+    if figures["temporaries"] is None:
+        return
+    print(f"  arguments    {figures['arguments'] / 2**30:8.2f} GiB")
+    print(f"  temporaries  {figures['temporaries'] / 2**30:8.2f} GiB")
+    if figures["flops"]:
+        least = figures["flops"] / chip.peak
+        print(f"  FLOPs        {figures['flops']:8.3g} ({1e3 * least:.1f} ms at the chip's peak)")
+    if figures["bytes"]:
+        print(f"  bytes moved  {figures['bytes'] / 1e9:8.1f} GB")
+    for kind, row in (figures["kernels"] or {}).items():
+        print(f"  {kind:12} {row['kernels']:6d} kernels {row['GB']:9.1f} GB {row['TFLOP']:8.2f} "
+              f"TFLOP {row['ms']:8.1f} ms predicted")  # fmt: skip
+    for kind, (count, size) in figures["collectives"].items():
+        print(f"  {kind:<20} {count:4d} times, {size / 2**20:.1f} MiB")
+    print(
+        f"  compiled in {figures['compile_seconds']:.0f} s "
+        f"({figures['compile_cpu_seconds']:.0f} s of CPU)"
+    )
+
+
+def run(config, args):
+    """Compiles the steps by name for a topology, prints and returns the figures."""
+    topology, steps = args.topology, args.steps
+    before = json.loads(Path(args.against).read_text()) if args.against else None
+    devices = devices_of(topology)
+    chip = chips.chip(devices[0])
+    if chip is None:
+        raise ValueError(
+            f"--topology {topology}: the memory of a {devices[0].device_kind} is not known here "
+            "(utils/chips.py: TPU v4, v5e, v5p, v6e)"
+        )
+    is_gpu = gpu_target.is_card(topology)
+    if not is_gpu:
+        share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
+        chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
+    config = as_on(config, topology, chip)
+    mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+    model = parts.make(config, mesh)
+    hosts = 1 if is_gpu else len({device.process_index for device in devices})
+    batch = config.training.batch_size
+    print(
+        f"{config.model.cls}, batch {batch}, compiled for {topology}: {len(devices)} devices on "
+        f"{hosts} hosts, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; all per device"
+    )
+    makers = {"train": train_step, "eval": evaluation_step}
+    results = {"topology": topology, "devices": len(devices), "hosts": hosts}
+    for name in steps:
+        results[name] = compile_step(*makers[name](config, model), chip, is_gpu)
+        report(name, results[name], chip)
+    if "train" in steps:
+        of_train, passes = results["train"], model.method.passes(batch)
+        needed = model.step_flops(batch) * batch / len(devices)
+        of_train["flops_by_hand"] = needed
+        print(f"  FLOPs needed, by hand: {needed:.3g} ({passes:g} F)")
+        if of_train["kernels"]:
+            of_train["MFU"] = needed / chip.peak / (of_train["kernels"]["all"]["ms"] / 1e3)
+            print(f"  MFU predicted: {of_train['MFU']:.3f}")
+    if before:
+        compare(before, results, steps)
+    return results | {"fits": all(results[name]["fits"] for name in steps)}
+
+
+def compare(before, results, steps):
+    """Prints each figure of the steps that changed by a hundredth: before, now, ratio."""
+    for step in steps:
+        old, new = (dict(flat(figures.get(step, {}))) for figures in (before, results))
+        for name in old.keys() & new.keys():
+            a, b = old[name], new[name]
+            if a and b and abs(b / a - 1) > 0.01:
+                print(f"  {step} {name:32} {a:12.5g} -> {b:12.5g}  ({b / a:.3f})")
+
+
+def flat(figures, prefix=""):
+    """(name, number) of all numbers in nested dicts."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name} ")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value

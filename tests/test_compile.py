@@ -1,0 +1,177 @@
+"""Compiling for chips that are not at hand, on a CPU; each time in a process of its own."""
+
+import importlib.util
+import json
+
+import pytest
+
+from scripts.measure import compile as ahead
+from scripts.measure import program
+
+TINY = (
+    "--config=configs/load_config.py:digits --config.model.depth=2 --config.model.hidden_size=128 "
+    "--config.training.batch_size=32 --config.fid.device_batch_size=4"
+).split()
+
+
+def compile_for(run_python, topology, *options, **kwargs):
+    command = ["-m", "scripts.measure", "compile", f"--topology={topology}", *TINY, *options]
+    return run_python(command, devices=1, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def results(run_python, tmp_path_factory):
+    """A small model on four hosts."""
+    file = tmp_path_factory.mktemp("compiled") / "results.json"
+    done = compile_for(run_python, "v5e:4x4", "--config.mesh.fsdp=4", f"--json={file}")
+    print(done.stdout)
+    assert "16 devices on 4 hosts, data 4 x fsdp 4" in done.stdout
+    return json.loads(file.read_text())
+
+
+def test_both_steps_fit(results):
+    for name in ("train", "eval"):
+        assert results[name]["fits"] and 0 < results[name]["needed"] < 1e8, name
+        assert results[name]["compile_seconds"] > 0
+
+
+def test_flops_are_those_counted_by_hand(results):
+    train = results["train"]
+    assert 1 < train["flops"] / train["flops_by_hand"] < 1.15
+
+
+def test_gradients_and_shards_are_exchanged(results):
+    exchanged = results["train"]["collectives"]
+    # 2.9 MB of parameters in float32 (fsdp), and their gradients; no activations.
+    assert 2.5e6 < exchanged["all-gather"][1] < 3.5e6
+    assert 5e6 < sum(size for _, size in exchanged.values()) < 2e7
+
+
+def test_what_does_not_fit_is_said(run_python):
+    options = ["--config.training.batch_size=524288", "--steps", "train"]
+    done = compile_for(run_python, "v5e:2x2", *options, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout and "of 16 GiB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "topology, options, word",
+    [
+        ("v5e:3x7", [], "--topology v5e:3x7"),
+        ("h200:many", [], "--topology h200:many"),
+        ("v3:2x2", [], "TPU v3 is not known"),
+        ("v5e:2x2", ["--config.mesh.fsdp=3"], "mesh.fsdp"),
+        ("v5e:2x2", ["--config.training.batch_size=30"], "training.batch_size"),
+    ],
+)
+def test_wrong_options_are_one_line(run_python, topology, options, word):
+    done = compile_for(run_python, topology, *options, check=False)
+    assert done.returncode == 2
+    assert word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_step_of_b4_on_a_tpu_moves_no_more_than_it_did(run_python, tmp_path):
+    """DiT-B/4 with 32 images on each chip of a v5e slice."""
+    file = tmp_path / "results.json"
+    command = ["-m", "scripts.measure", "compile", "--config=configs/load_config.py:run_b4"]
+    options = ["--topology=v5e:4x4", "--steps", "train", "--config.training.batch_size=512"]
+    run_python([*command, *options, f"--json={file}"], devices=1, timeout=900)
+    found = json.loads(file.read_text())["train"]
+    assert found["flops"] / found["flops_by_hand"] < 1.05
+    assert found["bytes"] < 10e9 and found["temporaries"] < 1.2e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    if importlib.util.find_spec("jax_plugins")
+    else True,
+    reason='needs pip install "jax[cuda13]"',
+)
+def test_the_step_of_b4_on_a_card_stays_as_small_as_it_is(run_python, tmp_path):
+    """Kernels, bytes and products of DiT-B/4's step with the loop, batch 256, on an H200."""
+    file = tmp_path / "results.json"
+    command = ["-m", "scripts.measure", "compile", "--config=configs/load_config.py:run_b4"]
+    options = ["--topology=h200", "--steps", "train", "--config.model.unroll=1"]
+    run_python([*command, *options, f"--json={file}"], devices=1, timeout=900)
+    found = json.loads(file.read_text())["train"]
+    assert found["needed"] < 6.8e9
+    kernels = found["kernels"]["all"]
+    assert kernels["kernels"] < 2500 and kernels["GB"] < 95
+    assert 12.5 < kernels["TFLOP"] < 13.2
+
+
+PROGRAM = """HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%products (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %d = bf16[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%stack (p0: bf16[12,64,16], p1: bf16[64,16], p2: s32[]) -> bf16[12,64,16] {
+  %p0 = bf16[12,64,16]{2,1,0} parameter(0)
+  %p1 = bf16[64,16]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %b = bf16[1,64,16]{2,1,0} bitcast(%p1)
+  ROOT %u = bf16[12,64,16]{2,1,0} dynamic-update-slice(%p0, %b, %p2, %p2, %p2)
+}
+
+%rows (p0: bf16[64,16]) -> f32[64] {
+  %p0 = bf16[64,16]{1,0} parameter(0)
+  %c = f32[64,16]{1,0} convert(%p0)
+  %z = f32[] constant(0)
+  ROOT %r = f32[64]{0} reduce(%c, %z), dimensions={1}, to_apply=%sum
+}
+
+%body (t: (s32[], bf16[12,64,16])) -> (s32[], bf16[12,64,16]) {
+  %t = (s32[], bf16[12,64,16]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %s = bf16[12,64,16]{2,1,0} get-tuple-element(%t), index=1
+  %x = bf16[64,32]{1,0} constant({...})
+  %w = bf16[32,16]{1,0} constant({...})
+  %g = bf16[64,16]{1,0} fusion(%x, %w), kind=kCustom, calls=%products, metadata={op_name="fc1"}
+  %r2 = f32[64]{0} fusion(%g), kind=kInput, calls=%rows
+  %n = bf16[12,64,16]{2,1,0} fusion(%s, %g, %i), kind=kLoop, calls=%stack
+  ROOT %o = (s32[], bf16[12,64,16]) tuple(%i, %n)
+}
+
+%condition (t: (s32[], bf16[12,64,16])) -> pred[] {
+  %t2 = (s32[], bf16[12,64,16]) parameter(0)
+  %bound = s32[] constant(12)
+  %j = s32[] get-tuple-element(%t2), index=0
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[12,64,16])) -> (s32[], bf16[12,64,16]) {
+  %x = (s32[], bf16[12,64,16]) parameter(0)
+  ROOT %loop = (s32[], bf16[12,64,16]) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_kernels_of_a_program_are_counted_with_its_loops():
+    """The expected figures are reckoned by hand."""
+    product, rows, stack = program.kernels(PROGRAM)
+    assert (product.kind, product.runs, product.source) == ("products", 12, "fc1")
+    assert product.flops == 2 * 64 * 32 * 16
+    assert product.bytes == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert (rows.kind, rows.bytes, rows.flops) == ("sums", 2 * 64 * 16 + 4 * 64, 0)
+    # Of the stack that is updated in place only the update is read and written.
+    assert (stack.kind, stack.bytes) == ("copies", 2 * 2 * 64 * 16 + 4)
+    table = program.summary([product, rows, stack])
+    assert table["all"]["kernels"] == 36
+    assert table["all"]["ms"] == pytest.approx(sum(row["ms"] for row in table.values()) / 2)
+
+
+def test_change_against_earlier_figures(capsys):
+    before = {"train": {"needed": 2e9, "kernels": {"all": {"ms": 10.0}}, "fits": True}}
+    now = {"train": {"needed": 2e9, "kernels": {"all": {"ms": 8.0}}, "fits": True}}
+    ahead.compare(before, now, ["train"])
+    printed = capsys.readouterr().out
+    assert "kernels all ms" in printed and "(0.800)" in printed and "needed" not in printed

@@ -1,0 +1,149 @@
+"""Pictures as people keep them: which files of a folder are meant, and one of them -> 8 bits.
+
+Builds on utils/files.py.
+"""
+
+import collections
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import files
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# What systems and programs leave in people's folders, beside names that begin with a dot.
+SYSTEM_NAMES = (
+    "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found",
+    "system volume information", "thumbs.db", "desktop.ini",
+)  # fmt: skip
+ORIENTATION = 0x0112  # in EXIF data
+
+
+class Listing:
+    """Counts what is left out while folders are read, to be told in one line."""
+
+    def __init__(self):
+        self._counts, self._examples = collections.Counter(), {}
+
+    def leave_out(self, why, path):
+        self._counts[why] += 1
+        self._examples.setdefault(why, path)
+
+    def __str__(self):
+        """ "left out 4: 3 in deeper folders (a/b/im0.png), ..."; empty where nothing was."""
+        reasons = [f"{n} {why} ({self._examples[why]})" for why, n in self._counts.items()]
+        return f"left out {self._counts.total()}: {', '.join(reasons)}" if reasons else ""
+
+
+def is_ours(name):
+    """Whether a person put something of this name there, not a system or a program."""
+    return not name.startswith(".") and name.casefold() not in SYSTEM_NAMES
+
+
+def entries(folder, listing, links_matter=True):
+    """The names in a folder that people put there, sorted: (folders, files).
+
+    Args:
+      links_matter: whether a link to nothing may stand for a folder, and is refused.
+
+    Raises:
+      ValueError: a name that is not UTF-8 or has a line break, or a link to nothing; OSError where
+        the system does not let the folder be read.
+    """
+    folders, plain = [], []
+    for entry in sorted(
+        os.scandir(folder), key=lambda entry: entry.name
+    ):  # asks for no file's stat
+        if not is_ours(entry.name):
+            listing.leave_out("hidden or of the system", entry.path)
+            continue
+        check_name(folder, entry.name)
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif links_matter and entry.is_symlink() and not os.path.exists(entry.path):
+            raise ValueError(f"{entry.path} links to {os.readlink(entry.path)}, which is not there")
+        else:
+            plain.append(entry.name)
+    return folders, plain
+
+
+def check_name(folder, name):
+    """Raises ValueError for a name that lists of names cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{folder}: the name {os.fsencode(name)!r} is not UTF-8; rename it"
+        ) from error
+    if "\n" in name or "\r" in name:
+        raise ValueError(f"{folder}: the name {name!r} holds a line break; rename it")
+
+
+def wanted(folder, names, listing, extensions=EXTENSIONS):
+    """Those of the names of files that have one of the endings; the others are left out."""
+    found = [name for name in names if name.lower().endswith(extensions)]
+    for name in sorted({*names}.difference(found)):
+        ending = os.path.splitext(name)[1]
+        listing.leave_out(f"with the ending {ending}" if ending else "without an ending",
+                          os.path.join(folder, name))  # fmt: skip
+    return found
+
+
+def below(folder, listing, extensions=EXTENSIONS, seen=()):
+    """The paths of the pictures in a folder and in all folders below it, sorted."""
+    here = os.path.realpath(folder)
+    if here in seen:
+        raise ValueError(f"{folder} is a link to a folder that it is in")
+    folders, plain = entries(folder, listing)
+    found = [Path(folder, name) for name in wanted(folder, plain, listing, extensions)]
+    for name in folders:
+        found += below(Path(folder, name), listing, extensions, (*seen, here))
+    return sorted(found)
+
+
+def read(path, turn=False, notes=None):
+    """A picture of 8 bits, a PIL image in mode L or RGB, whatever the file holds.
+
+    16 bits become 8 by 1 / 257; palettes, CMYK and transparency become RGB without it.
+
+    Args:
+      turn: whether the orientation in the EXIF data counts.
+      notes: function of a line, told what was done to the numbers or left undone.
+
+    Raises:
+      ValueError: no picture, a damaged one, or one of floats or 32 bits.
+      OSError: the system does not let it be read.
+    """
+    notes = notes or (lambda line: None)
+    try:
+        with Image.open(path) as file:  # by content: ImageNet has a PNG named JPEG
+            if not turn and _is_turned(file):
+                notes("carry an EXIF orientation, which is ignored")
+            image = ImageOps.exif_transpose(file) if turn else file
+            return _eight_bits(image, file.format, notes)
+    except Exception as error:  # PIL raises nearly anything on damaged files
+        if reason := files.system_reason(error):
+            raise OSError(f"{path} cannot be read: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read the image {path} ({reason})") from error
+
+
+def _is_turned(file):
+    try:  # Pillow itself turns TIFF
+        return file.format != "TIFF" and file.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # damaged EXIF data, of a picture that may be whole
+        return False
+
+
+def _eight_bits(image, kind, notes):
+    if image.mode == "F":
+        raise ValueError("it holds floats, whose range no one knows; save it with 8 bits")
+    if image.mode == "I" and kind not in ("PNG", "PPM"):
+        raise ValueError("it holds 32 bits a pixel; save it with 8")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)  # 0..65535
+        notes("have 16 bits a pixel, made 8 by 1 / 257")
+        return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+    return image.convert("L" if image.mode == "L" else "RGB")
