@@ -12,7 +12,7 @@ import optax
 
 import weights
 from configs import default, load_config
-from utils import checkpoint, processes, sharding, train_metrics
+from utils import checkpoint, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
 # Options that may change within a run, and those that would make it another run. Every option of
@@ -60,6 +60,22 @@ def of_run(saved):
         else:
             found[name] = part
     return found
+
+
+def made_from(records, autoencoder):
+    """What a run is made from, as `checkpoint.Checkpointer` takes it; the same in all processes.
+
+    Args:
+      records: the training records.
+      autoencoder: its identity; {} where none is loaded.
+
+    Raises:
+      ValueError: a process sees other records or another autoencoder than the writer does.
+    """
+    parts = {"records": records.identity, "autoencoder": autoencoder}
+    for name, part in parts.items():
+        processes.check_same(name, part)
+    return parts | {"environment": environment.describe()}
 
 
 def start(config, workdir, mesh, init, identity=None):

@@ -22,15 +22,7 @@ import parts
 import resume
 from methods import path
 from models import card, codec, network
-from utils import (
-    checkpoint,
-    dataset,
-    environment,
-    iterator,
-    processes,
-    sharding,
-    train_metrics,
-)
+from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -282,12 +274,7 @@ def train(config, workdir):
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    identity = {
-        "records": records.identity,
-        "autoencoder": observer.autoencoder,
-        "environment": environment.describe(),
-    }
-    processes.check_same("dataset or autoencoder", identity)
+    identity = resume.made_from(records, observer.autoencoder)
     state, shardings, place = resume.start(config, workdir, model.mesh, init, identity)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(

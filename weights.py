@@ -39,7 +39,7 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
         else:
             weights, latents = published.load(path), [(), ()]
         weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
-        weights |= {"config": None, "identity": {}}
+    weights = {"config": None, "identity": {}} | weights
     check_latents(path, latents, config.dataset)
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         if name == "params" and tree is None:  # a published file of averages alone

@@ -20,8 +20,8 @@ from torch_writer import write_zip
 from configs import default, load_config, strict_yaml
 from formats import published, torch_files
 from metrics import reference
-from scripts import evaluate_images
 from scripts.prepare import images, moments, pt
+from utils import pictures
 
 BOUNDED = settings(
     max_examples=60,
@@ -185,10 +185,10 @@ def test_any_picture(tmp_path, kind, cuts):
     Image.new("RGB", (9, 7), (1, 2, 3)).save(content, kind)
     path = tmp_path / "x.png"
     path.write_bytes(mutated(content.getvalue(), cuts))
-    image, _, problem = images._decode(path, 4, 0)
+    image, _, problem, _ = images._decode(tmp_path, 4, pictures.read, (path.name, 0))
     assert image.shape == (4, 4, 3) if problem is None else "\n" not in problem
-    found = one_line(evaluate_images.read_picture, path)
-    assert isinstance(found, np.ndarray) or str(path) in found
+    found = one_line(pictures.read, path)
+    assert isinstance(found, Image.Image) or str(path) in found
 
 
 def test_a_picture_too_large_to_be_one(tmp_path):
@@ -200,7 +200,7 @@ def test_a_picture_too_large_to_be_one(tmp_path):
 
     header = size.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
-    assert "unreadable picture" in one_line(evaluate_images.read_picture, path)
+    assert "cannot read the image" in one_line(pictures.read, path)
 
 
 # Latents and torch archives ---------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_a_backbone_trains_and_samples(chosen, tmp_path, method):
     assert state.params["Embed_0"]["embedding"].shape == (4, 8)
     assert (workdir / "samples" / "grid_00000002.png").exists()
     assert (workdir / "results.json").exists()
-    found = weights.load(workdir, jax.eval_shape(lambda: state.params))
+    found = weights.load(workdir, jax.eval_shape(lambda: state.params), config)
     jax.tree.map(np.testing.assert_array_equal, found["params"], state.params)
 
 

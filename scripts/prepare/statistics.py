@@ -9,7 +9,7 @@ import numpy as np
 
 from metrics import distances, inception, inception_weights, provenance, reference
 from scripts.prepare import shards
-from utils import files, identity, processes, sharding
+from utils import environment, files, identity, processes, sharding
 
 DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
@@ -21,11 +21,12 @@ def path_of(args):
 
 def asked(args, split, items):
     """What the statistics are to be of, as `metrics.provenance` names it."""
+    turned = ["EXIF orientation"] if getattr(args, "exif_orientation", False) else []
     return {
         "split": split,
         "size": args.image_size,
         "resize": args.fid_resize,
-        "files": shards.digest([name for name, _ in items]),
+        "files": shards.digest([name for name, _ in items] + turned),
     }
 
 
@@ -50,6 +51,7 @@ def write(args, split, items, decode):
     Each process saves the moments of its share, and the one that finds all of them joins them, so
     that the result does not depend on the number of processes, up to rounding.
     """
+    environment.pin()
     path = path_of(args)
     if path.exists() and not args.overwrite:
         return print(f"{path} is there already; nothing to do", flush=True)
