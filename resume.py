@@ -5,6 +5,7 @@ The state is known here only as a named tuple with the fields of `train.TrainSta
 
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -75,7 +76,8 @@ def made_from(records, autoencoder):
     parts = {"records": records.identity, "autoencoder": autoencoder}
     for name, part in parts.items():
         processes.check_same(name, part)
-    return parts | {"environment": environment.describe()}
+    flags = {"xla_flags": os.environ.get("XLA_FLAGS", "")}  # may differ where numbers do not
+    return parts | {"environment": environment.describe() | flags}
 
 
 def start(config, workdir, mesh, init, identity=None):
@@ -106,6 +108,9 @@ def start(config, workdir, mesh, init, identity=None):
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config, optimizer=True)
         check_network(found["config"], config)
+        theirs, ours = found["identity"].get("records", {}), (identity or {}).get("records", {})
+        for line in identities.differences(theirs, ours, ["encoder"]).values():
+            logging.warning("load_from %s learned other latents: %s", config.load_from, line)
         state = from_weights(state, found, shardings, config.training.ema_val)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     return state, shardings, None

@@ -19,6 +19,10 @@ PINNED = {
     "jax_numpy_rank_promotion": ("allow", "the code is written for it"),
     "jax_legacy_prng_key": ("allow", "libraries use such keys"),
     "jax_softmax_custom_jvp": (False, "the JVP of attention is that of its formula"),
+    "jax_transfer_guard": ("allow", "images and metrics are fetched"),
+    "jax_transfer_guard_host_to_device": ("allow", "images and metrics are fetched"),
+    "jax_transfer_guard_device_to_device": ("allow", "images and metrics are fetched"),
+    "jax_transfer_guard_device_to_host": ("allow", "images and metrics are fetched"),
 }
 # Of what `describe` tells: what makes other numbers, not only other rounding.
 MATTERS = ("generator", "partitionable", "seed_offset", "float64", "matmul_precision")
@@ -28,7 +32,7 @@ def pin():
     """Sets jax as this project needs it, before anything is computed; says what that overrules."""
     for name, (value, reason) in PINNED.items():
         found = getattr(jax.config, name, value)  # another version may not have it
-        if found != value:
+        if found not in (value, None):
             jax.config.update(name, value)
             logging.warning("%s=%s is not used, but %s: %s", name.upper(), found, value, reason)
 
