@@ -30,7 +30,8 @@ def layer_norm(x):
 
 def modulate(x, shift, scale):
     """x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    shift, scale = shift[:, None].astype(jnp.float32), scale[:, None].astype(jnp.float32)
+    return x * (1 + scale) + shift
 
 
 class Qkv(nn.Module):
