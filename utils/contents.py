@@ -23,7 +23,7 @@ def note(path, content):
 
 
 def _note(path):
-    return Path(path).with_name(f"unfinished-{Path(path).name}-content")
+    return Path(path).with_name(f"unfinished-content-{Path(path).name}")
 
 
 def of_shards(paths, read):
@@ -40,14 +40,14 @@ def of_shards(paths, read):
 
 def forget(root, name):
     """Removes the notes of a dataset that is complete."""
-    for path in Path(root).glob(f"unfinished-{name}-*-content"):
+    for path in Path(root).glob(f"unfinished-content-{name}-*"):
         path.unlink(missing_ok=True)
 
 
 def of_records(records, description):
     """The identity of opened records: what `description`, JSON, says of them, and their `sample`.
 
-    Reads some of them, and so finds what cannot be read.
+    Reads some of them.
     """
     count = records.num_records
     size = np.prod(records.shape) * records.dtype.itemsize * (1 + records.has_flipped)

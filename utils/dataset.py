@@ -16,6 +16,7 @@ then one hash check and one copy. Builds on utils/contents.py, utils/files.py an
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -169,7 +170,12 @@ class Records:
     shard_paths: tuple[Path, ...]
     shard_starts: np.ndarray = dataclasses.field(repr=False)  # (shards + 1,)
     readers: "_Readers" = dataclasses.field(repr=False)
-    identity: dict = dataclasses.field(default_factory=dict, repr=False)  # utils/contents.py
+    description: str = dataclasses.field(default="", repr=False)  # in dataset_info.json
+
+    @functools.cached_property
+    def identity(self):
+        """What the records are, see `contents.of_records`; reads some of them."""
+        return contents.of_records(self, self.description)
 
     def read(self, indices, flipped=True):
         """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
@@ -276,10 +282,12 @@ def open_records(root, split="train"):
         shard_paths=paths,
         shard_starts=np.concatenate([[0], np.cumsum(lengths)]),
         readers=readers,
+        description=info.description,
     )
     if records.num_records == 0:
         raise ValueError(f"{root}: the split '{split}' is empty")
-    return dataclasses.replace(records, identity=contents.of_records(records, info.description))
+    records.read(np.zeros(1, np.int64))
+    return records
 
 
 def _tensor_of(features):
