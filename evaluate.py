@@ -1,12 +1,13 @@
 """Generated images -> features -> FID and its relatives; also the evaluation job.
 
-noise -> latents -> images -> uint8 -> features -> moments is one compiled function over all
-devices, `Evaluator.step`: the one that runs, is measured and is compiled ahead.
+noise -> latents is one compiled function over all devices, and latents -> images -> uint8 ->
+features -> moments another, which is the same for any number of steps: `Evaluator.step`, which is
+what runs, is measured and is compiled ahead.
 """
 
 import contextlib
 import functools
-import json
+import itertools
 import logging
 import pathlib
 
@@ -18,18 +19,9 @@ import inherit
 import parts
 import sample
 import weights as weights_of
-from methods import path
-from metrics import features, reference, scorer
-from utils import (
-    checkpoint,
-    dataset,
-    environment,
-    files,
-    locks,
-    metric_writer,
-    processes,
-    sharding,
-)
+from metrics import evaluators, features, reference, results, scorer
+from utils import checkpoint, dataset, environment, metric_writer, processes, sharding
+from utils import images as image_utils
 
 
 class Evaluator:
@@ -44,46 +36,57 @@ class Evaluator:
 
     def __init__(self, model, autoencoder, score, options):
         self.model, self.autoencoder, self.score, self.options = model, autoencoder, score, options
-        self.step = jax.jit(
-            self.add_generated, out_shardings=sharding.replicated(model.mesh), donate_argnums=0
-        )
+        self.draw = jax.jit(
+            self.draw_batch, static_argnames="sampler",
+            out_shardings=sharding.by_row(model.mesh),
+        )  # fmt: skip
+        self.add = jax.jit(
+            self.add_batch, out_shardings=sharding.replicated(model.mesh), donate_argnums=0,
+            compiler_options=scorer.compiler_options(model.mesh),
+        )  # fmt: skip
 
     @functools.cached_property
     def vae_params(self):
         """The parameters of the autoencoder, on every device."""
         return sharding.place_everywhere(self.model.mesh, self.autoencoder.params)
 
-    def images(self, params, vae_params, start, times, guidance, decode):
-        """A batch of images number `start` and on, by the function `decode`, and their numbers."""
-        rows = sharding.by_row(self.model.mesh)
+    def index(self, start):
+        """Numbers of the images of the batch that begins with number `start`, int32 (B,)."""
         index = start + jnp.arange(self.score.batch_size)
-        index = jax.lax.with_sharding_constraint(index, rows)
+        return jax.lax.with_sharding_constraint(index, sharding.by_row(self.model.mesh))
+
+    def draw_batch(self, params, start, times, guidance, sampler):
+        """What the network makes of a batch of noise. Pure; compiled for each number of steps."""
+        index, seed = self.index(start), self.options.seed
         kind = self.score.options.labels
-        labels = sample.draw_labels(self.options.seed, index, self.model.num_classes, kind)
-        generated = sample.generate(
-            self.model, self.options, decode, params, vae_params, index, labels, times, guidance
-        )
-        return generated, index
+        labels = sample.draw_labels(seed, index, self.model.num_classes, kind)
+        return sample.generate(self.model, seed, sampler, params, index, labels, times, guidance)
 
-    def add_generated(self, statistics, params, vae_params, feature_params, start, times, guidance):
-        """Adds a batch of generated images to the statistics. Pure; see `Scorer.add`."""
-        decode = self.autoencoder.decode
-        images, index = self.images(params, vae_params, start, times, guidance, decode)
-        count = self.score.options.num_samples
-        return self.score.add(statistics, feature_params, images, index, count)
+    def add_batch(self, statistics, vae_params, feature_params, x, start):
+        """Decodes a batch and adds it to the statistics. Pure; compiled once. See `Scorer.add`."""
+        options = self.score.options
+        images = self.autoencoder.decode(vae_params, x)
+        images = image_utils.to_uint8(images, options.rounding)
+        count = options.num_samples
+        return self.score.add(statistics, feature_params, images, self.index(start), count)
 
-    def __call__(self, params, times, guidance=None):
-        """Statistics of images of the weights `params` in steps over `times`, see `Scorer.read`."""
-        score = self.score
-        statistics, kept = score.empty(), []
-        for start in score.starts(score.options.num_samples, "evaluate"):
-            sharding.hold_back(score.mesh, statistics)
-            statistics, pool = self.step(
-                statistics, params, self.vae_params, score.feature_params, np.int32(start), times,
-                guidance,
+    def step(
+        self, statistics, params, vae_params, feature_params, start, times, guidance, sampler="ode"
+    ):
+        """Adds a batch of generated images to the statistics: the two functions that run."""
+        x = self.draw(params, start, times, guidance, sampler=sampler)
+        return self.add(statistics, vae_params, feature_params, x, start)
+
+    def __call__(self, params, times, guidance=None, sampler="ode"):
+        """Statistics of images of the weights `params` in steps over `times`, see `gather`."""
+
+        def step(statistics, start):
+            return self.step(
+                statistics, params, self.vae_params, self.score.feature_params, np.int32(start),
+                times, guidance, sampler,
             )  # fmt: skip
-            kept.append(jax.device_get(pool))
-        return statistics, kept
+
+        return self.score.gather(step, self.score.options.num_samples, "evaluate")
 
 
 class Evaluation:
@@ -97,15 +100,20 @@ class Evaluation:
     """
 
     def __init__(self, config, model, autoencoder, records):
-        self.sampling, self.fid = config.sampling, config.fid
+        latents = config.dataset.vae != "none"
+        self.sampling, self.fid = config.sampling, evaluators.fill(config.fid, latents)
         x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
         images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
         score = scorer.Scorer(features.load(self.fid), model.mesh, self.fid, images.shape[1:])
         self.reference = reference.Reference(self.fid, score, records)
         self.evaluator = Evaluator(model, autoencoder, score, self.sampling)
         self.described = {
+            "evaluator": evaluators.describe(self.fid, latents),
+            **score.describe(),
+            **self.reference.describe(),
             "num_samples": self.fid.num_samples,
             "labels": self.fid.labels,
+            "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
             "network_dtype": parts.network_dtype(config),
             "vae_dtype": autoencoder.dtype,
@@ -115,7 +123,10 @@ class Evaluation:
         }
 
     def run(self, weights, workdir):
-        """The evaluation job: every set of weights, number of steps and guidance.
+        """The evaluation job: every set of weights, sampler, number of steps and guidance.
+
+        What results.json holds of the very same settings is not measured again, so that an
+        interrupted job goes on with what is missing.
 
         Args:
           weights: as from `weights.load`, on the devices.
@@ -124,7 +135,7 @@ class Evaluation:
         Returns:
           The results, a list of dicts.
         """
-        results, steps = [], self.sampling.num_steps
+        found = []
         for name in self.fid.weights:
             params = weights_of.choose(weights, name)
             about = {
@@ -132,103 +143,38 @@ class Evaluation:
                 "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
                 "checkpoint_step": weights["step"],
             }
-            for num_steps in (0,) if self.sampling.sampling_timesteps else steps:
-                times = path.sample_times(num_steps, self.sampling.sampling_timesteps)
-                for guidance in sample.guidances(self.sampling):
-                    results.append(self.measure(params, about, times, guidance))
-                    logging.info("%s", report(results[-1]))
-                    save_result(workdir, results[-1])  # one that is stopped keeps what it has
-        if len(results) > 1:
-            logging.info("%s", table(results))
-        compared = [result for result in results if "fid" in result]
-        if len(compared) > 1:
-            best = min(compared, key=lambda result: result["fid"])
-            logging.info("best: %s", report(best))
-        return results
+            for setting in self.settings():
+                found.append(self.measure(params, about, *setting, workdir))
+                logging.info("%s", results.report(found[-1]))
+        if len(found) > 1:
+            logging.info("%s", results.table(found))
+            logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
+        return found
 
-    def measure(self, params, about, times, guidance):
+    def settings(self):
+        """Every (sampler, times, guidance) that the options `sampling` ask for."""
+        times, guidances = sample.times_of(self.sampling), sample.guidances(self.sampling)
+        return itertools.product(self.sampling.method, times, guidances)
+
+    def measure(self, params, about, sampler, times, guidance, workdir):
         """One entry of results.json: the metrics and all that they depend on."""
-        self.reference.statistics()  # before hours of images
-        found = self.evaluator(params, times, guidance)
-        metrics = self.reference.compare(*found, self.fid.num_samples)
         described = {
-            **self.evaluator.score.describe(),
-            **self.reference.describe(),
             **self.described,
             **about,
+            "sampling_method": sampler,
             "num_steps": len(times) - 1,
             "sampling_times": [round(float(t), 6) for t in times],
         }
-        if self.sampling.method != "ode":
-            described["sampling_method"] = self.sampling.method
         if guidance is not None:
             described |= {name: round(float(x), 6) for name, x in guidance._asdict().items()}
-        return metrics | described
-
-
-def numbers(result):
-    """The metrics of a result, name -> float; everything else says what they depend on."""
-    return {name: result[name] for name in scorer.NUMBERS if name in result}
-
-
-def guidance_of(result):
-    """The guidance of a result, where there was one: name -> float."""
-    return {name: result[name] for name in ("omega", "t_min", "t_max") if name in result}
-
-
-def report(result):
-    """One result as a line for people."""
-    found = ", ".join(f"{name} {value:.4f}" for name, value in numbers(result).items())
-    guidance = "".join(f"{name} {value:g}, " for name, value in guidance_of(result).items())
-    return (
-        f"{found} ({result['weights']}, {result['num_steps']}-step, {guidance}"
-        f"{result['num_samples']} samples, {result['evaluator']}, "
-        f"checkpoint {result['checkpoint_step']})"
-    )
-
-
-def metric_name(result):
-    """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
-    guidance = [f"{name}{value:g}" for name, value in guidance_of(result).items()]
-    return "_".join([result["weights"], f"{result['num_steps']}step", *guidance])
-
-
-def scalars(results):
-    """Results as the log has them: {"fid/ema_1step": 11.3, ...}."""
-    return {
-        f"{name}/{metric_name(result)}": value
-        for result in results
-        for name, value in numbers(result).items()
-    }
-
-
-def table(results):
-    """Several results as a table for people: a line for each set of weights and steps."""
-    lines = [["weights", "steps", *guidance_of(results[0]), *numbers(results[0])]]
-    for result in results:
-        guidance = [f"{value:g}" for value in guidance_of(result).values()]
-        found = [f"{value:.4f}" for value in numbers(result).values()]
-        lines.append([result["weights"], str(result["num_steps"]), *guidance, *found])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def save_result(workdir, result):
-    """Adds a result to WORKDIR/results.json, which is a list; the file is never half-written.
-
-    It takes the place of one of the same evaluation, as an interrupted run repeats it.
-    """
-    if not processes.is_writer():
-        return
-    file = pathlib.Path(workdir) / "results.json"
-    with locks.alone(file):
-        known = json.loads(file.read_text()) if file.exists() else []
-        known = [old for old in known if _depends_on(old) != _depends_on(result)]
-        files.write_text(file, json.dumps([*known, result], indent=1) + "\n")
-
-
-def _depends_on(result):
-    return {name: value for name, value in result.items() if name not in scorer.NUMBERS}
+        names = {name for metric in self.fid.metrics for name in evaluators.METRICS[metric]}
+        known = results.find(workdir, described, names)
+        if known is None:
+            self.reference.statistics()  # before hours of images
+            found = self.evaluator(params, times, guidance, sampler)
+            known = self.reference.compare(*found, self.fid.num_samples) | described
+            results.save(workdir, known)  # one that is stopped keeps what it has measured
+        return known
 
 
 def evaluate_job(config, workdir):
@@ -246,7 +192,10 @@ def evaluate_job(config, workdir):
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, autoencoder, records)
-    results = evaluation.run(weights, workdir)
+    found = evaluation.run(weights, workdir)
+    plotted = pathlib.Path(workdir) / "results.png"
+    if processes.is_writer() and results.plot(found, plotted):
+        logging.info("plot: %s", plotted)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
         pathlib.Path(workdir) / "evaluation",
@@ -254,4 +203,4 @@ def evaluate_job(config, workdir):
         wandb_project=config.training.wandb,
     )
     with contextlib.closing(writer):
-        writer.scalars(weights["step"], scalars(results))
+        writer.scalars(weights["step"], results.scalars(found))

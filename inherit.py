@@ -54,7 +54,7 @@ def adopt(config, workdir, given):
         if not (belongs(name) or name in (*PLACES, *CHOICES)) or saved[name] == value:
             continue
         source = given.get(name) or (given.get("dataset.name") if name == "dataset.root" else None)
-        explicit = source == "command line"
+        explicit = source == "command line" and value != -1  # -1: as the records say
         if (name in PLACES and source) or (name in CHOICES and explicit):
             continue
         if explicit:

@@ -131,8 +131,9 @@ def main(argv):
         import parts
 
         config = inherit.adopt(config, flags.workdir, load_config.given(argv))
+        parts.settle(config)
         parts.check(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return run_job(config, flags)

@@ -12,8 +12,8 @@ import evaluate
 import parts
 import sample
 from configs import load_config
-from methods import path
-from utils import chips, identity, metric_writer, processes, train_metrics
+from metrics import evaluators, results
+from utils import checkpoint, chips, identity, metric_writer, processes, snapshots, train_metrics
 from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -39,9 +39,8 @@ class Observer:
         self.steps_per_epoch, self.total = steps_per_epoch, total
         self.rows = model.method.rows
         self.sampler = self.evaluation = self.writer = None
-        self.times = path.sample_times(
-            config.sampling.num_steps[0], config.sampling.sampling_timesteps
-        )
+        self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
+        self.times = sample.times_of(config.sampling)
         self.labels = sample.grid_labels(config.dataset.num_classes)
         self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
@@ -54,7 +53,7 @@ class Observer:
             )
         if config.fid.on_training:
             self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
-        self.peak_rate = peak_rate(model, config.training.batch_size)
+        self.model = model
         self._pending = []  # (step, sums on the device)
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -70,23 +69,56 @@ class Observer:
         )
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
-        about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times) - 1}
-        self.writer.hparams(options, ["raw_loss/all", f"fid/{evaluate.metric_name(about)}"])
+        about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times[0]) - 1}
+        fid = evaluators.tag("fid", self.config.fid.num_samples)
+        self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
 
-    def due(self, step, epochs):
-        """Whether something that is done every `epochs` epochs, and at the end, is due."""
-        return step == self.total or (epochs > 0 and step % (epochs * self.steps_per_epoch) == 0)
+    def due(self, step, steps, epochs):
+        """Whether something is due that is done every `steps` steps, or where that is 0 every
+        `epochs` epochs; it always is at the end."""
+        cadence = steps or epochs * self.steps_per_epoch
+        return step == self.total or (cadence > 0 and step % cadence == 0)
 
     def checkpoint_due(self, step):
         """Whether to save: in its own cadence, and before an evaluation, which takes long."""
         training = self.config.training
-        return self.due(step, training.checkpoint_per_epoch) or self._evaluation_due(step)
+        steps, epochs = training.checkpoint_per_step, training.checkpoint_per_epoch
+        return self.due(step, steps, epochs) or self.evaluation_due(step)
 
-    def _evaluation_due(self, step):
-        return bool(self.evaluation) and self.due(step, self.config.training.fid_per_epoch)
+    def evaluation_due(self, step):
+        """Whether to evaluate."""
+        training = self.config.training
+        due = self.due(step, training.fid_per_step, training.fid_per_epoch)
+        return bool(self.evaluation) and due
 
     def _grid_due(self, step):
-        return bool(self.sampler) and self.due(step, self.config.training.sample_per_epoch)
+        training = self.config.training
+        due = self.due(step, training.sample_per_step, training.sample_per_epoch)
+        return bool(self.sampler) and due
+
+    def open_snapshots(self, stack, step, state):
+        """Begins to keep snapshots, where there is something to keep, until `stack` is closed.
+
+        Args:
+          stack: `contextlib.ExitStack`.
+          step, state: where the run begins or goes on.
+        """
+        if sigmas := self.config.training.ema_sigma:
+            writer = snapshots.Writer(self.workdir, sigmas, step)
+            self.snapshots = stack.enter_context(writer)
+            self.take_snapshot(step, state)
+
+    def take_snapshot(self, step, state):
+        """Saves the power-function averages where it is time to; never twice.
+
+        Raises:
+          OSError: this or the last snapshot could not be written, in one line.
+        """
+        training = self.config.training
+        if self.snapshots and step and self.due(step, 0, training.ema_snapshot_per_epoch):
+            self.snapshots.save(step, state.ema_params[-len(training.ema_sigma) :])
+        if self.snapshots:
+            self.snapshots.check()
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
@@ -108,12 +140,12 @@ class Observer:
 
     def look(self, step, state):
         """Samples and evaluates where it is time to."""
-        self._look(step, state, self._grid_due(step), self._evaluation_due(step))
+        self._look(step, state, self._grid_due(step), self.evaluation_due(step))
 
     def catch_up(self, step, state):
         """Looks at a step that an interrupted run had saved, and not yet looked at."""
         grid = self._grid_due(step) and not self._grid_path(step).exists()
-        evaluation = self._evaluation_due(step) and not self._is_evaluated(step)
+        evaluation = self.evaluation_due(step) and not self._is_evaluated(step)
         self._look(step, state, *processes.from_writer([grid, evaluation]))
 
     def _look(self, step, state, grid, evaluation):
@@ -135,8 +167,8 @@ class Observer:
         names = [name for line in lines if line["step"] == step for name in line]
         return any(re.search(r"/.*_\d+step", name) for name in names)  # as _evaluate logs them
 
-    def _grid_path(self, step):
-        return self.workdir / "samples" / f"grid_{step:08d}.png"
+    def _grid_path(self, step, steps=""):
+        return self.workdir / "samples" / f"grid_{step:08d}{steps}.png"
 
     def _write_metrics(self, step, sums):
         sums = jax.device_get(sums)  # waits for the step, so that the clock is the device's
@@ -150,8 +182,9 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            if self.peak_rate:
-                metrics["mfu"] = metrics["images_per_second"] / self.peak_rate
+            now = self.model._replace(method=self.model.method.at(step - 1, self.total))
+            if peak := peak_rate(now, self.config.training.batch_size):
+                metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.total, steps_per_second, metrics)
@@ -170,18 +203,27 @@ class Observer:
 
     def _draw_grid(self, step, params):
         guidance = sample.guidances(self.config.sampling)[0]
-        picture = sample.grid(self.sampler, params, self.labels, self.times, guidance)
-        self.writer.image(step, "samples", picture)
-        if processes.is_writer():
-            self._grid_path(step).parent.mkdir(exist_ok=True)
-            image_utils.save_png(self._grid_path(step), picture)
+        for i, times in enumerate(self.times):
+            picture = sample.grid(self.sampler, params, self.labels, times, guidance)
+            steps = f"_{len(times) - 1}step" if i else ""
+            self.writer.image(step, f"samples{steps}", picture)
+            if processes.is_writer():
+                self._grid_path(step).parent.mkdir(exist_ok=True)
+                image_utils.save_png(self._grid_path(step, steps), picture)
 
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
         weights["ema_vals"] = self.config.training.ema_val
-        results = self.evaluation.run(weights, self.workdir)
-        self.writer.scalars(step, evaluate.scalars(results))
-        self._last_result = results[0]
+        weights |= {"ema_sigmas": self.config.training.ema_sigma, "workdir": self.workdir}
+        found = self.evaluation.run(weights, self.workdir)
+        self.writer.scalars(step, results.scalars(found))
+        self._last_result = found[0]
+
+    def keep_best(self, step):
+        """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
+        metric, result = self.config.training.keep_best, self._last_result
+        if metric and result and result["checkpoint_step"] == step and processes.is_writer():
+            checkpoint.keep_best(self.workdir, step, metric, result[metric])
 
     def end(self, step):
         """Says what came out and where everything lies."""
@@ -189,11 +231,11 @@ class Observer:
         if not processes.is_writer():
             return
         logging.info("finished: step %d of %d", step, self.total)
-        for name in ("samples", "checkpoints", "results.json", "metrics.jsonl"):
+        for name in ("samples", "checkpoints", "ema_snapshots", "results.json", "metrics.jsonl"):
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
-            logging.info("%s", evaluate.report(self._last_result))
+            logging.info("%s", results.report(self._last_result))
 
 
 def peak_rate(model, batch_size):

@@ -11,16 +11,35 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs import default
-from methods import flow, improved, meanflow, path
-from metrics import scorer
+from methods import (
+    alphaflow,
+    consistency,
+    flow,
+    improved,
+    meanflow,
+    path,
+    shortcut,
+    soflow,
+    splitmeanflow,
+    tim,
+)
+from metrics import evaluators, kernels
 from models import codec, dit, imf_dit, network, unet, vae
-from utils import sharding
+from utils import averages, dataset, sharding
 
 BACKBONES = (dit, imf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
     "flow": flow.Flow,
+    "trajectory": alphaflow.Trajectory,
+    "alphaflow": alphaflow.AlphaFlow,
+    "soflow": soflow.SoFlow,
+    "splitmeanflow": splitmeanflow.SplitMeanFlow,
+    "consistency": consistency.Consistency,
+    "shortcut": shortcut.Shortcut,
+    "central_difference": tim.Difference,
+    "tim": tim.TiM,
 }
 
 
@@ -67,6 +86,18 @@ def make(config, mesh=None):
     )
 
 
+def settle(config):
+    """Fills in what the config leaves to the records: `dataset.num_classes`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no records.
+    """
+    if config.dataset.num_classes < 0:
+        found = dataset.open_records(config.dataset.root).num_classes
+        with config.unlocked():
+            config.dataset.num_classes = found
+
+
 def check(config):
     """Raises ValueError in a line about options that do not fit; asks for no device.
 
@@ -96,10 +127,11 @@ def check(config):
         )
     check_parts_of_batch(method, config.training.batch_size, config.training.grad_accum_steps)
     sampling = config.sampling
-    if sampling.method not in path.SAMPLERS:
-        raise ValueError(
-            f"sampling.method is one of {' | '.join(path.SAMPLERS)}, not {sampling.method!r}"
-        )
+    for method_name in sampling.method:
+        if method_name not in path.SAMPLERS:
+            raise ValueError(
+                f"sampling.method is of {' | '.join(path.SAMPLERS)}, not {method_name!r}"
+            )
     if sampling.sampling_timesteps:
         path.check_times(sampling.sampling_timesteps)
     if sampling.omega and not method.guided_at_sampling:
@@ -114,7 +146,26 @@ def check(config):
             )
         if min(sampling.omega, default=1) <= 0:
             raise ValueError(f"sampling.omega must be above 0, got {list(sampling.omega)}")
-    scorer.check_options(config.fid)
+    check_evaluation(config)
+
+
+def check_evaluation(config):
+    """Raises ValueError where the options `fid` or the profiles of averages name what is not."""
+    metrics = evaluators.fill(config.fid).metrics
+    if "kid" in metrics:
+        kernels.check_subsets(config.fid.num_samples, "generated samples (fid.num_samples)")
+    best = config.training.keep_best
+    known = [name for metric in metrics for name in evaluators.METRICS[metric]]
+    if best and (best not in known or not config.fid.on_training):
+        raise ValueError(
+            f"training.keep_best: {best!r} is not measured in training: fid.metrics give "
+            f"{', '.join(known)}, with fid.on_training"
+        )
+    profiles = {f"training.ema_sigma {sigma:g}": sigma for sigma in config.training.ema_sigma}
+    named = [name for name in config.fid.weights if name.startswith("ema_sigma")]
+    profiles |= {f"fid.weights {name}": float(name.removeprefix("ema_sigma")) for name in named}
+    for name, sigma in profiles.items():
+        averages.check(name, sigma)
 
 
 def check_parts_of_batch(method, batch_size, parts):

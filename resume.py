@@ -23,8 +23,11 @@ MAY_CHANGE = (
     "model.unroll model.remat model.fused_attention model.half_residual "
     "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
     "training.skip_nonfinite training.log_per_step training.sample_on_training "
-    "training.sample_per_epoch training.checkpoint_per_epoch training.fid_per_epoch "
-    "training.profile_steps training.wandb load_from eval_only sample_only"
+    "training.sample_per_epoch training.checkpoint_per_epoch training.ema_snapshot_per_epoch "
+    "training.fid_per_epoch "
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step "
+    "training.keep_best training.profile_steps training.wandb load_from init_from init_weights "
+    "init_format eval_only sample_only"
 ).split()
 MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
 MAKE_THE_RUN = (
@@ -37,7 +40,7 @@ MAKE_THE_RUN = (
     "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
     "training.warmup_epochs training.warmup_init "
     "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.ema_period training.half_precision"
+    "training.ema_period training.ema_sigma training.half_precision"
 ).split()
 MAKE_THE_RUN_BELOW = ("method.",)
 
@@ -80,13 +83,15 @@ def made_from(records, autoencoder):
     return parts | {"environment": environment.describe() | flags}
 
 
-def start(config, workdir, mesh, init, identity=None):
+def start(config, workdir, mesh, module, init, identity=None):
     """The state to begin with.
 
     Args:
       config: the whole config.
-      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from`.
+      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from` with
+        its step, then `init_from` at step 0.
       mesh: devices.
+      module: `models.network.Network`.
       init: pure function key -> a fresh state.
       identity: what the run is made from now, as `checkpoint.Checkpointer` takes it; what only
         the checkpoint knows is added to it.
@@ -98,7 +103,8 @@ def start(config, workdir, mesh, init, identity=None):
     Raises:
       ValueError: the run was made with other options, or none of its checkpoints is whole.
     """
-    key = jax.random.key(config.training.seed)
+    training = config.training
+    key = jax.random.key(training.seed)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
     found = restore(config, workdir, sharding.with_shardings(shapes, shardings), identity)
@@ -111,8 +117,16 @@ def start(config, workdir, mesh, init, identity=None):
         theirs, ours = found["identity"].get("records", {}), (identity or {}).get("records", {})
         for line in identities.differences(theirs, ours, ["encoder"]).values():
             logging.warning("load_from %s learned other latents: %s", config.load_from, line)
-        state = from_weights(state, found, shardings, config.training.ema_val)
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
+    if config.init_from:
+        # All of it on each host, whatever the sharding, to be joined with what a file holds.
+        fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
+        params, line = weights.begin(config, module, fresh)
+        found = {"step": 0, "params": params, "ema_params": (params,), "ema_vals": ()}
+        found |= {"ema_sigmas": (), "opt_state": None}
+        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
+        logging.info("%s", line)
     return state, shardings, None
 
 
@@ -237,16 +251,21 @@ def _consequence(name, config):
     if name in ("training.num_epochs", "training.num_steps"):
         if config.training.lr_schedule == "cosine":
             return ": the learning rate falls towards the new end from here on"
+        if not config.method.alpha_end:
+            return ": a schedule of alpha that lasts as long as the run goes by the new end"
     return ""
 
 
-def from_weights(state, found, shardings, ema_vals):
+def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
     """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
-    Averages of a decay in `ema_vals` that `found` does not have begin as their first one.
+    Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
+    a profile in `ema_sigmas` as the weights, as if these had stood still so far.
     """
     known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
     emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
+    known = weights.profiles(found)
+    emas += [known.get(sigma, found["params"]) for sigma in ema_sigmas]
     opt_state = state.opt_state
     if found["opt_state"]:
         opt_state = optax.tree.set(opt_state, **found["opt_state"])

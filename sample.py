@@ -31,6 +31,16 @@ def draw_noise(seed, index, shape):
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
+def draw_fresh(seed, index, shape, k):
+    """The noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def draw(i):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), k), shape)
+
+    return jax.vmap(draw)(index)
+
+
 def draw_labels(seed, index, num_classes, kind):
     """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
     if kind == "balanced":
@@ -49,22 +59,29 @@ def guidances(options):
     ] or [None]
 
 
-def generate(model, options, decode, params, vae_params, index, labels, times, guidance):
-    """Images number `index` (N,) of classes `labels` (N,), uint8 (N, H, W, C). Pure; for `jit`.
+def times_of(options):
+    """The times of each number of steps that the options `sampling` ask for."""
+    if options.sampling_timesteps:
+        return [path.sample_times(0, options.sampling_timesteps)]
+    return [path.sample_times(num_steps) for num_steps in options.num_steps]
+
+
+def generate(model, seed, sampler, params, index, labels, times, guidance):
+    """What the network makes of noise: x number `index` (N,) of classes `labels` (N,). Pure.
 
     Args:
       model: `parts.Parts`.
-      options: the options `sampling`, of which seed and method count.
-      decode: function (vae_params, x) -> images in [-1, 1].
+      seed: of the noise.
+      sampler: one of `path.SAMPLERS`.
       times: from `path.sample_times`.
       guidance: one of `guidances`.
     """
-    noise = draw_noise(options.seed, index, model.image_shape)
-    x = path.sample(
+    noise = draw_noise(seed, index, model.image_shape)
+    return path.sample(
         model.method, model.net, params, noise, {"y": labels}, times,
-        guidance=guidance, sampler=options.method,
+        guidance=guidance, sampler=sampler,
+        fresh=partial(draw_fresh, seed, index, model.image_shape),
     )  # fmt: skip
-    return image_utils.to_uint8(decode(vae_params, x))
 
 
 class Sampler:
@@ -81,10 +98,12 @@ class Sampler:
         self.mesh = model.mesh
         self._vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
-        self._generate = jax.jit(
-            partial(generate, model, options, autoencoder.decode),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+
+        def images(params, vae_params, *arguments):
+            x = generate(model, options.seed, options.method[0], params, *arguments)
+            return image_utils.to_uint8(autoencoder.decode(vae_params, x))
+
+        self._generate = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
 
     def __call__(self, params, labels, times, guidance=None):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
@@ -129,7 +148,7 @@ def run(sampler, params, options, num_classes, output, guidance):
     samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    times = path.sample_times(options.num_steps[0], options.sampling_timesteps)
+    times = times_of(options)[0]
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []

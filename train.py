@@ -8,6 +8,7 @@ and hands out metrics, samples, checkpoints and evaluations.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ import parts
 import resume
 from methods import path
 from models import card, codec, network
-from utils import checkpoint, dataset, iterator, processes, sharding, train_metrics
+from utils import averages, checkpoint, dataset, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 (), steps done
     params: Any
-    ema_params: tuple[Any, ...]  # one average for each decay of training.ema_val
+    ema_params: tuple[Any, ...]  # an average for each of training.ema_val, then .ema_sigma
     opt_state: Any
     sums: dict[str, jax.Array]  # of the metrics, since the last line of the log
 
@@ -75,6 +76,7 @@ class Recipe:
     codec: codec.Codec
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
+    ema_sigmas: tuple[float, ...] = ()
     ema_period: int = 1
     grad_accum_steps: int = 1
     skip_nonfinite: bool = False
@@ -84,10 +86,10 @@ class Recipe:
 def init_state(recipe, module, image_shape, key):
     """A fresh state; the averages begin as copies of the weights. Pure, for `jit`."""
     params = network.init_params(module, key, image_shape)
-    averages = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals)
+    ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
-    return TrainState(jnp.int32(0), params, averages, opt_state, sums)
+    return TrainState(jnp.int32(0), params, ema_params, opt_state, sums)
 
 
 def gradients(recipe, params, x, given, draws, held, key):
@@ -150,13 +152,19 @@ def make_step(recipe, key, mesh, shardings):
     )
 
 
-def averaged(decay, period, step, ema, p):
-    """An average after update number `step`, from 0: changed at every `period`-th update alone.
+def make_steps(recipe, key, mesh, shardings, total):
+    """The steps of a run, (steps done, state, batch) -> state: `make_step` for each objective.
 
-    Then by decay ** period, which is nearly, not exactly, the average of every update.
+    Most objectives are one from beginning to end. Where one becomes another (`Objective.at`), that
+    is known from the number of the step alone, so each has a program of its own, without branches;
+    it is compiled when it is reached.
     """
-    new = decay**period * ema + (1 - decay**period) * p
-    return new if period == 1 else jnp.where((step + 1) % period == 0, new, ema)
+
+    @functools.cache
+    def step_of(method):
+        return make_step(dataclasses.replace(recipe, method=method), key, mesh, shardings)
+
+    return lambda done, *args: step_of(recipe.method.at(done, total))(*args)
 
 
 def update(recipe, state, x, given, draws, key):
@@ -170,10 +178,10 @@ def update(recipe, state, x, given, draws, key):
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = tuple(
-        jax.tree.map(partial(averaged, decay, recipe.ema_period, state.step), average, params)
-        for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
-    )
+    ema_params = averages.after_step(
+        state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
+        recipe.ema_sigmas,
+    )  # fmt: skip
     norms = {
         "grad_norm": optax.tree.norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
@@ -208,6 +216,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         codec=model.codec,
         optimizer=optimizer,
         ema_vals=tuple(config.training.ema_val),
+        ema_sigmas=tuple(config.training.ema_sigma),
         ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
         skip_nonfinite=config.training.skip_nonfinite,
@@ -275,7 +284,9 @@ def train(config, workdir):
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
     identity = resume.made_from(records, observer.autoencoder)
-    state, shardings, place = resume.start(config, workdir, model.mesh, init, identity)
+    state, shardings, place = resume.start(
+        config, workdir, model.mesh, model.module, init, identity
+    )
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -284,12 +295,16 @@ def train(config, workdir):
     observer.begin(int(state.step))
     if place is not None:
         observer.catch_up(int(state.step), state)
+        observer.keep_best(int(state.step))
     first = int(state.step)
     batches = open_batches(config, records, first, place)
     begin = batches.get_state()["position"]
     key = jax.random.key(training.seed)
-    step_fn = make_step(recipe, key, model.mesh, shardings)
-    with contextlib.closing(batches), checkpoint.Checkpointer(workdir, identity) as checkpointer:
+    step_fn = make_steps(recipe, key, model.mesh, shardings, total)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=identity))
+        observer.open_snapshots(stack, int(state.step), state)
         try:
             state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
         except train_metrics.NotFiniteError as error:
@@ -322,11 +337,12 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state = step_fn(state, batch)
+            state = step_fn(step - 1, state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
         observer.log(step, state)
+        observer.take_snapshot(step, state)
         checkpointer.check()
         stopping = processes.stop_requested()
         if stopping or observer.checkpoint_due(step):
@@ -336,4 +352,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")
         observer.look(step, state)
+        if config.training.keep_best and observer.evaluation_due(step):
+            checkpointer.wait()
+            observer.keep_best(step)
     return state

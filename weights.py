@@ -1,7 +1,54 @@
-"""Weights of any origin: loading, choosing a set, placing on devices."""
+"""Weights of any origin: loading, choosing a set, beginning with them, placing on devices."""
 
-from formats import published, published_cifar, published_imf
-from utils import checkpoint, sharding, trees
+import numpy as np
+
+from formats import published, published_cifar, published_imf, sit, start
+from models import dit
+from utils import checkpoint, sharding, snapshots, trees
+
+SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
+
+
+def _run(path, optimizer):
+    found = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
+    saved = found["config"]
+    data = saved.get("dataset", {})
+    latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
+    training = saved.get("training", {})
+    found |= {"ema_vals": training.get("ema_val", ()), "ema_sigmas": training.get("ema_sigma", ())}
+    return found | {"latents": latents}
+
+
+def _improved(path, optimizer):
+    found = published_imf.load(published_imf.find(path), optimizer)
+    latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
+    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
+
+
+def _meanflow(path, optimizer):
+    found = published.load(path)
+    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
+
+
+def _cifar(path, optimizer):
+    return published_cifar.load(path) | {"latents": SD_FACTOR}
+
+
+# (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
+# one says what there might have been. What is read is as from `load`, with `latents` beside it: by
+# which mean and standard deviation of each channel they were normalised.
+READERS = (
+    (checkpoint.steps, _run),
+    (published_imf.find, _improved),
+    (published_cifar.is_published, _cifar),
+    (lambda path: True, _meanflow),
+)
+
+
+def read(path, optimizer=False):
+    """`load` without a model: the weights are whatever the path holds."""
+    found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+    return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
 
 
 def load(path, shapes, config, optimizer=False, may_lack=()):
@@ -15,32 +62,17 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
       may_lack: first names of parameters that may be missing, all of them together.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, one tree for each decay), `ema_vals` (their
-      decays, empty where the file does not say), `opt_state` ({"count", "mu", "nu"} of Adam where
-      asked for and stored, else None), `config` (the options of the run, nested, or None) and
-      `identity` (what the run was made from, see utils/checkpoint.py; {} where it does not say).
+      A dict of `step`, `params`, `ema_params` (a tuple, a tree for each decay, then for each
+      profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
+      profiles), `workdir` (of the run), `opt_state` ({"count", "mu", "nu"} of Adam where asked for
+      and stored, else None), `config` (the options of the run, nested, or None) and `identity`
+      (what the run was made from, see utils/checkpoint.py; {} where it does not say).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.
     """
-    imf = published_imf.find(path)
-    if checkpoint.steps(path):
-        weights = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-        saved = weights["config"]
-        weights["ema_vals"] = saved.get("training", {}).get("ema_val", ())
-        data = saved.get("dataset", {})
-        latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
-    elif published_cifar.is_published(path):
-        weights, latents = published_cifar.load(path), [(), ()]
-    else:
-        if imf:
-            weights = published_imf.load(imf, optimizer)
-            latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
-        else:
-            weights, latents = published.load(path), [(), ()]
-        weights["ema_params"], weights["ema_vals"] = (weights["ema_params"],), ()
-    weights = {"config": None, "identity": {}} | weights
-    check_latents(path, latents, config.dataset)
+    weights = read(path, optimizer)
+    check_latents(path, weights.pop("latents"), config.dataset)
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         if name == "params" and tree is None:  # a published file of averages alone
             continue
@@ -76,16 +108,85 @@ def check_latents(path, latents, data):
         )
 
 
-def choose(weights, name):
-    """One set of weights by its name: `params`, `ema` (the first average) or `ema_DECAY`."""
+def begin(config, module, fresh):
+    """Parameters to begin a run with, from the weights of another one.
+
+    Args:
+      config: the whole config, of which `init_from`, `init_weights` and `init_format` count.
+      module: `models.network.Network`.
+      fresh: its fresh parameters, a nested dict of numpy arrays.
+
+    Returns:
+      The parameters, and a line that says what was taken, what is new and what was left over.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
+    """
+    path, name, kind = config.init_from, config.init_weights, config.init_format
+    if sit.recognises(path):
+        found, latents = sit.load(path, name, kind), SD_FACTOR
+        _check_positions(found.positions, path)
+    elif kind:
+        raise ValueError(f"init_format: {path} is no .pt file: leave it empty")
+    else:
+        weights = read(path)
+        latents, chosen = weights["latents"], choose(weights, name, "init_weights")
+        if chosen is None:
+            raise ValueError(f"init_weights: {path} holds no {name}")
+        arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
+        found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
+    check_latents(path, latents, config.dataset)
+    return start.merge(fresh, found, module.label_table, f"init_from {path}")
+
+
+def _check_positions(positions, path):
+    """Raises ValueError where the positions of a file are not those that the network computes."""
+    _, tokens, width = np.shape(positions)
+    ours = dit.position_embedding(width, round(tokens**0.5))
+    if ours.shape != positions.shape[1:] or not np.allclose(ours, positions[0], atol=1e-4):
+        raise ValueError(f"{path}: pos_embed is not the fixed embedding of sines and cosines")
+
+
+def choose(weights, name, option="fid.weights"):
+    """One set of weights by its name: `params`, `ema` (the first average), `ema_DECAY`, or
+    `ema_sigmaS` for a power-function average, which is reconstructed where it was not tracked.
+
+    Args:
+      weights: from `place` where it has to be reconstructed.
+
+    Raises:
+      ValueError: there is no such set; `option` asked for it.
+    """
+    if name.startswith("ema_sigma"):
+        return _profile(weights, float(name.removeprefix("ema_sigma")))
     averages = weights["ema_params"]
     names = {"params": weights["params"], "ema": averages[0]}
     names |= {
         f"ema_{decay}": ema for decay, ema in zip(weights["ema_vals"], averages, strict=False)
     }
     if name not in names:
-        raise ValueError(f"fid.weights: {name!r} is none of {', '.join(names)}")
+        raise ValueError(f"{option}: {name!r} is none of {', '.join(names)}")
     return names[name]
+
+
+def profiles(weights):
+    """The power-function averages that were tracked: sigma_rel -> tree."""
+    count = len(weights["ema_sigmas"])
+    averages = weights["ema_params"][-count:] if count else ()
+    return dict(zip(weights["ema_sigmas"], averages, strict=True))
+
+
+def _profile(weights, sigma):
+    known = profiles(weights)
+    if not known:
+        raise ValueError(
+            f"fid.weights: ema_sigma{sigma:g} needs a run that tracked such averages "
+            "(training.ema_sigma)"
+        )
+    if sigma in known:
+        return known[sigma]
+    sigmas, averages = zip(*known.items(), strict=True)
+    return snapshots.reconstruct(weights["workdir"], weights["step"], sigmas, averages, sigma)
 
 
 def place(weights, mesh):

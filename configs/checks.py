@@ -4,6 +4,8 @@ Nothing here needs jax, a device or the data. What a network, an objective, a co
 alone can know of its options, it checks itself when it is built (`parts.check`).
 """
 
+import re
+
 DATA_PLACEHOLDER = "YOUR_DATA_ROOT"  # of the published YAML files
 REFERENCE_PLACEHOLDER = "YOUR_FID_CACHE_REF"
 
@@ -11,29 +13,31 @@ CHOICES = {
     "training.lr_schedule": ("const", "cosine"),
     "sampling.format": ("png", "npz"),
     "sampling.vae_dtype": ("float32", "bfloat16"),
-    "fid.labels": ("random", "balanced"),
+    "init_weights": ("ema", "params"),
 }
 
 POSITIVE = (
     "dataset.image_size dataset.image_channels dataset.prefetch_factor "
+    "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
-    "training.checkpoint_per_epoch training.ema_period sampling.num_images fid.device_batch_size "
-    "mesh.fsdp"
+    "training.checkpoint_per_epoch training.ema_snapshot_per_epoch training.ema_period "
+    "sampling.num_images fid.device_batch_size mesh.fsdp"
 ).split()
 
 NOT_NEGATIVE = (
-    "dataset.num_classes dataset.num_workers model.depth model.hidden_size model.num_heads "
-    "model.patch_size model.aux_head_depth model.unroll training.seed training.num_epochs "
-    "training.num_steps training.warmup_steps training.warmup_epochs "
+    "dataset.num_workers model.depth model.hidden_size model.num_heads model.patch_size "
+    "model.aux_head_depth model.unroll model.augment_dim training.seed training.num_epochs "
+    "training.num_steps training.warmup_steps training.warmup_epochs training.warmup_init "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
-    "training.warmup_init sampling.seed sampling.channels"
+    "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed "
+    "sampling.channels"
 ).split()
 
 LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3e38
 LARGEST_STEPS = 10**6  # of a sampler
 LONGEST = 300  # characters of a line
 
-FROM_0_TO_1 = ("dataset.augment_prob", "training.adam_b1", "training.adam_b2")
+FROM_0_TO_1 = "dataset.augment_prob model.dropout training.adam_b1 training.adam_b2".split()
 
 
 def validate(config):
@@ -50,6 +54,11 @@ def validate(config):
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
     _validate_sizes(config)
+    _require(
+        config.dataset.num_classes >= -1,
+        "dataset.num_classes",
+        f"must not be negative, got {config.dataset.num_classes} (-1: as the records say)",
+    )
     _require(
         not config.dataset.augment_prob or config.dataset.vae == "none",
         "dataset.augment_prob",
@@ -114,7 +123,7 @@ def _validate_sampling(sampling, num_classes):
     for path in ("t_min", "t_max"):
         _require(sampling[path], f"sampling.{path}", "needs one or more times")
     _require(
-        all(0 <= label <= num_classes for label in sampling.labels),
+        num_classes < 0 or all(0 <= label <= num_classes for label in sampling.labels),
         "sampling.labels",
         f"must lie in 0..{num_classes - 1} ({num_classes}: without a class)",
     )
@@ -124,9 +133,15 @@ def _validate_evaluation(config):
     fid = config.fid
     _require(fid.num_samples >= 2, "fid.num_samples", "a covariance needs at least 2 samples")
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
+    averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
     weights = ["ema", "params", *averages]
     trains = not (config.eval_only or config.sample_only)
-    _require(  # where it evaluates, the weights that are loaded tell what there is
+    for name in fid.weights:
+        found = re.fullmatch(r"ema_sigma(0?\.\d+)", name)
+        # Of a run that has tracked two profiles, an evaluation reconstructs any other.
+        if found and (config.eval_only or float(found[1]) in config.training.ema_sigma):
+            weights.append(name)
+    _require(
         fid.weights and (not trains or all(name in weights for name in fid.weights)),
         "fid.weights",
         f"are of {' | '.join(weights)}, got {list(fid.weights)}",
@@ -134,6 +149,7 @@ def _validate_evaluation(config):
     _require(
         not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
     )
+    _require(not (config.load_from and config.init_from), "load_from", "and init_from: choose one")
     if trains:
         _require(
             DATA_PLACEHOLDER not in config.dataset.root,

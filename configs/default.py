@@ -36,7 +36,7 @@ def _dataset(dataset):
     dataset.root = ""  # record folder; $VARIABLES and ~ are expanded; empty: $DATA_ROOT/name
     dataset.image_size = 32  # height and width of what the network sees (latent or pixels)
     dataset.image_channels = 4  # its channels: 4 for latents, 3 or 1 for pixels
-    dataset.num_classes = 1000  # labels 0..num_classes-1, null label num_classes; 0: unconditional
+    dataset.num_classes = 1000  # labels 0..num_classes-1, 0: unconditional, -1: as the records
     dataset.vae = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
     dataset.latent_mean = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     dataset.latent_std = ()  # per-channel standard deviation, together with latent_mean
@@ -76,26 +76,41 @@ def _model(model):
 
 
 def _method(method):
-    method.name = "meanflow"  # meanflow | improved | flow (flow matching: the velocity alone)
+    method.name = "meanflow"  # meanflow | improved | flow | soflow | ... (docs/objectives.md)
     method.noise_dist = "logit_normal"  # distribution of t and r: logit_normal | uniform
     method.P_mean = -0.4  # logit-normal: mean of logit(t)
     method.P_std = 1.0  # logit-normal: standard deviation of logit(t)
     method.P_mean_r = config_dict.placeholder(float)  # the same for the second draw; null: P_mean
     method.P_std_r = config_dict.placeholder(float)  # null: P_std
+    method.P_mean_equal = config_dict.placeholder(float)  # the same where r = t; null: P_mean
+    method.P_std_equal = config_dict.placeholder(float)  # null: P_std
     method.tr_sampler = "v0"  # v0: the later draw is t, the other r | v1: r is at most t, else t
     method.data_proportion = 0.75  # share of the rows with r = t (plain flow matching)
     method.equal_rows = "fixed"  # their number: fixed (no JVP for them) | drawn row by row
     method.class_dropout_prob = 0.1  # probability that a row trains without its label
-    method.guidance_eq = "cfg"  # target velocity: cfg (guided) | none
+    method.guidance_eq = "cfg"  # target velocity: cfg (guided) | mix (guided, as SoFlow) | none
     method.omega = 1.0  # guidance scale; the effective one is omega / (1 - kappa)
     method.kappa = 0.5  # share of the conditional prediction in the target (paper, appendix B.1)
     method.t_start = 0.0  # guidance holds for t_start <= t <= t_end, row by row
     method.t_end = 1.0  # the end of that interval
+    method.mix = 0.25  # mix: share of v (1 + f (omega - 1)) - ...; the rest is v_c
+    method.fade_start = 0.8  # mix: its fade f is 1 up to this t and falls to 0 at t = 1; 1: no fade
     method.tangent = (0.0, 1.0)  # (dr, dt) of the JVP, dz = v; the others of Table 1b are wrong
     method.cfg_beta = 1.0  # improved: guidance scales are drawn with a density like omega^-cfg_beta
     method.omega_max = 8.0  # improved: the largest guidance scale that is drawn; the smallest is 1
     method.norm_p = 1.0  # adaptive weight 1 / (error + norm_eps) ** norm_p; 0: plain squared error
     method.norm_eps = 0.01  # keeps the adaptive weight finite
+    method.norm_eps_per_pixel = 0.0  # above 0: norm_eps is this, times h w c of what is trained on
+    method.target_clip = 4.0  # largest absolute value in the target, where r < t; 0: not clipped
+    method.alpha_schedule = "exponential"  # constant (alpha_last) | linear | cosine | exponential
+    method.alpha_first = 0.1  # share of an interval [r, t] that is split off, at the beginning
+    method.alpha_last = 0.002  # and at the end
+    method.alpha_begin = 0  # step after which alpha changes
+    method.alpha_end = 0  # step at which it has changed; 0: the end of the run
+    method.alpha_floor = False  # alphaflow: end at 0.005 instead of MeanFlow, never with a JVP
+    method.difference_step = 0.005  # half the distance in t of the central difference
+    method.difference_path = "data"  # of the central difference: data (along v) | guided (v_g)
+    method.grid_steps = 128  # shortcut: steps of the grid, a power of two
 
 
 # Training -------------------------------------------------------------------------------------
@@ -119,12 +134,18 @@ def _training(training):
     training.skip_nonfinite = False  # leave out updates that are not finite instead of stopping
     training.ema_val = (0.9999,)  # decays of the averages of the weights; the first is evaluated
     training.ema_period = 1  # updates between two changes of the averages, by decay ** period
+    training.ema_sigma = ()  # sigma_rel of power-function averages, as 0.05,0.10 (post-hoc EMA)
+    training.ema_snapshot_per_epoch = 5  # epochs between two snapshots of those, all of them kept
     training.half_precision = False  # matrix products of the network in bfloat16
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training
     training.sample_per_epoch = 10  # epochs between two grids
     training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
     training.fid_per_epoch = 10  # epochs between two evaluations
+    training.sample_per_step = 0  # steps between two grids; 0: sample_per_epoch decides
+    training.checkpoint_per_step = 0  # steps between two checkpoints; 0: checkpoint_per_epoch
+    training.fid_per_step = 0  # steps between two evaluations; 0: fid_per_epoch decides
+    training.keep_best = ""  # metric (fid, ...) whose best checkpoint stays in WORKDIR/best
     training.wandb = ""  # project of Weights & Biases (needs pip install wandb); empty: not used
     training.profile_steps = ()  # (first, last) step of a profile, first > 1; empty: none
 
@@ -135,7 +156,7 @@ def _training(training):
 def _sampling(sampling):
     sampling.seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
     sampling.num_steps = (1,)  # network evaluations per image; several: evaluate each
-    sampling.method = "ode"  # ode (average velocity) | euler | heun (instantaneous velocity)
+    sampling.method = ("ode",)  # ode | consistency (average velocity) | euler | heun; several: each
     sampling.omega = ()  # guidance scales, for objectives guided at sampling time; several: each
     sampling.t_min = (0.0,)  # that guidance holds for t_min <= t <= t_max; several: each
     sampling.t_max = (1.0,)  # the end of that interval; several: each
@@ -155,12 +176,16 @@ def _fid(fid):
     fid.num_samples = 50000  # generated images
     fid.device_batch_size = 20  # images per device at a time
     fid.cache_ref = ""  # npz with the reference mean and covariance; empty: the training images
+    fid.evaluator = "meanflow"  # meanflow | adm | edm2: whose numbers; it sets what is empty below
+    fid.resize = ""  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
+    fid.labels = ""  # labels of the samples: random (all three) | balanced
+    fid.rounding = ""  # of images to bytes: nearest (127.5 x + 128) | down (127.5 (x + 1), ADM)
+    fid.metrics = ()  # fid, sfid, inception_score, precision_recall, fd_dinov2, kid, kid_all, mind
     fid.features = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])
     fid.inception_weights = ""  # weight file; empty: $INCEPTION_WEIGHTS, then the cache folder
-    fid.resize = "half_pixel"  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
-    fid.labels = "random"  # labels of the samples: random (published) | balanced
-    fid.weights = ("ema",)  # which weights: ema, ema_DECAY for a further average, params
-    fid.metrics = ("fid",)  # fid, sfid, inception_score, precision_recall
+    fid.dinov2_weights = ""  # weight file; empty: $DINOV2_WEIGHTS, then the cache folder
+    fid.dinov2_resize = "edm2"  # to 224x224: edm2 | edm2_pil (dgm-eval) | torch_fidelity
+    fid.weights = ("ema",)  # which weights: ema, ema_DECAY, ema_sigmaS (any profile), params
 
 
 # Devices --------------------------------------------------------------------------------------
@@ -175,5 +200,8 @@ def _mesh(mesh):
 
 def _job(config):
     config.load_from = config_dict.placeholder(str)  # a run's workdir or a published checkpoint
+    config.init_from = config_dict.placeholder(str)  # weights to begin a new run with, or a .pt
+    config.init_weights = "ema"  # which of them: ema | params
+    config.init_format = ""  # of a .pt file, which does not say it: sit | repa | dit
     config.eval_only = False  # evaluate load_from and stop
     config.sample_only = False  # draw sampling.num_images from load_from and stop

@@ -39,10 +39,18 @@ ELEMENTS = {
     "sampling.omega": float,
     "sampling.sampling_timesteps": float,
     "sampling.labels": int,
+    "training.ema_sigma": float,
+    "fid.metrics": str,
 }
 
+# What may be left empty, and stands for what the records say (`parts.settle`).
+FROM_RECORDS = {"dataset.num_classes": -1}
+
 # $VARIABLES and ~ are expanded in these.
-PATHS = ("dataset.root", "dataset.vae", "fid.cache_ref", "fid.inception_weights", "load_from")
+PATHS = (
+    "dataset.root dataset.vae fid.cache_ref fid.inception_weights fid.dinov2_weights load_from "
+    "init_from"
+).split()
 
 EXPECTED = {
     bool: "true or false",
@@ -250,8 +258,8 @@ def _set(config, path, value):
     for parent in parents:
         section = section[parent]
     schema = options(default.get_config())[path]
-    if value is None and schema is None:
-        section[key] = None
+    if value is None and (schema is None or path in FROM_RECORDS):
+        section[key] = FROM_RECORDS.get(path)
     elif kind is tuple:
         element = type(schema[0]) if schema else ELEMENTS[path]
         items = value if isinstance(value, list) else [] if value is None else [value]

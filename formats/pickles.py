@@ -173,17 +173,20 @@ _GLOBALS = _known_globals()
 class Unpickler(pickle.Unpickler):
     """Reads a pickle whose globals are among the known ones; `path` is for the error lines.
 
+    Args:
+      allowed: which of the known ones, (module, name), are allowed; all by default.
+
     Raises:
       RefusedError: it asks for another global.
     """
 
-    def __init__(self, file, path):
+    def __init__(self, file, path, allowed=_GLOBALS):
         super().__init__(file, encoding="latin1")
-        self.path = path
+        self.path, self.allowed = path, allowed
         self.storages = {}
 
     def find_class(self, module, name):
-        if (module, name) in _GLOBALS:
+        if (module, name) in self.allowed:
             return _GLOBALS[module, name]
         raise RefusedError(f"{self.path}: refused, its pickle asks for {module}.{name}")
 

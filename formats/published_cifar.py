@@ -1,9 +1,8 @@
 """Published checkpoints of MeanFlow for CIFAR-10 (PyTorch) -> parameter trees of models/unet.py.
 
 `checkpoint-*.pth` is a torch file: a dict with `model`, a flat state of the network (`net.`) and of
-three averages of it, and with what a run of its own needs. It is read without unpickling anything
-that runs code (formats/torch_files.py). Reading is strict: each name is used once.
-Builds on utils/trees.py.
+three averages of it, and with what a run of its own needs. Nothing that runs code is unpickled.
+Reading is strict: each name is used once. Builds on formats/torch_files.py and utils/trees.py.
 """
 
 import numpy as np

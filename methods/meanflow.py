@@ -142,7 +142,3 @@ class MeanFlow(path.Objective):
         weight = path.adaptive_weight(error, self.norm_p, self.norm_eps)
         v_loss = path.squared_error(stop_gradient(u), v)
         return jnp.mean(weight * error), {"error": stop_gradient(error), "v_loss": v_loss}
-
-    def velocity(self, net, params, z, t, r, given, guidance=None):
-        """u(z_t, t, t - r, y), what the sampler follows; the guidance is trained in."""
-        return net(params, (z, {"t": t, "h": t - r, **given}))[0].u

@@ -39,7 +39,7 @@ class Objective:
     """Base of all objectives: a frozen dataclass of the options that it has.
 
     It is given the network as a function (`models.network.function`), so it knows no architecture.
-    A subclass has `draw`, `loss` and `velocity`.
+    A subclass has `draw`, `loss` and, where the network is no average velocity, `velocity`.
     """
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
@@ -73,17 +73,27 @@ class Objective:
         """
         raise NotImplementedError
 
-    def velocity(self, net, params, z, t, r, given, guidance):
+    def velocity(self, net, params, z, t, r, given, guidance=None):
         """The velocity over [r, t] that the sampler follows, float32 (B, H, W, C).
+
+        Here the average u(z_t, t, t - r, y); a guidance that is trained in needs no other.
 
         Args:
           guidance: `Guidance`, or None; traced, so that a sweep compiles once.
         """
-        raise NotImplementedError
+        return net(params, (z, {"t": t, "h": t - r, **given}))[0].u
 
     def guidance_at(self, guidance, t):
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
         return guidance
+
+    def at(self, step, total):
+        """The objective that holds after `step` of `total` steps, both int.
+
+        Where the program changes in a run (a JVP begins) it is another objective, hashable: whoever
+        compiles a step compiles one for each that this gives.
+        """
+        return self
 
     def equal_count(self, batch_size):
         """How many rows of a batch have r = t."""
@@ -236,7 +246,9 @@ def check(condition, option, rule):
 def check_options(method):
     """The rules of those options of an objective that several have, by name."""
     options = vars(method)
-    for name in options.keys() & {"data_proportion", "class_dropout_prob", "t_start", "t_end"}:
+    for name in options.keys() & {
+        "data_proportion", "class_dropout_prob", "t_start", "t_end", "mix", "fade_start"
+    }:  # fmt: skip
         check(0 <= options[name] <= 1, name, f"must lie in 0..1, got {options[name]}")
     for name in options.keys() & {"P_std", "P_std_r", "norm_p"}:
         value = options[name]
@@ -248,8 +260,9 @@ def check_options(method):
         rule = f"is one of {' | '.join(kinds)}, not {method.noise_dist!r}"
         check(method.noise_dist in kinds, "noise_dist", rule)
     if "guidance_eq" in options:
-        known = method.guidance_eq in ("cfg", "none")
-        check(known, "guidance_eq", f"is one of cfg | none, not {method.guidance_eq!r}")
+        kinds = ("cfg", "mix", "none") if "mix" in options else ("cfg", "none")
+        rule = f"is one of {' | '.join(kinds)}, not {method.guidance_eq!r}"
+        check(method.guidance_eq in kinds, "guidance_eq", rule)
         possible = method.num_classes or method.guidance_eq == "none"
         rule = "must be none where dataset.num_classes is 0: without classes there is no guidance"
         check(possible, "guidance_eq", rule)
@@ -260,7 +273,7 @@ def check_options(method):
 
 # Sampler --------------------------------------------------------------------------------------
 
-SAMPLERS = ("ode", "euler", "heun")
+SAMPLERS = ("ode", "euler", "heun", "consistency")
 
 
 def check_times(timesteps):
@@ -279,7 +292,7 @@ def sample_times(num_steps, timesteps=()):
     return jnp.linspace(1.0, 0.0, num_steps + 1)
 
 
-def sample(method, net, params, noise, given, times, *, guidance=None, sampler="ode"):
+def sample(method, net, params, noise, given, times, *, guidance=None, sampler="ode", fresh=None):
     """Images from noise over `times`: the one loop of all objectives.
 
     Args:
@@ -291,7 +304,9 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
       sampler: `ode`: z_r = z_t - (t - r) u(z_t, t, r) (arXiv 2505.13447, eq. 12), N evaluations,
         N = 1 is one-step generation; `euler`: the same with the instantaneous velocity, r = t;
         `heun`: the mean of the instantaneous velocities at both ends (the last step: at its
-        beginning), 2 N - 1 evaluations.
+        beginning), 2 N - 1 evaluations; `consistency`: x = z_t - t u(z_t, t, 0), then back to
+        z_r = (1 - r) x + r n with fresh noise n (arXiv 2303.01469, algorithm 1), N evaluations.
+      fresh: k -> the noise n before step k, int32 () in 1..N-1, like `noise`; for `consistency`.
 
     Returns:
       x = z_0, float32 (B, H, W, C).
@@ -303,7 +318,7 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
 
     def step(z, t_r):
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
-        u = velocity(z, t, r if sampler == "ode" else t, start=t)
+        u = velocity(z, t, t if sampler in ("euler", "heun") else r, start=t)
         return z - by_row(t - r) * u, None
 
     def heun_step(z, t_r):
@@ -312,7 +327,17 @@ def sample(method, net, params, noise, given, times, *, guidance=None, sampler="
         second = velocity(z - by_row(t - r) * first, r, r, start=t)
         return z - by_row(t - r) * (first + second) / 2, None
 
+    def consistency_step(z, k_t_r):
+        k, t_r = k_t_r
+        t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
+        x = z - by_row(t) * velocity(z, t, jnp.zeros_like(t), start=t)
+        return z_t(x, fresh(k), r), None
+
     steps = jnp.stack([times[:-1], times[1:]], axis=1)  # (N, 2)
+    if sampler == "consistency":
+        numbered = (jnp.arange(1, len(steps)), steps[:-1])
+        noise, _ = jax.lax.scan(consistency_step, noise, numbered)
+        steps = steps[-1:]
     if sampler == "heun":
         noise, _ = jax.lax.scan(heun_step, noise, steps[:-1])
         steps = steps[-1:]

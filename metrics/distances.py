@@ -173,69 +173,24 @@ def _score(count, probs, entropy):
     return float(scores.mean()), float(scores.std())
 
 
-def inception_score(logits, splits=10):
+def inception_score(logits, splits=10, split_size=None):
     """`(mean, std)` over `splits` consecutive parts of `logits` (N, classes), in float64.
+
+    With `split_size`, parts of so many samples instead, the last of which may be smaller and
+    counts as much as the others (ADM's 5,000).
 
     The logits are those without the bias of the last layer, in the order of the samples: so it
     is done in the first implementation, in ADM and in torch-fidelity.
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"Inception score: {len(logits)} samples cannot make {splits} splits")
+    ends = [len(logits) * i // splits for i in range(1, splits)]
+    if split_size:
+        ends = range(split_size, len(logits), split_size)
     sums = []
-    for i in range(splits):
-        part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits]
-        part = np.asarray(part, np.float64)
+    for part in np.split(np.asarray(logits, np.float64), ends):
         part = part - part.max(1, keepdims=True)
         log_probs = part - np.log(np.exp(part).sum(1, keepdims=True))
         probs = np.exp(log_probs)
         sums.append((len(part), probs.sum(0), (probs * log_probs).sum()))
     return _score(*(np.array(column) for column in zip(*sums, strict=True)))
-
-
-# --------------------------------------------------------------------------- precision and recall
-
-
-def precision_recall(reference, generated, k=3, rows=2048):
-    """`(precision, recall)`: the share of samples inside the other set's k-nearest-neighbour balls.
-
-    `reference` (N, D), `generated` (M, D), float32 features. Distances are computed on the
-    default device, `rows` samples against a whole set at a time.
-    """
-    for name, features in (("reference", reference), ("generated", generated)):
-        if len(features) <= k:
-            raise ValueError(f"precision and recall: {len(features)} {name} samples, k = {k}")
-    # Distances do not change with the origin; near it they lose fewer digits.
-    origin = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
-    reference, generated = jnp.asarray(reference - origin), jnp.asarray(generated - origin)
-    radii_reference = _by_rows(_kth_distance, reference, rows, reference, k)
-    radii_generated = _by_rows(_kth_distance, generated, rows, generated, k)
-    precision = _by_rows(_inside, generated, rows, reference, radii_reference).mean()
-    recall = _by_rows(_inside, reference, rows, generated, radii_generated).mean()
-    return float(precision), float(recall)
-
-
-def _by_rows(function, features, rows, *args):
-    parts = [function(features[i : i + rows], *args) for i in range(0, len(features), rows)]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
-def _squared_distances(a, b):
-    cross = jnp.einsum("nd,md->nm", a, b, precision=HIGHEST)
-    return jnp.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * cross, 0)
-
-
-@jax.jit
-def _inside(samples, centres, radii):
-    return (_squared_distances(samples, centres) <= radii).any(1)
-
-
-def _kth_distance(samples, others, k):
-    # The nearest of all is the sample itself.
-    return _nearest(samples, others, k + 1)[:, k]
-
-
-def _nearest_impl(samples, others, count):
-    return -jax.lax.top_k(-_squared_distances(samples, others), count)[0]
-
-
-_nearest = jax.jit(_nearest_impl, static_argnums=2)

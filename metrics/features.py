@@ -1,6 +1,7 @@
 """Feature networks: what turns images into the numbers that are compared.
 
-Builds on metrics/inception.py and metrics/inception_weights.py.
+Builds on metrics/inception.py, metrics/inception_weights.py, metrics/dinov2.py,
+metrics/dinov2_weights.py and metrics/weight_files.py.
 """
 
 from collections.abc import Callable
@@ -8,40 +9,80 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from metrics import inception, inception_weights
+from metrics import dinov2, dinov2_weights, inception, inception_weights, weight_files
 
 
 class Features(NamedTuple):
-    """What turns images into numbers; `name` says which evaluator a result belongs to."""
+    """What turns images into numbers, and what the results say of it."""
 
-    name: str
     params: dict
     apply: Callable  # (params, images uint8 (N, H, W, C)) -> {"pool": (N, D), ...}
-    resize: str | None
-    weights_sha256: str | None
+    described: dict
 
 
 def load(options):
-    """The feature network that the options `fid` name.
+    """The feature networks that the options `fid` ask for, as `evaluators.fill` returns them.
 
     Raises:
       ValueError, FileNotFoundError: no weights, or damaged ones.
     """
     if options.features == "pixels":
-        return Features("pixels in [0, 1]", {}, pixel_features, None, None)
-    params = inception_weights.load(options.inception_weights or None)
-    return of_inception(params, options.resize, inception_weights.digest(params))
+        return Features({}, pixel_features, {"features": "pixels in [0, 1]"})
+    found = []
+    if set(options.metrics) != {"fd_dinov2"}:
+        params = inception_weights.load(options.inception_weights or None)
+        found.append(of_inception(params, options.resize, weight_files.digest(params)))
+    if "fd_dinov2" in options.metrics:
+        params = dinov2_weights.load(options.dinov2_weights or None)
+        digest = weight_files.digest(params)
+        found.append(of_dinov2(params, options.dinov2_resize, digest))
+    return join(found)
 
 
 def of_inception(params, resize, digest):
     """`Features` of the FID network with these parameters."""
+    described = {
+        "features": f"Inception 2015-12-05, {resize} resize",
+        "resize": resize,
+        "feature_weights_sha256": digest,
+    }
+    return Features(
+        params, lambda params, images: inception.features(params, rgb(images), resize), described
+    )
+
+
+def of_dinov2(params, resize, digest):
+    """`Features` of DINOv2 with these parameters."""
+    described = {
+        "dinov2": dinov2_weights.name(params),
+        "dinov2_resize": resize,
+        "dinov2_weights_sha256": digest,
+    }
 
     def apply(params, images):
-        if images.shape[-1] == 1:
-            images = jnp.repeat(images, 3, axis=-1)
-        return inception.features(params, images, resize)
+        return {"dinov2": dinov2.features(params, rgb(images), resize)}
 
-    return Features(f"Inception 2015-12-05, {resize} resize", params, apply, resize, digest)
+    return Features(params, apply, described)
+
+
+def join(networks):
+    """Several `Features` as one."""
+    if len(networks) == 1:
+        return networks[0]
+    described = {name: value for network in networks for name, value in network.described.items()}
+
+    def apply(params, images):
+        found = {}
+        for network, own in zip(networks, params["networks"], strict=True):
+            found |= network.apply(own, images)
+        return found
+
+    return Features({"networks": [network.params for network in networks]}, apply, described)
+
+
+def rgb(images):
+    """Images of one or three channels -> three."""
+    return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def pixel_features(params, images):

@@ -7,14 +7,14 @@ precision of the platform, since bfloat16 here moves the FID by whole points.
 
 The parameters are a flat dict, layer -> {kernel, bias}: 94 convolutions with their batch norms
 folded in (kernels HWIO) and `fc` (2048, 1008). The names are torchvision's. They are
-read from the files that people have by metrics/inception_weights.py.
+read from the files that people have by metrics/inception_weights.py. Builds on metrics/resize.py.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from metrics import resize as resizing
 
 SIZE = 299
 RESIZES = ("half_pixel", "tf1")
@@ -206,23 +206,5 @@ def _windows(combine, x, stride):
 
 def resize_bilinear(images, resize):
     """(N, H, W, C) of any numeric dtype -> (N, 299, 299, C) float32; see `features`."""
-    x = images.astype(jnp.float32)
-    rows = _interpolation(images.shape[1], resize)
-    columns = _interpolation(images.shape[2], resize)
-    x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=HIGHEST)
-    return jnp.einsum("qw,npwc->npqc", columns, x, precision=HIGHEST)
-
-
-@functools.cache
-def _interpolation(size, resize):
-    """The matrix (299, size) whose rows hold the two weights of each output pixel."""
-    # The coordinates are rounded to float32, as in every evaluator that is to be agreed with.
-    out, scale, half = np.arange(SIZE, dtype=np.float32), np.float32(size / SIZE), np.float32(0.5)
-    source = out * scale if resize == "tf1" else (out + half) * scale - half
-    source = np.clip(source, 0, np.float32(size - 1))
-    low = np.floor(source).astype(int)
-    high = np.minimum(low + 1, size - 1)
-    matrix, rows = np.zeros((SIZE, size), np.float32), np.arange(SIZE)
-    np.add.at(matrix, (rows, low), 1 - (source - low))
-    np.add.at(matrix, (rows, high), source - low)
-    return matrix
+    rows, columns = (resizing.bilinear(n, SIZE, resize) for n in images.shape[1:3])
+    return resizing.apply(images, rows, columns)

@@ -3,17 +3,17 @@
 The tree is the one that `inception.features` takes: layer -> {kernel, bias}, batch norms folded.
 No framework is needed for any format, nothing is executed, and every mapping is strict: each array
 is consumed once, each shape checked. Builds on formats/torch_files.py, utils/files.py and
-utils/trees.py.
+utils/trees.py, and on metrics/weight_files.py.
 """
 
 import hashlib
-import os
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from formats import torch_files
+from metrics import weight_files
 from utils import files, trees
 
 BN_EPSILON = 1e-3
@@ -27,12 +27,12 @@ def load(path=None):
     """The parameters of `inception.features` as numpy float32: layer -> {kernel, bias}.
 
     `path` (option `fid.inception_weights`), else the environment variable INCEPTION_WEIGHTS,
-    else a file of one of FILE_NAMES in `cache_folder()`. What is read is kept there as
+    else a file of one of FILE_NAMES in `weight_files.cache_folder()`. What is read is kept there as
     safetensors, so that the next start is quick. Raises FileNotFoundError or ValueError with
     one line that says which file is needed, or what is wrong with it.
     """
     source = find(path)
-    cached = cache_folder() / f"inception-{_file_hash(source)[:16]}.safetensors"
+    cached = weight_files.cache_folder() / f"inception-{_file_hash(source)[:16]}.safetensors"
     if cached.is_file():
         try:
             return _read_safetensors(cached)
@@ -46,41 +46,13 @@ def load(path=None):
 
 def find(path=None):
     """The weight file that `load` will read, as a pathlib.Path; raises FileNotFoundError."""
-    for given, origin in (
-        (path, "fid.inception_weights"),
-        (os.environ.get("INCEPTION_WEIGHTS"), "INCEPTION_WEIGHTS"),
-    ):
-        if given:
-            given = files.user_path(given)
-            if not given.is_file():
-                raise FileNotFoundError(f"{origin}: no such file: {given}")
-            return given
-    for name in FILE_NAMES:
-        if (cache_folder() / name).is_file():
-            return cache_folder() / name
-    raise FileNotFoundError(
+    advice = (
         f"no Inception weights: put {PTH_NAME} (sha256 {PTH_SHA256}, from the releases of "
-        f"github.com/mseitzer/pytorch-fid) into {cache_folder()}, or name a file in "
+        f"github.com/mseitzer/pytorch-fid) into {weight_files.cache_folder()}, or name a file in "
         "fid.inception_weights or INCEPTION_WEIGHTS"
     )
-
-
-def cache_folder():
-    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
-
-    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
-    """
-    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
-
-
-def digest(params):
-    """SHA-256 (hex) over the parameters: the same for the same weights out of any format."""
-    total = hashlib.sha256()
-    for name, value in sorted(_flatten(params).items()):
-        value = np.ascontiguousarray(value, np.float32)
-        total.update(f"{name}{value.shape}".encode())
-        total.update(value.tobytes())
-    return total.hexdigest()
+    option = "fid.inception_weights"
+    return weight_files.find(path, option, "INCEPTION_WEIGHTS", FILE_NAMES, advice)
 
 
 def read(path):
@@ -88,18 +60,23 @@ def read(path):
     with open(path, "rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or start[:4] == b"\x80\x02\x8a\n":
-        arrays = _flatten(torch_files.load(path))
+        arrays = weight_files.flatten(torch_files.load(path))
         arrays = {k: v for k, v in arrays.items() if not k.endswith(".num_batches_tracked")}
         return _assemble(path, arrays, _torchvision_names)
     if start[:1] == b"\x80":
         try:
-            arrays = _flatten(torch_files.load_pickle(path))
+            arrays = weight_files.flatten(torch_files.load_pickle(path))
         except ValueError as error:
             raise ValueError(f"{error}; as Inception weights use {PTH_NAME} instead") from error
         return _assemble(path, arrays, _jax_fid_names)
     if start[8:9] == b"{":
         return _read_safetensors(path)
     raise ValueError(f"{path}: not a weight file of a known format; use {PTH_NAME}")
+
+
+def from_torch(state):
+    """The parameters of `inception.features` from arrays by the names of a `.pth`."""
+    return _assemble("state dict", state, _torchvision_names)
 
 
 def _file_hash(path):
@@ -190,7 +167,7 @@ def _assemble(path, arrays, names):
 
 
 def _check_finite(path, params):
-    for name, value in _flatten(params).items():
+    for name, value in weight_files.flatten(params).items():
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name} has values that are not finite")
 
@@ -201,17 +178,6 @@ def _permuted(shape, axes):
     for ours, theirs in enumerate(axes):
         stored[theirs] = shape[ours]
     return tuple(stored)
-
-
-def _flatten(tree, prefix=""):
-    """The arrays of a nested dict under dotted names; everything else is left out."""
-    flat = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        elif isinstance(value, np.ndarray):
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 # ----------------------------------------------------------------------------- names by format
@@ -253,7 +219,7 @@ def _write_safetensors(path, params):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.complete(path) as unfinished:
-            save_file(_flatten(params), unfinished)
+            save_file(weight_files.flatten(params), unfinished)
     except (OSError, SafetensorError):
         pass
 

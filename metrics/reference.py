@@ -1,27 +1,42 @@
 """The reference that generated images are compared with: its file, its checks, the comparison.
 
-Builds on metrics/distances.py, metrics/provenance.py, metrics/scorer.py,
-utils/files.py and utils/identity.py.
+Builds on metrics/distances.py, metrics/neighbours.py, metrics/kernels.py, metrics/scorer.py,
+metrics/evaluators.py, metrics/edm2_reference.py, metrics/provenance.py, utils/files.py,
+utils/identity.py and utils/processes.py.
 """
 
+import logging
 import os
+import pathlib
 
 import numpy as np
 import scipy.linalg
 
-from metrics import distances, provenance
-from metrics.scorer import SPATIAL
-from utils import files, identity
+from metrics import (
+    distances,
+    edm2_reference,
+    evaluators,
+    kernels,
+    neighbours,
+    provenance,
+    scorer,
+)
+from utils import files, identity, processes
 
 NEGATIVE = 1e-3  # eigenvalues as negative as that, relative to the largest entry, are rounding
+
+# metric -> where its mean and covariance stand in a file (ADM's names; the last are our own)
+MOMENTS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"),
+           "fd_dinov2": ("mu_dinov2", "sigma_dinov2")}  # fmt: skip
+SUBSET_SEED = 2020  # of the rows that stand for the larger set, where MIND wants equal ones
 
 
 class Reference:
     """Statistics of real images, from a file or from records, and the metrics against them.
 
     Args:
-      options: the options `fid`.
-      scorer: `metrics.scorer.Scorer`, for statistics that have to be computed.
+      options: the options `fid`, as `evaluators.fill` returns them.
+      score: `metrics.scorer.Scorer`, for statistics that have to be computed.
       records: `utils.dataset.Records` of images, for which they are computed where
         `options.cache_ref` is empty; or None.
 
@@ -29,58 +44,66 @@ class Reference:
       ValueError, FileNotFoundError: no reference, or one of another evaluator.
     """
 
-    def __init__(self, options, scorer, records=None):
-        self.options, self.scorer, self.records = options, scorer, records
-        self._statistics = None
+    def __init__(self, options, score, records=None):
+        self.options, self.score, self.records = options, score, records
+        self._statistics = self._pool = None
         if options.cache_ref:
             self._statistics = load_reference(options.cache_ref)
-            check_fits(options, scorer.features, self._statistics, scorer.dim)
-            size = scorer.image_shape[0]
-            self._said = provenance.describe(self._statistics["said"], options.cache_ref, size)
+            check_fits(options, self._statistics, score)
+            size, said = score.image_shape[0], self._statistics["said"]
+            self._said = provenance.describe(said, options.cache_ref, size)
         else:
-            check_records(options, records, scorer.image_shape)
+            check_records(options, records, score.image_shape)
 
     def statistics(self):
-        """As `load_reference` returns them, with `pool` features where precision asks for them."""
+        """As `load_reference` returns them; also sees to what `pool` returns.
+
+        Raises:
+          ValueError: fewer images than a metric needs.
+        """
         if self._statistics is None:
             count = self.records.num_records
-            found, kept = self.scorer.read(
+            found, self._pool = self.score.read(
                 lambda index: self.records.read(index)["image"], count, "reference"
             )
-            mu, sigma = distances.finish_moments(found.pool)
-            self._statistics = {"mu": mu, "sigma": sigma}
-            if found.spatial is not None:
-                spatial = distances.finish_moments(found.spatial)
-                self._statistics |= dict(zip(("mu_s", "sigma_s"), spatial, strict=True))
-            if "precision_recall" in self.options.metrics:
-                self._statistics["pool"] = np.concatenate(kept)[:count]
+            self._statistics = {}
+            for metric, sums in found.moments.items():
+                moments = distances.finish_moments(sums)
+                self._statistics |= dict(zip(MOMENTS[metric], moments, strict=True))
+        if self._pool is None and self.score.keeps_features:
+            self._pool = image_features(self.options.cache_ref, self.score)
+        if "kid" in self.options.metrics:
+            kernels.check_subsets(len(self._pool), "reference images")
         return self._statistics
 
-    def compare(self, found, kept, count):
-        """Metrics of `count` images from their statistics and kept features: name -> float."""
-        reference, metrics, results = self.statistics(), self.options.metrics, {}
-        if "fid" in metrics:
-            moments = distances.finish_moments(found.pool)
-            results["fid"] = distances.frechet_distance(
-                *moments, reference["mu"], reference["sigma"]
-            )
-        if "sfid" in metrics:
-            moments = distances.finish_moments(found.spatial)
-            results["sfid"] = distances.frechet_distance(
-                *moments, reference["mu_s"], reference["sigma_s"]
-            )
-        if "inception_score" in metrics:
-            scores = distances.finish_scores(found.scores)
-            results |= dict(zip(("inception_score", "inception_score_std"), scores, strict=True))
-        if "precision_recall" in metrics:
-            shares = distances.precision_recall(reference["pool"], np.concatenate(kept)[:count])
-            results |= dict(zip(("precision", "recall"), shares, strict=True))
-        return results
+    def pool(self):
+        """Pool features of the reference images, float32 (N, D)."""
+        self.statistics()
+        return self._pool
+
+    def compare(self, found, pool, count):
+        """Metrics of `count` images: name -> float.
+
+        Args:
+          found, pool: from `Scorer.gather`.
+        """
+        reference, results = self.statistics(), {}
+        for metric, sums in found.moments.items():
+            mu, sigma = (reference[name] for name in MOMENTS[metric])
+            moments = distances.finish_moments(sums)
+            results[metric] = distances.frechet_distance(*moments, mu, sigma)
+        if found.scores is not None:
+            results |= named("inception_score", distances.finish_scores(found.scores))
+        for metric in evaluators.OF_SETS:
+            if metric in self.options.metrics:
+                results |= named(metric, compare_sets(metric, pool, self.pool()))
+        return {name: results[name] for name in evaluators.NUMBERS if name in results}
 
     def describe(self):
         """Which reference it is, for the results."""
         if self.options.cache_ref:
-            moments = {name: self._statistics[name] for name in ("mu", "sigma")}
+            names = [name for pair in MOMENTS.values() for name in pair]
+            moments = {n: self._statistics[n] for n in names if self._statistics[n] is not None}
             digest = identity.of_arrays(moments)
             return {"reference": self.options.cache_ref, "reference_digest": digest, **self._said}
         digests = {name: self.records.identity.get(name) for name in ("content", "sample")}
@@ -89,6 +112,32 @@ class Reference:
             "reference_number": self.records.num_records,
             **{f"reference_{name}": value for name, value in digests.items() if value},
         }
+
+
+def named(metric, values):
+    """The numbers of a metric by their names."""
+    return dict(zip(evaluators.METRICS[metric], values, strict=True))
+
+
+def compare_sets(metric, generated, reference):
+    """The numbers of a metric of two sets of features, (N, D) and (M, D)."""
+    if metric == "kid":
+        return kernels.kid(generated, reference)
+    if metric == "kid_all":
+        return (kernels.kid_all(generated, reference),)
+    if metric == "mind":
+        count = min(len(generated), len(reference))
+        return (kernels.mind(subset(generated, count), subset(reference, count)),)
+    half = metric == "precision_recall_float16"
+    return neighbours.precision_recall(reference, generated, half=half)
+
+
+def subset(features, count):
+    """`count` rows of a set, random ones where it is larger, the same each time."""
+    if len(features) == count:
+        return features
+    rows = np.random.RandomState(SUBSET_SEED).choice(len(features), count, replace=False)
+    return features[np.sort(rows)]
 
 
 def check_records(options, records, image_shape):
@@ -102,116 +151,167 @@ def check_records(options, records, image_shape):
         raise ValueError(f"images are {image_shape}, those of {records.root} {records.shape}")
 
 
-def check_fits(options, features, reference, dim):
+def check_fits(options, reference, score):
     """Raises ValueError where reference statistics belong to another evaluator."""
     where = f"fid.cache_ref: {options.cache_ref}"
-    if len(reference["mu"]) != dim:
+    for metric in options.metrics:
+        if metric in MOMENTS:
+            mu, _ = MOMENTS[metric]
+            if reference[mu] is None:
+                raise ValueError(f"{where} holds no {' and '.join(MOMENTS[metric])} for {metric}")
+            found, dim = len(reference[mu]), score.dims[scorer.MOMENTS[metric]]
+            if found != dim:
+                name = score.features.described["dinov2" if metric == "fd_dinov2" else "features"]
+                raise ValueError(f"{where} describes {found} features, {name} has {dim}")
+        if metric in evaluators.OF_SETS and reference["image_shape"] is None:
+            raise ValueError(
+                f"fid.metrics: {metric} needs reference images (the arr_0 of ADM's npz), and "
+                f"{options.cache_ref} holds none; leave fid.cache_ref empty, and with eval_only "
+                "let dataset.root name records of images (scripts.prepare_dataset images "
+                "--vae=none)"
+            )
+    for name in ("resize", "dinov2_resize"):
+        used = score.features.described.get(name)
+        if used and reference[name] not in (None, used):
+            raise ValueError(
+                f"{where} was made with {reference[name]} resize, fid.{name} is {used} "
+                f"(fid.evaluator: {options.evaluator})"
+            )
+    used = score.features.described.get("feature_weights_sha256")
+    made_by = reference["said"].get("weights", used)
+    if used and made_by != used:
         raise ValueError(
-            f"{where} describes {len(reference['mu'])} features, {features.name} has {dim}"
+            f"{where} was made with feature weights {made_by[:12]}, and those here are "
+            f"{used[:12]}: see fid.inception_weights"
         )
-    if reference["resize"] not in (None, features.resize):
+    if score.keeps_features and reference["image_shape"] != tuple(score.image_shape):
         raise ValueError(
-            f"{where} was made with {reference['resize']} resize, fid.resize is {features.resize}"
+            f"{where} holds images of {reference['image_shape']}, those generated are "
+            f"{tuple(score.image_shape)}"
         )
-    made_by = reference["said"].get("weights", features.weights_sha256)
-    if made_by != features.weights_sha256:
-        raise ValueError(
-            f"{where} was made with feature weights {made_by[:12]}, and "
-            f"{features.name} has {str(features.weights_sha256)[:12]}: see fid.inception_weights"
-        )
-    if "sfid" in options.metrics:
-        if reference["mu_s"] is None:
-            raise ValueError(f"{where} holds no spatial statistics (mu_s, sigma_s) for sfid")
-        if len(reference["mu_s"]) != SPATIAL:
-            found = len(reference["mu_s"])
-            raise ValueError(f"{where} holds {found} spatial features, not {SPATIAL}")
-    if "precision_recall" in options.metrics:
-        raise ValueError(
-            "fid.metrics: precision_recall needs the features of the reference images; "
-            "leave fid.cache_ref empty, and with eval_only let dataset.root name records of images "
-            "(scripts.prepare_dataset images --vae=none)"
-        )
+
+
+def image_features(path, score):
+    """Pool features of the images `arr_0` in a reference file, float32 (N, D).
+
+    They are kept beside the file, by the network and resize that made them.
+    """
+    path, described = pathlib.Path(path), score.features.described
+    digest = str(described["feature_weights_sha256"])[:12]
+    kept = path.with_name(f"{path.stem}-features-{described['resize']}-{digest}.npy")
+    if processes.all_true(kept.is_file()):
+        return np.load(kept, allow_pickle=False)
+    with np.load(path, allow_pickle=False) as file:
+        images = file["arr_0"]
+    _, pool = score.read(images.__getitem__, len(images), "reference images")
+    if processes.is_writer():
+        try:
+            with files.complete(kept) as unfinished, open(unfinished, "wb") as file:
+                np.save(file, pool)
+        except OSError as error:
+            logging.warning("features of the reference images could not be kept (%s)", error)
+    return pool
 
 
 # The file ---------------------------------------------------------------------------------------
 
 
-def save_reference(path, mu, sigma, mu_s=None, sigma_s=None, resize=None, said=None):
+def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, resize=None, **more):
     """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
 
-    `resize` says which resize came before the network; comparing two would mislead. `said` is
-    that and more, by the names of metrics/provenance.py.
+    `resize` says which resize came before the network; comparing two would mislead. `more` are
+    `mu_dinov2`, `sigma_dinov2`, `dinov2_resize`, and what metrics/provenance.py names.
     """
-    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize}
-    arrays |= said or {}
+    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize} | more
     with files.complete(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
 
 def load_reference(path):
-    """Reference statistics from an npz: a dict with `mu` (D,), `sigma` (D, D), float64.
+    """Reference statistics: a dict with `mu` (D,), `sigma` (D, D) of the pool features, float64.
 
-    Beside them `mu_s, sigma_s` for sFID and `resize` (str), each None where the file has none, and
-    `said`: what the file says of its images, from `provenance.of_file`.
-    The names `ref_mu, ref_sigma` of the published MeanFlow code are known too. Raises
-    FileNotFoundError, or ValueError with one line: not an npz, names missing, wrong shapes, not
-    finite, not symmetric.
+    Beside them `mu_s, sigma_s` (sFID), `mu_dinov2, sigma_dinov2`, `resize`, `dinov2_resize` (str)
+    and `image_shape` (H, W, C) of the images `arr_0`; each None where the file does not say. And
+    `said`: what it says of its images, from `provenance.of_file`.
+
+    Known are npz files with ADM's names (with images, they belong to `tf1`), with `ref_mu,
+    ref_sigma` of the published MeanFlow code (`half_pixel`), with our own, and EDM2's pickles
+    (`tf1`). Raises FileNotFoundError, or ValueError with one line: neither, names missing, wrong
+    shapes, not finite, not symmetric.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of reference statistics")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = _names_in(file, path)
-            provenance.check_sizes(file, names)
-            found, said = {name: file[name] for name in names}, provenance.of_file(file)
-    except _ReferenceError:
-        raise
-    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
-        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
-    result = {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None}
-    result |= {"resize": said.get("resize"), "said": said}
-    for name, value in found.items():
-        if value.dtype.kind not in "fiu":
-            raise ValueError(f"{path}: {name} holds {value.dtype}, not real numbers")
-        result[name.removeprefix("ref_")] = np.asarray(value, np.float64)
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+    with open(path, "rb") as file:
+        pickled = file.read(1) == b"\x80"
+    found = _from_edm2(path) if pickled else _from_npz(path)
+    names = [name for pair in MOMENTS.values() for name in pair]
+    result = dict.fromkeys((*names, "resize", "dinov2_resize", "image_shape")) | found
+    result["resize"] = result["said"].get("resize")
+    for mu, sigma in MOMENTS.values():
         if result[mu] is not None:
+            for name in (mu, sigma):
+                if result[name].dtype.kind not in "fiu":
+                    kind = result[name].dtype
+                    raise ValueError(f"{path}: {name} holds {kind}, not real numbers")
+                result[name] = np.asarray(result[name], np.float64)
             _check_moments(path, mu, sigma, result[mu], result[sigma])
     return result
-
-
-def said_of(path):
-    """What a file of statistics says of its images, without checking the statistics themselves.
-
-    Raises:
-      ValueError: it is no such file.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return provenance.of_file(file)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
 
 
 class _ReferenceError(ValueError):
     """A message that is already complete."""
 
 
-def _names_in(file, path):
-    names = []
-    for prefix in ("", "ref_"):
-        if f"{prefix}mu" in file.files and f"{prefix}sigma" in file.files:
-            names += [f"{prefix}mu", f"{prefix}sigma"]
-            break
-    else:
+def _from_edm2(path):
+    moments, _ = edm2_reference.load(path)
+    found = {"dinov2_resize": "edm2", "said": {"origin": "EDM2", "resize": "tf1"}}
+    for metric, values in moments.items():
+        found |= dict(zip(MOMENTS[metric], values, strict=True))
+    return found
+
+
+def _from_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _read_npz(file, path)
+    except _ReferenceError:
+        raise
+    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
+        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
+
+
+def _read_npz(file, path):
+    provenance.check_sizes(file, [prefix + name for pair in MOMENTS.values() for name in pair
+                                  for prefix in ("", "ref_")])  # fmt: skip
+    found = {"said": provenance.of_file(file)}
+    for mu, sigma in MOMENTS.values():
+        for prefix in ("", "ref_"):
+            if mu not in found and {prefix + mu, prefix + sigma} <= set(file.files):
+                found |= {mu: file[prefix + mu], sigma: file[prefix + sigma]}
+    if len(found) == 1:
         listed = ", ".join(sorted(file.files)[:8]) or "nothing"
         raise _ReferenceError(
             f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
             f"the file has {listed}"
         )
-    if "mu_s" in file.files and "sigma_s" in file.files:
-        names += ["mu_s", "sigma_s"]
-    return names
+    if "arr_0" in file.files:
+        found["image_shape"] = _image_shape(file, path)
+    if "dinov2_resize" in file.files:
+        found["dinov2_resize"] = str(file["dinov2_resize"])
+    return found
+
+
+def _image_shape(file, path):
+    """(H, W, C) of arr_0, without reading its gigabytes."""
+    with file.zip.open("arr_0.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0
+        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(
+            member
+        )
+    if len(shape) != 4 or dtype != np.uint8:
+        raise _ReferenceError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
+    return shape[1:]
 
 
 def _check_moments(path, mu_name, sigma_name, mu, sigma):

@@ -9,7 +9,8 @@ comes from whatever computes it fastest, with a backward pass of its own, and dO
 that holds such an array for a block of queries only, or not at all (models/attention_kernel.py).
 
 **The tangent has no gradient.** In the MeanFlow objectives it stands under a stop_gradient; here it
-does so in any case, and so does everything that feeds it.
+does so in any case, and so does everything that feeds it. Builds on models/attention_kernel.py and
+models/card.py.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from models import attention_kernel
+from models import attention_kernel, card
 
 BLOCK = 256  # queries of which the plain tangent holds all weights at a time
 
@@ -75,7 +76,7 @@ def _jvp(fused, primals, tangents):
 
 def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
     """dO, see above; all (B, N, H, d)."""
-    if fused and attention_kernel.takes(q):
+    if fused and card.TANGENT_KERNEL and attention_kernel.takes(q):
         return attention_kernel.tangent(q, k, v, dq, dk, dv)
     B, N, H, d = q.shape
     if N <= BLOCK or N % BLOCK:

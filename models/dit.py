@@ -154,6 +154,8 @@ class DiT(Network):
 
     only_for_training = ("v_final_layer",)
 
+    label_table = "y_embedder/embedding"
+
     def __call__(self, z, c):
         return self.together((z, c))[0]
 

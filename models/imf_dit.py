@@ -216,6 +216,7 @@ class ImfDiT(Network):
     conditions = tuple(CONSTANTS)
     only_for_training = ("v_blocks", "v_final_layer")
     takes_t = False
+    label_table = "embedding/y_embedder/embedding"
 
     def __call__(self, z, c):
         return self.together((z, c))[0]

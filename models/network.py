@@ -29,6 +29,7 @@ class Network(nn.Module):
     """
 
     conditions = ()
+    label_table = ""  # name of the parameters with a row for each class and a last one for none
     predicts_v = False
     takes_t = True  # whether it is told t beside h
     # First names of the parameters that only training needs; weights without them are sampled from.
@@ -56,7 +57,8 @@ class Network(nn.Module):
 
         Args:
           jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
-            forward-mode derivative; None for none.
+            forward-mode derivative; None for none. Its tangent may be opaque to a gradient, as it
+            stands under a stop_gradient in every objective here.
         """
         return tuple(self(*batch) for batch in batches)
 

@@ -1,12 +1,11 @@
 """The backbone of CIFAR-10: the U-Net of score models (Song et al., arXiv 2011.13456, "DDPM++").
 
 With the settings of MeanFlow's experiments (arXiv 2505.13447, appendix A): two times, a noise
-embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC. Builds on
-models/network.py.
+embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC.
 
 An encoder halves the side from level to level and keeps what each of its layers gives; a decoder
-goes back up and takes those outputs in again, newest first. `layers` lists both.
-Builds on models/augment.py and models/filters.py.
+goes back up and takes those outputs in again, newest first. `layers` lists both. Builds on
+models/network.py, models/filters.py and models/augment.py.
 """
 
 from typing import NamedTuple
@@ -189,6 +188,8 @@ class UNet(Network):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    label_table = "label/embedding"
+
     @property
     def conditions(self):
         return ("augment",) if self.augment_dim else ()
@@ -259,10 +260,6 @@ class UNet(Network):
         total += (2 * M * self.channel_mult_noise + E) * E
         return 2 * (total + sum(_products(layer, E) for layer in encoder + decoder))
 
-    def parameter_groups(self):
-        names = ["map_augment", "map_layer0", "map_layer1", "label"]
-        return {"embedding": tuple(names), "encoder": ("enc_",), "decoder": ("dec_",)}
-
 
 def _products(layer, E):
     """Products of numbers in one block for one image."""
@@ -298,15 +295,15 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
     options |= {name: tuple(options[name]) for name in lists}
     module = UNet(**options, num_classes=num_classes, dtype=dtype)
     mult, M = module.channel_mult, module.model_channels
-    if not mult or min(*mult, M, module.num_blocks) < 1:
-        raise ValueError("model.channel_mult, model_channels and num_blocks must be 1 or more")
+    if not mult or min(mult) < 1:
+        raise ValueError(f"model.channel_mult needs numbers of 1 or more, got {mult}")
     if image_shape[0] % 2 ** (len(mult) - 1):
         raise ValueError(
             f"dataset.image_size ({image_shape[0]}) must be a multiple of 2 ** {len(mult) - 1}, "
             f"as model.channel_mult has {len(mult)} levels"
         )
-    if not 0 <= module.dropout < 1:
-        raise ValueError(f"model.dropout must lie in 0..1, below 1, got {module.dropout}")
+    if module.dropout == 1:
+        raise ValueError("model.dropout must be below 1: nothing would be left")
     if module.augment_dim not in (0, LABELS):
         raise ValueError(f"model.augment_dim is {LABELS}, or 0 for none, got {module.augment_dim}")
     taps = module.resample_filter

@@ -77,9 +77,10 @@ def open_folder(path):
 def read_npz(path):
     """The images of an npz, uint8 (N, H, W, C)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("it is an npy, one array without a name: save it by np.savez")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is an npy, one array without a name: save it by np.savez")
+        with file:
             if "arr_0" not in file.files:
                 raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
             images = file["arr_0"]
@@ -111,18 +112,19 @@ def shuffled(read, count):
 
 def evaluate(config, images):
     """Metrics of the images at a path, and what they depend on, as a dict."""
-    from metrics import features, reference, scorer  # late: they bring jax
+    from metrics import evaluators, features, reference, scorer  # late: they bring jax
     from utils import dataset, environment, sharding
 
     environment.pin()
     read, count, shape = open_images(images)
+    options = evaluators.fill(config.fid)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     mesh = sharding.make_mesh(fsdp=1)
-    scorer.check_options(config.fid)
-    score = scorer.Scorer(features.load(config.fid), mesh, config.fid, shape)
-    real = reference.Reference(config.fid, score, records)
+    score = scorer.Scorer(features.load(options), mesh, options, shape)
+    real = reference.Reference(options, score, records)
     results = real.compare(*score.read(shuffled(read, count), count, "images"), count)
-    described = {**score.describe(), **real.describe(), "shuffled_by_seed": SHUFFLE_SEED}
+    described = {"evaluator": evaluators.describe(options), **score.describe(), **real.describe()}
+    described["shuffled_by_seed"] = SHUFFLE_SEED
     return {**results, **described, "num_samples": count, "images": str(images)}
 
 

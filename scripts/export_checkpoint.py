@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from formats import published, published_imf
-from utils import checkpoint
+from utils import checkpoint, signals
 
 
 def export(source, folder, step=None, form=None):
@@ -61,4 +61,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())

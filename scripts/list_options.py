@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 from configs import default, load_config
+from utils import signals
 
 INTRODUCTION = """\
 # Options
@@ -33,7 +34,7 @@ def comments(source):
         before = lines[token.start[0] - 1][: token.start[1]].strip()
         if not before and text.endswith("--"):
             sections.append((text.rstrip("- "), {}))
-        elif before:
+        elif before and text != "fmt: skip":
             target = ast.unparse(ast.parse(before).body[0].targets[0])
             sections[-1][1][target.removeprefix("config.")] = text
     return sections
@@ -69,4 +70,5 @@ def reference():
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     print(reference(), end="")

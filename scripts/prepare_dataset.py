@@ -70,6 +70,7 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     digits = commands.add_parser("digits", help="the handwritten digits of scikit-learn")
     digits.add_argument("--output", required=True, help="folder to make")
+    digits.add_argument("--classes", type=_words, default=(), help="0,1,...; default: all ten")
 
     images = commands.add_parser("images", help="a folder of images with class subfolders")
     images.add_argument("--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/")

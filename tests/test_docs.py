@@ -34,6 +34,7 @@ NOT_RUN = {
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
     r"prepare_dataset tfds|cifar10": "needs a download; tests/test_experiments.py",
+    r"quickstart_imf": "minutes; tests/test_improved.py trains, kills and sweeps a smaller one",
     r"my_job my_exp": "needs ImageNet; its file is read below",
     r"scripts/test\.sh": "would run this test",
     r": tensorboard": "a server without an end; tests/test_monitoring.py reads the same files",

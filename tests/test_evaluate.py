@@ -7,7 +7,7 @@ import pytest
 from inception_writer import random_weights, write_pth
 
 import main
-from metrics import distances, inception, inception_weights
+from metrics import distances, inception, inception_weights, neighbours
 from metrics.reference import load_reference, save_reference
 from utils import dataset, processes
 
@@ -71,7 +71,8 @@ def result(command, tmp_path_factory):
 
 
 def test_the_result_says_what_it_depends_on(result, golden, reference):
-    assert result["evaluator"] == "Inception 2015-12-05, half_pixel resize"
+    assert result["evaluator"] == "meanflow"
+    assert result["features"] == "Inception 2015-12-05, half_pixel resize"
     assert len(result["feature_weights_sha256"]) == 64
     assert result["reference"] == str(reference)
     (checkpoint,) = (golden / "released_checkpoint" / "orbax").iterdir()
@@ -138,7 +139,7 @@ def test_precision_and_recall_are_those_of_the_images_by_hand(images, command, w
     (found,) = json.loads((tmp_path / "results.json").read_text())
     params = inception_weights.load(weights)
     pools = [np.asarray(inception.features(params, x)["pool"]) for x in (real, images)]
-    expected = distances.precision_recall(*pools)
+    expected = neighbours.precision_recall(*pools)
     assert 0 < expected[1] < 1  # else it would say little
     assert (found["precision"], found["recall"]) == pytest.approx(expected)
 

@@ -102,7 +102,15 @@ def test_everything_else_is_the_published_recipe():
         assert options["training.half_precision"] is True
 
 
-@pytest.mark.parametrize("name", [*SIZES, "ablation_b4", "cifar10"])
+FAMILY = (
+    "soflow_b4 soflow_xl2 alphaflow_b2 alphaflow_b2_cfg alphaflow_xl2 shortcut_b2 fm_b2".split()
+)
+
+
+UNETS = ("cifar10_unet", "cifar10_unet_v0")
+
+
+@pytest.mark.parametrize("name", [*SIZES, *FAMILY, "ablation_b4", "cifar10", *UNETS])
 def test_headers(name):
     header = (ROOT / "configs" / f"{name}.yml").read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())

@@ -17,7 +17,7 @@ from jobs import (
     wait,
 )
 
-import evaluate
+from metrics import results as stored
 from utils import checkpoint, dataset, processes
 
 LAST = OPTIONS["training.num_steps"]
@@ -96,9 +96,9 @@ def test_killed_between_two_results_of_an_evaluation(jobs):
 
 def test_an_evaluation_that_is_repeated_takes_the_place_of_the_first(tmp_path):
     result = {"fid": 1.0, "weights": "ema", "checkpoint_step": 8, "sampling_times": [1.0, 0.0]}
-    evaluate.save_results(tmp_path, [result, {**result, "weights": "params"}])
-    evaluate.save_results(tmp_path, [{**result, "fid": 2.0}, {**result, "checkpoint_step": 16}])
-    evaluate.save_results(tmp_path, [{**result, "fid": 3.0, "weights_checksum": "of others"}])
+    for change in ({}, {"weights": "params"}, {"fid": 2.0}, {"checkpoint_step": 16}):
+        stored.save(tmp_path, result | change)
+    stored.save(tmp_path, result | {"fid": 3.0, "weights_checksum": "of others"})
     found = [(r["weights"], r["checkpoint_step"], r["fid"]) for r in results(tmp_path)]
     assert found == [("params", 8, 1.0), ("ema", 8, 2.0), ("ema", 16, 1.0), ("ema", 8, 3.0)]
 

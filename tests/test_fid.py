@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metrics import distances
+from metrics import distances, neighbours
 from metrics.reference import load_reference, save_reference
 
 DIM = 24
@@ -226,22 +226,22 @@ def test_golden_inception_score(golden):
 def test_precision_and_recall_of_known_sets():
     rng = np.random.default_rng(8)
     reference = rng.standard_normal((50, 4)).astype(np.float32)
-    assert distances.precision_recall(reference, reference) == (1, 1)
-    assert distances.precision_recall(reference, reference + 100) == (0, 0)
+    assert neighbours.precision_recall(reference, reference) == (1, 1)
+    assert neighbours.precision_recall(reference, reference + 100) == (0, 0)
     # The generated samples are half of the reference: nothing is wrong, something is missing.
     line = np.arange(40, dtype=np.float32)[:, None]
-    precision, recall = distances.precision_recall(line, line[:20])
+    precision, recall = neighbours.precision_recall(line, line[:20])
     assert precision == 1 and recall == 23 / 40  # the balls of radius 3 reach samples 20 to 22
     with pytest.raises(ValueError, match="3 generated samples"):
-        distances.precision_recall(reference, reference[:3])
+        neighbours.precision_recall(reference, reference[:3])
 
 
 def test_precision_and_recall_do_not_depend_on_the_block_size():
     rng = np.random.default_rng(9)
     reference = rng.standard_normal((70, 5)).astype(np.float32)
     generated = 0.3 + rng.standard_normal((60, 5)).astype(np.float32)
-    whole = distances.precision_recall(reference, generated)
-    assert distances.precision_recall(reference, generated, rows=16) == whole
+    whole = neighbours.precision_recall(reference, generated)
+    assert neighbours.precision_recall(reference, generated, rows=16) == whole
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
 
 
@@ -249,7 +249,7 @@ def test_precision_and_recall_do_not_depend_on_the_block_size():
 def test_golden_precision_and_recall(golden):
     sets = np.load(golden / "inception" / "sets.npz")
     expected = json.loads((golden / "inception" / "expected.json").read_text())
-    found = distances.precision_recall(sets["ref_pool"], sets["gen_pool"], expected["nearest_k"])
+    found = neighbours.precision_recall(sets["ref_pool"], sets["gen_pool"], expected["nearest_k"])
     np.testing.assert_allclose(found, (expected["precision"], expected["recall"]), rtol=1e-6)
 
 
@@ -267,7 +267,8 @@ def test_reference_round_trip(tmp_path):
         np.testing.assert_array_equal(read[name], value)
     np.savez(tmp_path / "b.npz", ref_mu=mu.astype(np.float32), ref_sigma=sigma)
     read = load_reference(tmp_path / "b.npz")
-    assert read["mu"].dtype == np.float64 and read["mu_s"] is None and read["resize"] is None
+    assert read["mu"].dtype == np.float64 and read["mu_s"] is None
+    assert read["resize"] == "half_pixel"
     np.testing.assert_array_equal(read["sigma"], sigma)
 
 

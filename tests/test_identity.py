@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, write_records
 
-import evaluate
 import main
-from metrics import provenance, reference
+from metrics import provenance, reference, results
 from models import vae
 from scripts.prepare import statistics
 from utils import dataset, environment, identity, locks, processes
@@ -158,7 +157,7 @@ def test_the_options_of_the_weights_come_with_them(trained, tmp_path, capsys, ca
 
 def test_results_of_jobs_that_write_at_once_are_all_kept(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: evaluate.save_result(tmp_path, {"fid": 1.0, "seed": i}), range(40)))
+        list(pool.map(lambda i: results.save(tmp_path, {"fid": 1.0, "seed": i}), range(40)))
     found = json.loads((tmp_path / "results.json").read_text())
     assert sorted(result["seed"] for result in found) == list(range(40))
     with locks.alone(tmp_path / "results.json"):  # and nobody holds it any more
@@ -212,7 +211,7 @@ def test_statistics_that_are_there_are_those_asked_for(tmp_path, capsys):
     items = [("val/a/0.png", 0), ("val/a/1.png", 0)]
     statistics.check(args, "val", items)  # there are none
     said = statistics.asked(args, "val", items) | {"number": 2, "images": DIGEST, "weights": "w"}
-    reference.save_reference(path, np.zeros(3), np.eye(3), said=said)
+    reference.save_reference(path, np.zeros(3), np.eye(3), **said)
     statistics.check(args, "val", items)
     for split, other, change in (
         ("train", items, {}),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from inception_writer import FORMATS, random_weights, write_pth
 
-from metrics import inception, inception_weights
+from metrics import inception, inception_weights, weight_files
 
 TOLERANCE = {"pool": 1.5e-4, "logits": 5e-4, "spatial": 1.5e-4}
 
@@ -67,10 +67,10 @@ def test_the_digest_is_that_of_the_weights_not_of_the_file(tmp_path, weights, pa
     digests = set()
     for name in ("legacy.pth", "inception_v3_weights_fid.pickle"):
         FORMATS[name](tmp_path / name, weights)
-        digests.add(inception_weights.digest(inception_weights.read(tmp_path / name)))
-    assert digests == {inception_weights.digest(params)} and len(digests.pop()) == 64
+        digests.add(weight_files.digest(inception_weights.read(tmp_path / name)))
+    assert digests == {weight_files.digest(params)} and len(digests.pop()) == 64
     other = params | {"fc": {"kernel": params["fc"]["kernel"], "bias": params["fc"]["bias"] + 1}}
-    assert inception_weights.digest(other) != inception_weights.digest(params)
+    assert weight_files.digest(other) != weight_files.digest(params)
 
 
 # --------------------------------------------------------------------------- strictness, errors
@@ -142,7 +142,7 @@ def test_weights_are_found_and_kept(tmp_path, monkeypatch, weights, params):
     monkeypatch.setattr(inception_weights.torch_files, "load", None)  # not read a second time
     second = inception_weights.load()
     for found in (first, second, inception_weights.load(source)):
-        assert inception_weights.digest(found) == inception_weights.digest(params)
+        assert weight_files.digest(found) == weight_files.digest(params)
 
     kept = next(cache.iterdir())
     monkeypatch.undo()
@@ -150,10 +150,8 @@ def test_weights_are_found_and_kept(tmp_path, monkeypatch, weights, params):
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     kept.write_bytes(kept.read_bytes()[:1000])  # damaged: made anew
     source.rename(cache / inception_weights.PTH_NAME)
-    assert inception_weights.digest(inception_weights.load()) == inception_weights.digest(params)
-    assert inception_weights.digest(inception_weights.load(kept)) == inception_weights.digest(
-        params
-    )
+    assert weight_files.digest(inception_weights.load()) == weight_files.digest(params)
+    assert weight_files.digest(inception_weights.load(kept)) == weight_files.digest(params)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_no_error(tmp_path, monkeypatch, weights, params):
@@ -161,4 +159,4 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(tmp_path, monkeypatch, w
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     write_pth(tmp_path / "weights.pth", weights)
     found = inception_weights.load(tmp_path / "weights.pth")
-    assert inception_weights.digest(found) == inception_weights.digest(params)
+    assert weight_files.digest(found) == weight_files.digest(params)

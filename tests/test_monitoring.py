@@ -75,7 +75,7 @@ def test_what_tensorboard_shows(run, events):
     scalars = {
         "loss", "v_loss", "raw_loss/all", "raw_loss/r=t", "raw_loss/r<t", "grad_norm",
         "update_norm", "param_norm", "learning_rate", "images_per_second", "mfu", "epoch",
-        "fid/ema_1step", "fid/ema_0.0_1step", "fid/params_1step",
+        "fid@24/ema_1step", "fid@24/ema_0.0_1step", "fid@24/params_1step",
     }  # fmt: skip
     buckets = {f"raw_loss/t={i / 4:g}-{(i + 1) / 4:g}" for i in range(4)}
     shown = set(events.Tags()["scalars"])
@@ -84,7 +84,7 @@ def test_what_tensorboard_shows(run, events):
         points = {event.step: event.value for event in events.Scalars(name)}
         assert points == pytest.approx(column(run[1], name))
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 7]
-    assert [event.step for event in events.Scalars("fid/ema_1step")] == [3, 6, 7]
+    assert [event.step for event in events.Scalars("fid@24/ema_1step")] == [3, 6, 7]
 
 
 def test_the_numbers_belong_to_their_steps(run):
@@ -119,7 +119,7 @@ def test_mfu(run, monkeypatch):
 
 def test_each_average_is_evaluated_by_itself(run):
     _, workdir, _ = run
-    ema, last, params = (column(workdir, f"fid/{n}_1step") for n in ("ema", "ema_0.0", "params"))
+    ema, last, params = (column(workdir, f"fid@24/{n}_1step") for n in ("ema", "ema_0.0", "params"))
     assert last == params  # an average that forgets everything is the weights
     assert all(ema[step] != params[step] for step in (3, 6, 7))
     results = json.loads((workdir / "results.json").read_text())
@@ -157,7 +157,7 @@ def test_the_config_as_text_and_in_the_table_of_runs(run, events):
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = hparams_metadata.parse_experiment_plugin_data(content)
     metrics = [info.name.tag for info in experiment.metric_infos]
-    assert metrics == ["raw_loss/all", "fid/ema_1step"]
+    assert metrics == ["raw_loss/all", "fid@24/ema_1step"]
     assert set(metrics) <= set(events.Tags()["scalars"])
 
 

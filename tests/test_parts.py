@@ -26,7 +26,10 @@ def test_every_option_says_whether_a_run_may_change_it():
         ),
         ("model.cls=DiT_B_3", "model.cls: unknown network 'DiT_B_3'; known: DiT_S_2, "),
         ("model.cls=DiT", "model.cls: DiT needs model.depth, model.hidden_size, model.num_heads, "),
-        ("sampling.method=rk4", "sampling.method is one of ode | euler | heun, not 'rk4'"),
+        (
+            "sampling.method=rk4",
+            "sampling.method is of ode | euler | heun | consistency, not 'rk4'",
+        ),
         ("sampling.omega=2", "sampling.omega: the guidance of method.name meanflow is trained in"),
     ],
 )

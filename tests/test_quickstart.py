@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-import evaluate
 import main
+from metrics import results as stored
 from scripts import evaluate_images, prepare_dataset
 from utils import fid, processes
 
@@ -54,14 +54,14 @@ def test_a_run_leaves_everything_behind(finished):
     losses = [line["raw_loss/all"] for line in lines if "raw_loss/all" in line]
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30]
     assert losses[-1] < losses[0]
-    assert lines[-1]["fid/ema_1step"] > 0
+    assert lines[-1]["fid@100/ema_1step"] > 0
     assert [path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()] == [
         "30"
     ]
     grid = Image.open(finished / "samples" / "grid_00000030.png")
     assert grid.size == (360, 360) and grid.mode == "L"  # ten classes, ten columns, framed
     (result,) = json.loads((finished / "results.json").read_text())
-    assert result["evaluator"] == "pixels in [0, 1]" and result["num_samples"] == 100
+    assert result["evaluator"] == "meanflow, but features pixels" and result["num_samples"] == 100
     assert list(finished.glob("events*"))
 
 
@@ -79,15 +79,16 @@ def evaluated(finished, tmp_path_factory):
     assert main.main(arguments(workdir, *EVAL, f"--config.load_from={finished}")) == 0
     results = json.loads((workdir / "results.json").read_text())
     (line,) = (workdir / "evaluation" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 30} | evaluate.scalars(results)
+    assert json.loads(line) == {"step": 30} | stored.scalars(results)
     return results
 
 
 def test_evaluation_gives_a_table(evaluated, finished):
-    header, *lines = evaluate.table(evaluated).splitlines()
-    assert header.split() == ["weights", "steps", "fid"]
+    header, *lines = stored.table(evaluated).splitlines()
+    assert header.split() == ["weights", "sampler", "steps", "fid"]
     assert [line.split() for line in lines] == [
-        [r["weights"], str(r["num_steps"]), f"{r['fid']:.4f}"] for r in evaluated
+        [r["weights"], "ode", str(r["num_steps"]), f"{r['fid']:.4f}"]
+        for r in sorted(evaluated, key=lambda r: r["fid"])
     ]
     keys = [(result["weights"], result["num_steps"]) for result in evaluated]
     assert keys == [("ema", 1), ("ema", 2), ("params", 1), ("params", 2)]

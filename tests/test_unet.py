@@ -145,7 +145,7 @@ def test_flops():
         ({"dropout": 1.0}, "dropout"),
         ({"resample_filter": (1, 2, 1)}, "resample_filter"),
         ({"augment_dim": 9}, "augment_dim"),
-        ({"num_blocks": 0}, "num_blocks"),
+        ({"channel_mult": (1, 0)}, "channel_mult"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):
@@ -189,6 +189,38 @@ def test_laws_of_the_draws():
                   - np.eye(11)).max() < 0.08  # fmt: skip
 
 
+SHARED = """
+import re, sys, jax, numpy as np
+sys.path.insert(0, "tests")
+from models import codec, network
+from utils import sharding
+from test_unet import make, perturbed
+
+def step(batch, params, key):
+    x, given = codec.Codec(augment_prob=0.5, flip=True).encode(batch, key)
+    c = given | {"t": x[:, 0, 0, 0], "h": x[:, 0, 0, 1]}
+    return x, given["augment"], network.function(make())(params, (x, c), key=key)[0].u
+
+mesh, params, key = sharding.make_mesh(1), perturbed(make()), jax.random.key(3)
+images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+batch = {"image": images, "label": np.zeros(16, np.int32)}
+alone = jax.jit(step)(batch, params, key)
+rows = sharding.by_row(mesh)
+compiled = jax.jit(step, in_shardings=(rows, None, None), out_shardings=rows).lower(
+    batch, params, key).compile()
+print(re.findall(r" (all-\\w+|collective-\\w+|reduce-scatter)\\(", compiled.as_text()))
+shared = compiled(jax.device_put(batch, rows), params, key)
+for a, b in zip(alone, shared):
+    assert len(b.sharding.device_set) == 4
+    np.testing.assert_allclose(a, b, atol=1e-5)
+"""
+
+
+def test_devices_share_a_batch_without_a_word(run_python):
+    """Augmentation and dropout are the same on any number of devices, and move no image."""
+    assert run_python(SHARED, devices=4).stdout.strip() == "[]"
+
+
 # Published checkpoints
 
 
@@ -228,6 +260,17 @@ def test_published_checkpoint(tmp_path):
     for tree, name in zip((found["params"], *found["ema_params"]),
                           ("net", "net_ema1", "net_ema", "net_ema2"), strict=True):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, tree, nets[name])
+
+
+def test_a_run_begins_with_a_published_checkpoint(tmp_path):
+    """By default with the average of the published FID."""
+    nets = write_checkpoint(tmp_path / "checkpoint-last.pth")
+    config = load_config.get_config("cifar10_unet")
+    config.init_from = str(tmp_path / "checkpoint-last.pth")
+    params, line = weights.begin(config, make(), perturbed(make(), 9))
+    jax.tree.map(np.testing.assert_array_equal, params, nets["net_ema1"])
+    count = len(jax.tree.leaves(params))
+    assert f"{count} of {count} parameters taken" in line
 
 
 @pytest.mark.parametrize(

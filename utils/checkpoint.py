@@ -11,15 +11,17 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. Builds on utils/files.py.
+with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/files.py.
 """
 
 import contextlib
 import inspect
 import json
 import logging
+import os
 import pathlib
 import re
+import shutil
 import sys
 import zlib
 
@@ -63,7 +65,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Writes checkpoints in the background, and keeps the newest three.
+    """Writes checkpoints in the background, and keeps the newest of them, or all.
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
 
@@ -72,24 +74,27 @@ class Checkpointer:
       identity: what the run is made from, see the module; goes into every checkpoint.
     """
 
-    def __init__(self, workdir, identity=None):
+    def __init__(self, workdir, kept=KEPT, identity=None):
         self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=kept, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = _Manager(folder(workdir).absolute(), options=options)
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
-        """Starts to write; returns as soon as the arrays are copied to the host.
+        """`write` for the items of a run."""
+        arrays = {"params": params, "ema_params": ema_params, "progress": progress}
+        self.write(step, arrays, {"data": data, "config": config, "identity": self._identity})
+
+    def write(self, step, arrays, plain):
+        """Starts to write trees of arrays and JSON values; returns when they are on the host.
 
         Raises:
           OSError: this or the last checkpoint could not be written, in one line.
         """
         self.wait()
-        arrays = {"params": params, "ema_params": ema_params, "progress": progress}
-        plain = {"data": data, "config": config, "identity": self._identity}
         plain["checksums"] = checksums(arrays, plain)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in plain.items()}
@@ -132,15 +137,51 @@ class Checkpointer:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
             self._saving = None
+            reason = files.system_reason(error) or _reason(error)
             raise OSError(
-                f"checkpoint {step} could not be written ({_reason(error)}); the ones before "
-                "are whole: make room, and the same command goes on from there"
+                f"checkpoint {step} could not be written ({reason}); the ones before are whole, "
+                "and the same command goes on from there"
             ) from error
+
+
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+
+
+def keep_best(workdir, step, metric, value):
+    """Keeps a checkpoint that is on disk as the best one, where `value` is better than any before.
+
+    It goes to WORKDIR/best, a folder like a run's own; the former best one is removed, and
+    best.json there says what it is.
+    """
+    best = pathlib.Path(workdir) / "best"
+    about = {"metric": metric, "value": float(value), "step": step}
+    file = best / "best.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    if known.get("metric") == metric and not sign * value < sign * known["value"]:
+        return
+    folder(best).mkdir(parents=True, exist_ok=True)
+    if step not in steps(best):
+        with files.complete(folder(best) / str(step)) as unfinished:
+            shutil.copytree(_path(workdir, step), unfinished, copy_function=_link)
+    files.write_text(file, json.dumps(about) + "\n")
+    for old in steps(best):
+        if old != step:
+            shutil.rmtree(folder(best) / str(old))
+
+
+def _link(source, target):
+    """A second name for a file, which takes no room, or a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sums_of_bits(tree):
     # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    return [x.view("uint32").sum(dtype="uint32") for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    return [x.view(f"uint{8 * x.dtype.itemsize}").sum(dtype="uint32") for x in leaves]
 
 
 _sums_on_device = jax.jit(_sums_of_bits)
@@ -150,7 +191,7 @@ def checksums(arrays, plain):
     """Checksums of the items of a checkpoint: name -> int.
 
     Args:
-      arrays: trees of arrays of 32 bits per number, all on devices or all numpy.
+      arrays: trees of arrays of 16 or 32 bits per number, all on devices or all numpy.
       plain: what JSON holds.
     """
     on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)

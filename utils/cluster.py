@@ -12,10 +12,12 @@ from typing import NamedTuple
 from jax._src.clusters import ClusterEnv
 
 NAMES = {
-    "slurm": "SLURM (SLURM_NTASKS, SLURM_PROCID)",
-    "ompi": "Open MPI (OMPI_COMM_WORLD_SIZE)",
-    "k8s": "Kubernetes (KUBERNETES_SERVICE_HOST)",
-}  # of what a shell may be inside of without meaning it; others are TPU slices
+    "SlurmCluster": "SLURM (SLURM_NTASKS, SLURM_PROCID)",
+    "OmpiCluster": "Open MPI (OMPI_COMM_WORLD_SIZE)",
+    "K8sCluster": "Kubernetes (KUBERNETES_SERVICE_HOST)",
+    "GceTpuCluster": "the TPU slice",
+    "GkeTpuCluster": "the TPU slice",
+}
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 
 
@@ -56,15 +58,15 @@ def find(timeout, described=False):
     name = "the environment"
     try:
         for kind in ClusterEnv._cluster_types:
-            name = NAMES.get(kind.name, kind.name)
+            name = NAMES.get(kind.__name__, kind.__name__)
             if not kind.opt_in_only_method and kind.is_env_present():
                 break
         else:
             return None
-        if kind.name == "slurm" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        if kind.__name__ == "SlurmCluster" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
             return None  # a shell inside an allocation, which counts the tasks of others
         found = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, kind.name, timeout
+            None, None, None, None, kind.name or None, timeout
         )
         address, count, index, local_devices = found
         return Job(str(address), int(count), int(index), local_devices, name)
@@ -73,7 +75,8 @@ def find(timeout, described=False):
             return None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logging.warning(
-            "%s does not say which processes belong to this job (%s: %s): this one runs alone", name, type(error).__name__, reason,
+            "%s does not say which processes belong to this job (%s: %s): this one runs alone",
+            name, type(error).__name__, reason,
         )  # fmt: skip
         return None
 
@@ -88,7 +91,7 @@ def announcement(job, timeout):
 
 def alone(job):
     """How to run without the others."""
-    started = "; srun starts them all" if job.name == NAMES["slurm"] else ""
+    started = "; srun starts them all" if job.name == NAMES["SlurmCluster"] else ""
     return f"{started}; --num_processes=1 runs this one alone"
 
 

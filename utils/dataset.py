@@ -71,8 +71,8 @@ def _writing(path):
     try:
         yield
     except RuntimeError as error:  # of ArrayRecord, whatever the system said
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} cannot be written ({reason}); make room, and go on") from error
+        reason = files.system_reason(error) or _first_line(error)
+        raise OSError(f"{path} cannot be written ({reason})") from error
 
 
 def is_dataset(root):

@@ -17,6 +17,9 @@ SYSTEM = (
 )  # fmt: skip
 
 
+ROOM = (errno.ENOSPC, errno.EDQUOT)  # too little of it
+
+
 @contextlib.contextmanager
 def complete(path):
     """Gives a path beside `path` for what is unfinished, which takes its place at the end.
@@ -46,11 +49,10 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        reason = system_reason(error)
         named = error.filename is not None and f"unfinished-{Path(path).name}-" not in str(error)
-        if not reason or named or str(path) in str(error):
+        if error.errno not in SYSTEM or named:
             raise
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise OSError(f"{path} cannot be written: {system_reason(error)}") from error
 
 
 def write_text(path, text):
@@ -100,7 +102,7 @@ def _hint(number):
     if number == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f" (this process may have {soft}, at most {hard}: see ulimit -n)"
-    return "; make room, and go on" if number in (errno.ENOSPC, errno.EDQUOT) else ""
+    return "; make room, and go on" if number in ROOM else ""
 
 
 def allow_open_files(count):

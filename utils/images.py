@@ -23,7 +23,7 @@ def center_crop(image, size):
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if max(width, height) > LONG * size:  # the same pixels, without all those that are cut off
+    if max(width, height) > LONG * size:  # the same, to rounding, without all that is cut off
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -36,12 +36,15 @@ def to_float(images):
     return images.astype("float32") / 127.5 - 1
 
 
-def to_uint8(images):
-    """float [-1, 1] -> uint8: `clip(127.5 x + 128, 0, 255)` truncated, numpy or jax, any shape.
+def to_uint8(images, rounding="nearest"):
+    """float [-1, 1] -> uint8, numpy or jax, any shape.
 
-    The published sampler's rounding; it is the inverse of `to_float` on its values.
+    `nearest`: `clip(127.5 x + 128, 0, 255)` truncated, the published sampler's; it is the inverse
+    of `to_float` on its values. `down`: `clip(127.5 (x + 1), 0, 255)` truncated, ADM's, half a
+    level darker.
     """
-    return (127.5 * images.astype("float32") + 128).clip(0, 255).astype("uint8")
+    offset = 128 if rounding == "nearest" else 127.5
+    return (127.5 * images.astype("float32") + offset).clip(0, 255).astype("uint8")
 
 
 def grid(images, columns):

@@ -16,7 +16,7 @@ import sys
 
 import parts
 from scripts.measure import check, compile, costs, data, evaluation, table, train
-from utils import environment
+from utils import environment, signals
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -63,4 +63,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signals.outlive_readers()
     sys.exit(main())

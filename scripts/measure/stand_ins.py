@@ -1,12 +1,14 @@
 """The evaluation without weight files: for measuring and for compiling ahead."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import evaluate
 import sample
-from metrics import features, inception_weights, scorer
+from metrics import evaluators, features, inception_weights, scorer
 from models import vae
 from utils import sharding
 
@@ -24,11 +26,12 @@ def evaluator(config, model):
         autoencoder = vae.load(config.dataset.vae, dtype=dtype)
     x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
-    if config.fid.features == "pixels":
-        network = features.load(config.fid)
+    options = evaluators.fill(config.fid, config.dataset.vae != "none")
+    if options.features == "pixels":
+        network = features.load(options)
     else:
-        network = features.of_inception(inception_shapes(), config.fid.resize, None)
-    score = scorer.Scorer(network, model.mesh, config.fid, images.shape[1:])
+        network = features.of_inception(inception_shapes(), options.resize, None)
+    score = scorer.Scorer(network, model.mesh, options, images.shape[1:])
     return evaluate.Evaluator(model, autoencoder, score, config.sampling)
 
 
@@ -62,24 +65,23 @@ def stages(evaluator):
     params = model.param_shapes()
     params = sharding.with_shardings(params, sharding.by_parameter(mesh, params))
     vae_params, feature_params = copied(autoencoder.params), copied(score.features.params)
-    dim, metrics = score.dim, score.options.metrics
-    statistics = copied(jax.eval_shape(lambda: scorer.init_statistics(metrics, dim)))
+    statistics = copied(jax.eval_shape(lambda: score.init(score.options.num_samples)))
     start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     times = jax.ShapeDtypeStruct((count + 1,), jnp.float32, sharding=everywhere)
     guidance = sample.guidances(evaluator.options)[0]
     x = jax.ShapeDtypeStruct((score.batch_size, *model.image_shape), jnp.float32, sharding=rows)
     shape = (score.batch_size, *score.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
-
-    def sampling(params, start, times, guidance):
-        return evaluator.images(params, {}, start, times, guidance, lambda _, x: x)[0]
-
+    method = evaluator.options.method[0]
     return {
-        "sampling": (jax.jit(sampling), (params, start, times, guidance)),
+        "sampling": (partial(evaluator.draw, sampler=method), (params, start, times, guidance)),
         "decoding": (jax.jit(autoencoder.decode), (vae_params, x)),
-        "features": (jax.jit(score.features.apply), (feature_params, images)),
+        "features": (
+            jax.jit(score.features.apply, compiler_options=scorer.compiler_options(mesh)),
+            (feature_params, images),
+        ),
         "whole": (
-            evaluator.step,
+            partial(evaluator.step, sampler=method),
             (statistics, params, vae_params, feature_params, start, times, guidance),
         ),
     }

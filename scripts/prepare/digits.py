@@ -15,16 +15,19 @@ def run(args):
     if dataset.is_dataset(output):
         return print(f"{output} is there already; nothing to do")
     digits = load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
-    classes = [str(name) for name in digits.target_names]
+    known = [str(name) for name in digits.target_names]
+    classes = list(args.classes) or known
+    if not set(classes) <= set(known):
+        raise ValueError(f"--classes: are of {','.join(known)}, got {','.join(classes)}")
+    kept = np.isin(digits.target_names[digits.target].astype(str), classes)
+    images = np.round(digits.images[kept] * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
+    labels = [classes.index(str(target)) for target in digits.target[kept]]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         # A folder of its own until it is whole: it is small, and made again if interrupted.
         with files.complete(output) as unfinished:
             unfinished.mkdir()
-            examples = (
-                {"image": x, "label": y} for x, y in zip(images, digits.target, strict=True)
-            )
+            examples = ({"image": x, "label": y} for x, y in zip(images, labels, strict=True))
             count = dataset.write_shard(dataset.shard_path(unfinished, "train", 0, 1), examples)
             dataset.write_metadata(
                 unfinished, "image", images.shape[1:], np.uint8, classes, {"train": [count]}

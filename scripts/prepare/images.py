@@ -89,6 +89,8 @@ def list_images(root, splits=(), listing=None):
                 f"{folder / empty[0]} is a class folder without images, one of {len(empty)}: take "
                 "them away, or put the images there; a class without images would move the labels"
             )
+        for name in empty:
+            listing.leave_out("class folders without images", folder / name)
         prefix = folder.relative_to(root)
         items[split] = [
             (str(prefix / name / file), labels[name])

@@ -75,7 +75,7 @@ def write(args, split, items, decode):
         images.join(identity.Sum(str(part["images"])))
     number = sum(int(part["count"]) for part in found)
     said |= {"number": number, "images": str(images), "weights": str(found[0]["weights"])}
-    reference.save_reference(path, **join(found), said=said)
+    reference.save_reference(path, **join(found), **said)
     for part in parts:
         part.unlink(missing_ok=True)
     print(f"statistics of {number} {split} images -> {path}", flush=True)

@@ -17,7 +17,7 @@ from configs import default
 from formats import published_cifar
 from methods import meanflow, path
 from models import augment, codec, network, unet
-from utils import trees
+from utils import averages, trees
 
 pytestmark = pytest.mark.parity
 
@@ -229,7 +229,7 @@ def test_averages():
     for decay, of_decay in zip(info["decays"], expected, strict=True):
         average = ARRAYS["ema/initial"]
         for step, (p, wanted) in enumerate(zip(params, of_decay, strict=True)):
-            average = train.averaged(decay, info["period"], step, average, p)
+            average = averages.by_decay(decay, info["period"], step + 1, average, p)
             np.testing.assert_allclose(average, wanted, atol=1e-6, rtol=1e-6)
 
 

@@ -1,0 +1,155 @@
+"""Weights of SiT, REPA and DiT (`.pt`) as starting points for models/dit.py.
+
+Such a file is a state dict, or what a training run saved: {"model", "ema", "opt", "args"}. The
+three share the transformer's names, which are in `_layers`, and differ in what they predict:
+
+  sit   x - e at a time that is 1 at the data (github.com/willisma/SiT): turned here, see `_turned`
+  repa  e - x at a time that is 1 at the noise (github.com/sihyun-yu/REPA): as here
+  dit   the noise, on another path of 1,000 times (github.com/facebookresearch/DiT): no exact map,
+        so the embedders of the times and the last layer begin anew
+
+A file does not say which it is, and a wrong guess trains without an error: it has to be named. None
+has an embedder of h: its last layer begins at zero, so that u does not depend on h at first.
+Reading is strict: each key is used once or named here as dropped, and each shape is checked.
+Builds on formats/torch_files.py, formats/start.py and utils/trees.py.
+"""
+
+import re
+
+import numpy as np
+
+from formats import start, torch_files
+from utils import trees
+
+FREQUENCIES = 256  # of the sinusoidal time embedding
+MAX_PERIOD = 10000.0
+CONVENTIONS = ("sit", "repa", "dit")
+
+
+def recognises(path):
+    """Whether a path is named like one of these files."""
+    return str(path).endswith(".pt")
+
+
+def load(path, weights, convention):
+    """Reads a starting point.
+
+    Args:
+      path: the `.pt` file.
+      weights: `ema` or `params`: which set, where the file has both.
+      convention: one of CONVENTIONS.
+
+    Returns:
+      `start.Start`, its arrays under the names of models/dit.py.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file or keys of another kind; one line.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(
+            f"init_format: {path} does not say what its network predicts; name it: "
+            f"{' | '.join(CONVENTIONS)}, not {convention!r}"
+        )
+    state, where = _state(torch_files.load(path), path, weights)
+    projectors = sorted(name for name in state if name.startswith("projectors."))
+    dropped = ["pos_embed", *projectors]
+    positions = state.get("pos_embed")
+    state = {name: array for name, array in state.items() if name not in dropped}
+    arrays, sigma = _arrays(state, where)
+    if sigma:
+        dropped.append("the sigma half of final_layer.linear")
+    fresh = ("h_embedder/fc1", "r_embedder/fc1")
+    if convention == "sit":
+        _turn(arrays)
+    if convention == "dit":
+        begin_anew = ("t_embedder", "final_layer")
+        dropped += sorted({name.split("/")[0] for name in arrays if name.startswith(begin_anew)})
+        arrays = {k: v for k, v in arrays.items() if not k.startswith(begin_anew)}
+        return start.Start(
+            arrays, (*begin_anew, "h_embedder", "r_embedder"), (), dropped, positions
+        )
+    return start.Start(arrays, fresh, ("h_embedder/fc2", "r_embedder/fc2"), dropped, positions)
+
+
+def _state(content, path, weights):
+    """The state dict of a file, and how to name it."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
+    if "pos_embed" in content:
+        return content, str(path)
+    name = {"ema": "ema", "params": "model"}[weights]
+    if not isinstance(content.get(name), dict):
+        raise ValueError(f"{path}: holds {', '.join(map(str, content))}, and no weights {name!r}")
+    return content[name], f"{path}: {name}"
+
+
+def _layers(D, p, C, out):
+    """{our layer: (their layer, shape of its torch weight)}; "{}" stands for the block."""
+    block = "blocks.{}"
+    return {
+        "x_embedder": ("x_embedder.proj", (D, C, p, p)),
+        "t_embedder/fc1": ("t_embedder.mlp.0", (D, FREQUENCIES)),
+        "t_embedder/fc2": ("t_embedder.mlp.2", (D, D)),
+        "blocks/attn/qkv": (f"{block}.attn.qkv", (3 * D, D)),
+        "blocks/attn/proj": (f"{block}.attn.proj", (D, D)),
+        "blocks/mlp/fc1": (f"{block}.mlp.fc1", (4 * D, D)),
+        "blocks/mlp/fc2": (f"{block}.mlp.fc2", (D, 4 * D)),
+        "blocks/adaLN": (f"{block}.adaLN_modulation.1", (6 * D, D)),
+        "final_layer/adaLN": ("final_layer.adaLN_modulation.1", (2 * D, D)),
+        "final_layer/linear": ("final_layer.linear", (out, D)),
+    }
+
+
+def _arrays(state, where):
+    """A state dict without its positions -> ({our name: float32 array}, whether sigma was cut)."""
+    patch = np.shape(state.get("x_embedder.proj.weight"))
+    table = np.shape(state.get("y_embedder.embedding_table.weight"))
+    last = np.shape(state.get("final_layer.linear.weight"))
+    if (len(patch), len(table), len(last)) != (4, 2, 2):
+        raise ValueError(f"{where}: not the weights of a SiT, REPA or DiT")
+    D, C, p, _ = patch
+    sigma = last[0] == 2 * p * p * C
+    layers = _layers(D, p, C, last[0] if sigma else p * p * C)
+    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
+    depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
+
+    shapes = {"y_embedder.embedding_table.weight": (table[0], D)}
+    for theirs, shape in layers.values():
+        for name in _sources(theirs, depth):
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    trees.check_shapes(shapes, state, where)
+
+    arrays = {"y_embedder/embedding": state["y_embedder.embedding_table.weight"]}
+    for ours, (theirs, shape) in layers.items():
+        order = (2, 3, 1, 0) if len(shape) == 4 else (1, 0)
+        sources = _sources(theirs, depth)
+        kernels = [np.transpose(state[f"{name}.weight"], order) for name in sources]
+        biases = [state[f"{name}.bias"] for name in sources]
+        stack = np.stack if "{}" in theirs else (lambda only: only[0])
+        arrays |= {f"{ours}/kernel": stack(kernels), f"{ours}/bias": stack(biases)}
+    if sigma:  # (p, p, 2 C): the first C channels are the velocity
+        for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
+            a = arrays[name].reshape(*arrays[name].shape[:-1], p * p, 2 * C)
+            arrays[name] = a[..., :C].reshape(*a.shape[:-2], p * p * C)
+    return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, sigma
+
+
+def _sources(theirs, depth):
+    return [theirs.format(i) for i in range(depth)] if "{}" in theirs else [theirs]
+
+
+def _turn(arrays):
+    """Turns the direction of time and of the velocity, by the parameters alone.
+
+    u(z, t, 0, y) = -SiT(z, 1 - t, y). cos w (1 - t) and sin w (1 - t) are linear in cos w t and
+    sin w t, so the first kernel of the time embedder takes the new time; the last layer the sign.
+    """
+    half = FREQUENCIES // 2
+    w = MAX_PERIOD ** -(np.arange(half) / half)[:, None]
+    kernel = np.float64(arrays["t_embedder/fc1/kernel"])
+    cos, sin = kernel[:half], kernel[half:]
+    turned = [np.cos(w) * cos + np.sin(w) * sin, np.sin(w) * cos - np.cos(w) * sin]
+    arrays["t_embedder/fc1/kernel"] = np.float32(np.concatenate(turned))
+    for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
+        arrays[name] = -arrays[name]

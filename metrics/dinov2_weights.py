@@ -1,0 +1,199 @@
+"""Weights of DINOv2: finding the file, reading either published form, making `dinov2`'s tree.
+
+Known are Meta's `dinov2_vitl14_pretrain.pth` (and vits14, vitb14) and Hugging Face's
+`model.safetensors` (`facebook/dinov2-large`, ...). No torch is needed, nothing is executed, and
+the mapping is strict: each array is consumed once, each shape checked. Width, depth and table
+follow from the file. Builds on formats/torch_files.py, metrics/dinov2.py, metrics/weight_files.py
+and utils/trees.py.
+"""
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from formats import torch_files
+from metrics import dinov2, weight_files
+from utils import trees
+
+FILE_NAMES = (
+    "dinov2_vitl14_pretrain.pth",
+    "dinov2-large.safetensors",
+    "dinov2_vitb14_pretrain.pth",
+    "dinov2-base.safetensors",
+)
+SIZES = {(384, 12): "ViT-S/14", (768, 12): "ViT-B/14", (1024, 24): "ViT-L/14"}  # width, depth
+
+
+def load(path=None):
+    """The parameters of `dinov2.features`, numpy float32.
+
+    `path` (option `fid.dinov2_weights`), else the environment variable DINOV2_WEIGHTS, else a file
+    of one of FILE_NAMES in the cache folder.
+
+    Raises:
+      FileNotFoundError: which file is needed, and where.
+      ValueError: a file of another network (one with registers is named), or a damaged one.
+    """
+    return read(find(path))
+
+
+def find(path=None):
+    """The weight file that `load` will read, as a pathlib.Path; raises FileNotFoundError."""
+    advice = (
+        f"no DINOv2 weights: put {FILE_NAMES[0]} (published with "
+        "github.com/facebookresearch/dinov2), or the model.safetensors of facebook/dinov2-large "
+        f"as {FILE_NAMES[1]}, into {weight_files.cache_folder()}, or name a file in "
+        "fid.dinov2_weights or DINOV2_WEIGHTS"
+    )
+    return weight_files.find(path, "fid.dinov2_weights", "DINOV2_WEIGHTS", FILE_NAMES, advice)
+
+
+def name(params):
+    """The network's name for people, by its size."""
+    depth, width = params["blocks"]["ls1"].shape
+    return f"DINOv2 {SIZES.get((width, depth), f'of width {width}, depth {depth}')}"
+
+
+def read(path):
+    """Reads a weight file of either form, recognised by its content. Errors as `load`."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+        return convert(arrays, path, _from_huggingface)
+    arrays = torch_files.load(path)
+    if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        raise ValueError(f"{path}: not the weights of DINOv2: no plain dictionary of arrays")
+    return convert(arrays, path)
+
+
+def convert(arrays, where, rename=lambda arrays: arrays):
+    """{published name: array} -> the tree of `dinov2.features`; `where` opens an error line.
+
+    `rename` brings the names of another form to those of the `.pth`.
+    """
+    if any(name.endswith("register_tokens") for name in arrays):
+        raise ValueError(
+            f"{where}: DINOv2 with registers (register_tokens), whose features are others; take "
+            "the file without (dinov2_vitl14_pretrain.pth, facebook/dinov2-large)"
+        )
+    arrays = rename(arrays)
+    trees.check_shapes(_shapes(arrays, where), arrays, f"{where}: not the weights of DINOv2")
+    arrays = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+    for name, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{where}: {name} has values that are not finite")
+    depth = _depth(arrays)
+    blocks = [_block(arrays, f"blocks.{i}.") for i in range(depth)]
+    kernel = arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # OIHW -> HWIO
+    return {
+        "patch": {
+            "kernel": np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1])),
+            "bias": arrays["patch_embed.proj.bias"],
+        },
+        "cls_token": arrays["cls_token"][0, 0],
+        "positions": arrays["pos_embed"][0],
+        "blocks": _stack(blocks),
+        "norm": _norm(arrays, "norm"),
+    }
+
+
+def _depth(arrays):
+    indices = [name.split(".")[1] for name in arrays if name.startswith("blocks.")]
+    return 1 + max((int(i) for i in indices if i.isdigit()), default=-1)
+
+
+def _shapes(arrays, where):
+    """{published name: shape} of the network whose width, depth and table the arrays tell."""
+    told = {"cls_token": 3, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+    for name, ndim in told.items():
+        if np.ndim(arrays.get(name)) != ndim:
+            raise ValueError(f"{where}: not the weights of DINOv2: no {name} of {ndim} axes")
+    width, mlp = arrays["cls_token"].shape[-1], len(arrays["blocks.0.mlp.fc1.weight"])
+    side = round(max(arrays["pos_embed"].shape[1] - 1, 1) ** 0.5)
+    shapes = {
+        "cls_token": (1, 1, width),
+        "mask_token": (1, width),
+        "pos_embed": (1, side * side + 1, width),
+        "patch_embed.proj.weight": (width, 3, dinov2.PATCH, dinov2.PATCH),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    linears = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (mlp, width),
+        "mlp.fc2": (width, mlp),
+    }
+    for i in range(_depth(arrays)):
+        for name, shape in linears.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
+            shapes[f"blocks.{i}.{name}"] = (width,)
+        shapes |= {f"blocks.{i}.{name}.gamma": (width,) for name in ("ls1", "ls2")}
+    return shapes
+
+
+def _block(arrays, prefix):
+    def linear(name):
+        weight = arrays[f"{prefix}{name}.weight"]  # (out, in)
+        return {"kernel": weight.T, "bias": arrays[f"{prefix}{name}.bias"]}
+
+    return {
+        "norm1": _norm(arrays, f"{prefix}norm1"),
+        "qkv": linear("attn.qkv"),
+        "proj": linear("attn.proj"),
+        "ls1": arrays[f"{prefix}ls1.gamma"],
+        "norm2": _norm(arrays, f"{prefix}norm2"),
+        "fc1": linear("mlp.fc1"),
+        "fc2": linear("mlp.fc2"),
+        "ls2": arrays[f"{prefix}ls2.gamma"],
+    }
+
+
+def _norm(arrays, name):
+    return {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
+
+
+def _stack(blocks):
+    """Trees of the same structure -> one tree, its arrays with a first axis (depth,)."""
+    if isinstance(blocks[0], dict):
+        return {name: _stack([block[name] for block in blocks]) for name in blocks[0]}
+    return np.stack(blocks)
+
+
+_HUGGINGFACE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "layernorm": "norm",
+}
+
+
+def _from_huggingface(arrays):
+    """The names of `model.safetensors` -> those of the `.pth`; unknown ones stay as they are."""
+    found, thirds = {}, {}
+    for name, value in arrays.items():
+        parts = name.split(".")
+        prefix, rest = "", name
+        if parts[:2] == ["encoder", "layer"]:
+            prefix, rest = f"blocks.{parts[2]}.", ".".join(parts[3:])
+        if rest.startswith("attention.attention.") and len(parts) == 7:
+            thirds.setdefault(f"{prefix}attn.qkv.{parts[6]}", {})[parts[5]] = value
+            continue
+        stem, _, leaf = rest.rpartition(".")
+        rest = _HUGGINGFACE.get(rest) or f"{_HUGGINGFACE.get(stem, stem)}.{leaf}".lstrip(".")
+        found[prefix + rest] = value
+    for name, parts in thirds.items():
+        if parts.keys() == {"query", "key", "value"}:
+            found[name] = np.concatenate([parts["query"], parts["key"], parts["value"]])
+    return found

@@ -1,0 +1,63 @@
+"""Where the weights of feature networks are looked for. Nothing is downloaded.
+
+Builds on utils/files.py.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+
+from utils import files
+
+
+def cache_folder():
+    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+
+    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
+    """
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
+
+
+def find(given, option, variable, names, advice):
+    """The weight file to read, as a pathlib.Path.
+
+    Args:
+      given: what the option `option` says; else the environment variable `variable` counts, else
+        the first file of `names` in `cache_folder()`.
+      advice: what the error says where there is none.
+
+    Raises:
+      FileNotFoundError: no such file, or none at all.
+    """
+    for path, origin in ((given, option), (os.environ.get(variable), variable)):
+        if path:
+            path = files.user_path(path)
+            if not path.is_file():
+                raise FileNotFoundError(f"{origin}: no such file: {path}")
+            return path
+    for name in names:
+        if (cache_folder() / name).is_file():
+            return cache_folder() / name
+    raise FileNotFoundError(advice)
+
+
+def digest(tree):
+    """SHA-256 (hex) over a nested dict of arrays: the same for the same weights of any format."""
+    total = hashlib.sha256()
+    for name, value in sorted(flatten(tree).items()):
+        value = np.ascontiguousarray(value, np.float32)
+        total.update(f"{name}{value.shape}".encode())
+        total.update(value.tobytes())
+    return total.hexdigest()
+
+
+def flatten(tree, prefix=""):
+    """The arrays of a nested dict under dotted names; everything else is left out."""
+    flat = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, np.ndarray):
+            flat[f"{prefix}{key}"] = value
+    return flat

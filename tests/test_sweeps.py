@@ -1,0 +1,178 @@
+"""Power-function averages of a run, their snapshots, and sweeps over all of it."""
+
+import json
+import shutil
+
+import jax
+import make
+import numpy as np
+import pytest
+from jobs import Jobs, assert_equal_runs, results
+
+import evaluate
+import parts
+import weights as weights_of
+from metrics import results as stored
+from utils import averages, checkpoint, snapshots
+
+TRACKED = (0.05, 0.10)
+OPTIONS = {
+    "training.ema_sigma": ",".join(map(str, TRACKED)),
+    "training.ema_snapshot_per_epoch": 2,  # of 2 steps each
+    "fid.weights": "ema,ema_sigma0.05",
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def run(jobs):
+    """A run that tracked two profiles, from its beginning to its end."""
+    workdir = jobs.folder / "run"
+    jobs.train(workdir, OPTIONS)
+    return workdir
+
+
+def arrays_of(workdir, step):
+    root = snapshots.folder(workdir)
+    found = checkpoint.read_arrays(root, step, {"ema_params": None})
+    checkpoint.verify(root, step, found, checkpoint.read_plain(root, step))
+    return found["ema_params"]
+
+
+def test_snapshots_come_in_their_own_cadence_and_half_precision(run):
+    steps = checkpoint.steps(snapshots.folder(run))
+    assert steps == [4, 8, 12, 16, 20, 24]
+    averages = checkpoint.restore_weights(run)["ema_params"]
+    assert len(averages) == 1 + len(TRACKED)
+    for average, snapshot in zip(averages[1:], arrays_of(run, 24), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (average, snapshot)), strict=True):
+            assert (a.dtype, b.dtype) == (np.float32, np.float16)
+            np.testing.assert_array_equal(a.astype(np.float16), b)
+    first, last = (jax.tree.leaves(tree)[0] for tree in (averages[0], averages[1]))
+    assert np.abs(first - last).max() > 0  # each profile is its own
+
+
+def test_an_interrupted_run_leaves_the_same_snapshots(jobs, run):
+    """It goes on behind its last checkpoint, and takes what came after that anew."""
+    broken = jobs.folder / "broken"
+    shutil.copytree(run, broken)
+    for step in (20, 24):
+        shutil.rmtree(broken / "checkpoints" / str(step))
+    shutil.rmtree(snapshots.folder(broken) / "checkpoints" / "16")  # not yet complete
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 16]
+    (broken / "metrics.jsonl").write_text("".join(kept))
+    jobs.train(broken, OPTIONS)
+    assert_equal_runs(run, broken)
+    assert checkpoint.steps(snapshots.folder(broken)) == checkpoint.steps(snapshots.folder(run))
+    for step in checkpoint.steps(snapshots.folder(run)):
+        for a, b in zip(*(jax.tree.leaves(arrays_of(w, step)) for w in (run, broken)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def config(jobs):
+    """A config of the evaluation of the run, with other words."""
+
+    def config(*words):
+        command = jobs.command("unused")
+        chosen = [word.removeprefix("--config.") for word in command if "--config." in word]
+        return make.config(*chosen, "eval_only=true", *words, name="digits")
+
+    return config
+
+
+def test_any_profile_is_reconstructed(run, config):
+    model = parts.make(config())
+    found = weights_of.load(run, model.param_shapes(), config())
+    found = weights_of.place(found, model.mesh)
+    tracked = weights_of.choose(found, "ema_sigma0.05")
+    assert tracked is found["ema_params"][1]
+    chosen = weights_of.choose(found, "ema_sigma0.075")
+    # by hand: all snapshots before the last step, and the averages of the last in full precision
+    steps = checkpoint.steps(snapshots.folder(run))
+    times, sigmas = np.repeat(steps, 2), np.tile(TRACKED, len(steps))
+    factors = averages.coefficients(times, sigmas, steps[-1], 0.075)
+    trees = [tree for step in steps[:-1] for tree in arrays_of(run, step)]
+    trees += list(checkpoint.restore_weights(run)["ema_params"][1:])
+    for leaf, *parts_of in zip(*map(jax.tree.leaves, (chosen, *trees)), strict=True):
+        expected = sum(f * p.astype(np.float64) for f, p in zip(factors, parts_of, strict=True))
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-5)
+
+
+def test_a_sweep_goes_on_with_what_is_missing(run, config, tmp_path, caplog):
+    words = ["fid.weights=ema,ema_sigma0.05,ema_sigma0.15", "sampling.num_steps=1,2"]
+    options = config(f"load_from={run}", *words)
+    evaluate.evaluate_job(options, tmp_path)
+    first = results(tmp_path)
+    named = [(result["weights"], result["num_steps"]) for result in first]
+    assert named == [(w, n) for w in ("ema", "ema_sigma0.05", "ema_sigma0.15") for n in (1, 2)]
+    assert len({result["weights_checksum"] for result in first}) == 3
+    # Two results are taken away, and one is marked: it must not be measured again.
+    kept = [result | {"fid": 1.5} if i == 1 else result for i, result in enumerate(first)]
+    (tmp_path / "results.json").write_text(json.dumps([kept[i] for i in (0, 1, 3, 4)]))
+    measured = []
+    original = evaluate.Evaluator.__call__
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(
+            evaluate.Evaluator, "__call__",
+            lambda self, *args: measured.append(1) or original(self, *args),
+        )  # fmt: skip
+        evaluate.evaluate_job(options, tmp_path)
+    assert len(measured) == 2
+    again = {(r["weights"], r["num_steps"]): r["fid"] for r in results(tmp_path)}
+    assert again == {(r["weights"], r["num_steps"]): r["fid"] for r in kept}
+    (table,) = [m for m in caplog.messages if m.lstrip().startswith("weights")]
+    distances = [float(line.split()[-1]) for line in table.splitlines()[1:]]
+    assert distances == sorted(distances) and 1.5 in distances
+
+
+def test_a_sweep_over_samplers_and_guidance(run, config, tmp_path):
+    words = ["method.name=flow", "sampling.method=euler,heun", "sampling.omega=1,2"]
+    evaluate.evaluate_job(config(f"load_from={run}", *words, "sampling.num_steps=2"), tmp_path)
+    found = results(tmp_path)
+    settings = [(result["sampling_method"], result["omega"]) for result in found]
+    assert settings == [("euler", 1), ("euler", 2), ("heun", 1), ("heun", 2)]
+    assert len({result["fid"] for result in found}) == 4
+
+
+def result(weights="ema", **more):
+    return {"fid": 3.0, "weights": weights, "num_steps": 1, "sampling_method": "ode", **more}
+
+
+def test_a_plot_of_guidance_and_of_profiles(tmp_path):
+    by_guidance = [
+        result(omega=omega, t_min=0.0, t_max=1.0, num_steps=steps, fid=omega + steps)
+        for steps in (1, 2) for omega in (2.0, 1.0)
+    ]  # fmt: skip
+    axis, lines = stored._lines(by_guidance)
+    assert axis == "omega" and len(lines) == 2
+    by_profile = [result(f"ema_sigma{sigma}") for sigma in (0.05, 0.1)]
+    assert stored._lines(by_profile)[0] == "sigma_rel"
+    assert not stored.plot([result(), result("params")], tmp_path / "none.png")
+    pytest.importorskip("matplotlib")
+    assert stored.plot(by_guidance, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["training.ema_sigma=0.3"], "training.ema_sigma 0.3: sigma_rel of an average lies"),
+        (["fid.weights=ema_sigma0.5", "eval_only=true"], "fid.weights ema_sigma0.5: sigma_rel"),
+        (["fid.weights=ema_sigma0.05"], "fid.weights are of ema | params"),
+    ],
+)
+def test_profiles_that_there_are_not(words, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        parts.check(make.config(*words, name="digits"))
+
+
+def test_a_run_without_profiles_has_none_to_choose():
+    found = {"ema_params": ({},), "ema_vals": (0.9,), "ema_sigmas": (), "params": {}}
+    with pytest.raises(ValueError, match="ema_sigma0.07 needs a run that tracked"):
+        weights_of.choose(found, "ema_sigma0.07")

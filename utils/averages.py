@@ -1,0 +1,112 @@
+"""Averages of weights: by constant decays, and by power functions of time (post-hoc EMA).
+
+The latter: Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of an average at
+time t gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
+standard deviation sigma_rel names it. Times count steps: only their ratios matter. Snapshots of
+two tracked profiles are enough to reconstruct any other one after training.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
+
+
+def after_step(averages, params, step, decays, period, sigmas):
+    """The averages after step number `step` (1, 2, ...), which led to `params`. Pure, for `jit`.
+
+    Args:
+      averages: a tree for each of `decays`, then for each of `sigmas`.
+      period: steps between two changes of those of `decays`.
+    """
+    count = len(decays)
+    constant = [
+        jax.tree.map(partial(by_decay, decay, period, step), average, params)
+        for decay, average in zip(decays, averages[:count], strict=True)
+    ]
+    weights = [update_weight(step, sigma_to_gamma(sigma)) for sigma in sigmas]
+    profiles = [
+        jax.tree.map(partial(update, weight=weight), average, params)
+        for weight, average in zip(weights, averages[count:], strict=True)
+    ]
+    return (*constant, *profiles)
+
+
+def by_decay(decay, period, step, average, value):
+    """An average after step number `step`: changed at every `period`-th step alone.
+
+    Then by decay ** period, which is nearly, not exactly, the average of every step.
+    """
+    new = decay**period * average + (1 - decay**period) * value
+    return new if period == 1 else jnp.where(step % period == 0, new, average)
+
+
+# Power functions --------------------------------------------------------------------------------
+
+
+def check(name, sigma):
+    """Raises ValueError, in a line that begins with `name`, where there is no such profile."""
+    if not 0 < sigma < LONGEST:
+        raise ValueError(f"{name}: sigma_rel of an average lies between 0 and {LONGEST:.4f}")
+
+
+def sigma_to_gamma(sigma):
+    """The exponent of a profile from its sigma_rel, 0 < sigma < 0.2887, in float64.
+
+    Raises ValueError for another.
+    """
+    check(sigma, sigma)
+    c = float(sigma) ** -2  # the largest root of (g + 2)^2 (g + 3) = c (g + 1)
+    roots = np.roots([1, 7, 16 - c, 12 - c])
+    return float(roots.real[np.abs(roots.imag) < 1e-6 * np.abs(roots)].max())
+
+
+def gamma_to_sigma(gamma):
+    """The inverse of `sigma_to_gamma`."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def update_weight(step, gamma):
+    """What the newest weights count in the average after step number `step` (1, 2, ...): ().
+
+    1 - (1 - 1 / step)^(gamma + 1), in a form that keeps its digits in float32. The first step
+    counts fully. Pure, for `jit`.
+    """
+    return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / step))
+
+
+def update(average, value, weight):
+    """An average after a step: `weight` of it is the new value. Pure, for `jit`.
+
+    Not as beta average + (1 - beta) value: near 1, beta keeps so few digits of 1 - beta in float32
+    that the average would grow or shrink over many steps.
+    """
+    return average + weight * (value - average)
+
+
+def coefficients(times, sigmas, time, sigma):
+    """What to multiply snapshots by for the profile `sigma` at `time`: float64 (N,), of sum 1.
+
+    Args:
+      times, sigmas: of the snapshots, (N,), 0 < times <= time, none of them twice.
+      time: one of `times`, or the fit is worse.
+
+    The least-squares fit of the profiles (arXiv 2312.02696, appendix C.3), divided by its sum.
+    """
+    times = np.asarray(times, np.float64)
+    gammas = np.array([sigma_to_gamma(s) for s in sigmas])
+    products = _inner_product(times[:, None], gammas[:, None], times, gammas)
+    wanted = _inner_product(times, gammas, float(time), sigma_to_gamma(sigma))
+    # The Gram matrix of unit profiles has the smaller condition number.
+    norm = np.sqrt(np.diag(products))
+    found = np.linalg.solve(products / np.outer(norm, norm), wanted / norm) / norm
+    return found / found.sum()
+
+
+def _inner_product(t_a, g_a, t_b, g_b):
+    """Integral over [0, min(t_a, t_b)] of the product of two profiles."""
+    ratio = np.where(t_a < t_b, (t_a / t_b) ** g_b, (t_b / t_a) ** g_a)
+    return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * ratio / np.maximum(t_a, t_b)
