@@ -37,6 +37,8 @@ class Observer:
     def __init__(self, config, workdir, model, records, schedule, steps_per_epoch, total):
         self.config, self.workdir, self.schedule = config, workdir, schedule
         self.steps_per_epoch, self.total = steps_per_epoch, total
+        if total >= 2**31:
+            raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
         self.rows = model.method.rows
         self.sampler = self.evaluation = self.writer = None
         self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked

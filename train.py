@@ -277,16 +277,12 @@ def train(config, workdir):
     sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size
     total = training.num_steps or training.num_epochs * steps_per_epoch
-    if total >= 2**31:
-        raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
     recipe, schedule = make_recipe(config, model, total, steps_per_epoch)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    identity = resume.made_from(records, observer.autoencoder)
-    state, shardings, place = resume.start(
-        config, workdir, model.mesh, model.module, init, identity
-    )
+    made = resume.made_from(records, observer.autoencoder)
+    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -296,20 +292,15 @@ def train(config, workdir):
     if place is not None:
         observer.catch_up(int(state.step), state)
         observer.keep_best(int(state.step))
-    first = int(state.step)
-    batches = open_batches(config, records, first, place)
-    begin = batches.get_state()["position"]
+    batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
     step_fn = make_steps(recipe, key, model.mesh, shardings, total)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
-        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=identity))
+        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))
         observer.open_snapshots(stack, int(state.step), state)
-        try:
-            state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
-        except train_metrics.NotFiniteError as error:
-            blamed = batches.blame(begin + (error.step - 1 - first) * training.batch_size)
-            raise FloatingPointError(f"{error}. {blamed}") from error
+        stack.enter_context(batches.blaming(int(state.step)))
+        state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state
 

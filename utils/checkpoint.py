@@ -5,13 +5,13 @@
                             /progress     step, optimizer, sums of the metrics
                             /data         the place in the data (JSON)
                             /config       the options of the run (JSON)
-                            /identity     what it is made from: records, autoencoder, environment,
-                                          each an identity (JSON; not in those of before)
+                            /identity     of records, autoencoder, environment (JSON; or absent)
                             /checksums    of the six above (JSON)
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/files.py.
+with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/checksums.py and
+utils/files.py.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ import pathlib
 import re
 import shutil
 import sys
-import zlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from utils import files
+from utils.checksums import checksums
 
 KEPT = 3  # newest checkpoints
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
@@ -68,10 +68,7 @@ class Checkpointer:
     """Writes checkpoints in the background, and keeps the newest of them, or all.
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
-
-    Args:
-      workdir: folder of the run.
-      identity: what the run is made from, see the module; goes into every checkpoint.
+    `identity` says what the run is made from, see the module, and goes into every checkpoint.
     """
 
     def __init__(self, workdir, kept=KEPT, identity=None):
@@ -178,29 +175,6 @@ def _link(source, target):
         shutil.copy2(source, target)
 
 
-def _sums_of_bits(tree):
-    # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    leaves = jax.tree.leaves(tree)
-    return [x.view(f"uint{8 * x.dtype.itemsize}").sum(dtype="uint32") for x in leaves]
-
-
-_sums_on_device = jax.jit(_sums_of_bits)
-
-
-def checksums(arrays, plain):
-    """Checksums of the items of a checkpoint: name -> int.
-
-    Args:
-      arrays: trees of arrays of 16 or 32 bits per number, all on devices or all numpy.
-      plain: what JSON holds.
-    """
-    on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)
-    sums_of = _sums_of_bits if on_host else _sums_on_device
-    sums = {name: sum(map(int, sums_of(tree))) % 2**32 for name, tree in arrays.items()}
-    texts = {name: json.dumps(plain[name], sort_keys=True) for name in PLAIN if name in plain}
-    return sums | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
-
-
 # Reading --------------------------------------------------------------------------------------
 
 
@@ -221,10 +195,7 @@ def read_plain(workdir, step):
 
 
 def options(workdir):
-    """The options of a run, nested, of its newest checkpoint that tells them; None without a run.
-
-    Does not use jax, so processes can ask before they join.
-    """
+    """The options of a run, nested, or None; without jax, as processes ask before they join."""
     for step in reversed(steps(workdir)):
         try:
             found = json.loads((_path(workdir, step) / "config" / "metadata").read_text())
@@ -301,8 +272,7 @@ def restore_weights(workdir, step=None, optimizer=False):
 
     Returns:
       A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config`,
-      `identity` and, with `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree},
-      or None.
+      `identity` and, with `optimizer`, `opt_state`: {"count": (), "mu": tree, "nu": tree} or None.
 
     Raises:
       FileNotFoundError: there is no checkpoint.

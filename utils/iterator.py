@@ -1,12 +1,14 @@
 """The iterator over shuffled batches that training uses.
 
-Builds on utils/order.py.
+Builds on utils/order.py and utils/train_metrics.py.
 """
+
+import contextlib
 
 import grain
 import numpy as np
 
-from utils import order
+from utils import order, train_metrics
 from utils.order import shuffled_indices
 
 
@@ -69,7 +71,17 @@ class RecordIterator:
         count = self._records.num_records
         return shuffled_indices(start, stop, count, self._seed, self._keyed)
 
-    def blame(self, start):
+    @contextlib.contextmanager
+    def blaming(self, step):
+        """Adds to a NotFiniteError what the batch of its step held; `step` steps are done now."""
+        begin = self._position
+        try:
+            yield
+        except train_metrics.NotFiniteError as error:
+            blamed = self._blame(begin + (error.step - 1 - step) * self._batch_size)
+            raise FloatingPointError(f"{error}. {blamed}") from error
+
+    def _blame(self, start):
         """Says whether the batch of all processes from draw `start` on is finite, or who is not."""
         indices = self._draws(start, start + self._batch_size)
         bad = np.zeros(len(indices), bool)
