@@ -8,6 +8,8 @@ names of their arrays, or not at all.
 
 import logging
 
+import numpy as np
+
 FIELDS = {"split": str, "number": int, "size": int, "resize": str, "files": str, "images": str,
           "weights": str}  # fmt: skip
 LARGEST = 2**30  # bytes of an array of statistics
@@ -33,6 +35,15 @@ def of_file(file):
     elif "resize" not in said and {"mu_s", "arr_0"} & set(file.files):
         said |= {"origin": "ADM", "resize": "tf1"}
     return said
+
+
+def of_path(path):
+    """`of_file` of a file of statistics, which are not looked at. ValueError where it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return of_file(file)
+    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
+        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
 
 
 def check_sizes(file, names):

@@ -35,7 +35,7 @@ def check(args, split, items):
     path = path_of(args)
     if not path.exists() or args.overwrite:
         return
-    said = reference.said_of(path)
+    said = provenance.of_path(path)
     if found := provenance.differences(said, asked(args, split, items)):
         raise ValueError(
             f"{path} holds other statistics ({'; '.join(found)}): name another file with "
