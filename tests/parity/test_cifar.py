@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import train
-from configs import default
+from configs import default, load_config
 from formats import published_cifar
 from methods import meanflow, path
 from models import augment, codec, network, unet
@@ -188,6 +188,9 @@ def test_sampler(net, steps):
 
     x = jax.jit(sample)(params)
     assert np.abs(x - a["samples"]).max() <= 1e-5 * np.abs(a["samples"]).max()
+    if "uint8" in a:
+        rounding = load_config.get_config("cifar10_unet").fid.rounding
+        np.testing.assert_array_equal(images.to_uint8(a["samples"], rounding), a["uint8"])
 
 
 @pytest.fixture(scope="module")
