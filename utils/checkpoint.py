@@ -62,16 +62,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Writes checkpoints in the background, and keeps the newest of them, or all.
+    """Writes checkpoints in the background, and keeps the newest of them, or all (None).
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
     """
 
     def __init__(self, workdir, kept=KEPT):
         _hush()  # whatever fails in the background is raised here
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
         self._manager = _Manager(folder(workdir).absolute(), options=options)
         self._saving = None
 
@@ -172,8 +170,8 @@ def _link(source, target):
 
 def _sums_of_bits(tree):
     # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    leaves = jax.tree.leaves(tree)
-    return [x.view(f"uint{8 * x.dtype.itemsize}").sum(dtype="uint32") for x in leaves]
+    kinds = {2: "uint16", 4: "uint32"}
+    return [x.view(kinds[x.dtype.itemsize]).sum(dtype="uint32") for x in jax.tree.leaves(tree)]
 
 
 _sums_on_device = jax.jit(_sums_of_bits)
