@@ -13,7 +13,7 @@ import parts
 import sample
 from configs import load_config
 from metrics import evaluators, results
-from utils import checkpoint, chips, identity, metric_writer, processes, snapshots, train_metrics
+from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
 from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -225,7 +225,7 @@ class Observer:
         """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
         metric, result = self.config.training.keep_best, self._last_result
         if metric and result and result["checkpoint_step"] == step and processes.is_writer():
-            checkpoint.keep_best(self.workdir, step, metric, result[metric])
+            best.keep_best(self.workdir, step, metric, result[metric])
 
     def end(self, step):
         """Says what came out and where everything lies."""

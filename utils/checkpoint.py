@@ -10,7 +10,7 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/checksums.py and
+with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on utils/checksums.py and
 utils/files.py.
 """
 
@@ -18,10 +18,8 @@ import contextlib
 import inspect
 import json
 import logging
-import os
 import pathlib
 import re
-import shutil
 import sys
 
 import jax
@@ -65,7 +63,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Writes checkpoints in the background, and keeps the newest of them, or all.
+    """Writes checkpoints in the background, and keeps the newest of them, or all (None).
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
     `identity` says what the run is made from, see the module, and goes into every checkpoint.
@@ -74,9 +72,7 @@ class Checkpointer:
     def __init__(self, workdir, kept=KEPT, identity=None):
         self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
         self._manager = _Manager(folder(workdir).absolute(), options=options)
         self._saving = None
 
@@ -139,40 +135,6 @@ class Checkpointer:
                 f"checkpoint {step} could not be written ({reason}); the ones before are whole, "
                 "and the same command goes on from there"
             ) from error
-
-
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
-
-
-def keep_best(workdir, step, metric, value):
-    """Keeps a checkpoint that is on disk as the best one, where `value` is better than any before.
-
-    It goes to WORKDIR/best, a folder like a run's own; the former best one is removed, and
-    best.json there says what it is.
-    """
-    best = pathlib.Path(workdir) / "best"
-    about = {"metric": metric, "value": float(value), "step": step}
-    file = best / "best.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    if known.get("metric") == metric and not sign * value < sign * known["value"]:
-        return
-    folder(best).mkdir(parents=True, exist_ok=True)
-    if step not in steps(best):
-        with files.complete(folder(best) / str(step)) as unfinished:
-            shutil.copytree(_path(workdir, step), unfinished, copy_function=_link)
-    files.write_text(file, json.dumps(about) + "\n")
-    for old in steps(best):
-        if old != step:
-            shutil.rmtree(folder(best) / str(old))
-
-
-def _link(source, target):
-    """A second name for a file, which takes no room, or a copy where there can be none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 # Reading --------------------------------------------------------------------------------------
