@@ -10,8 +10,8 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on utils/checksums.py and
-utils/files.py.
+with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on
+utils/checksums.py and utils/files.py.
 """
 
 import contextlib
