@@ -9,9 +9,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import main
+from metrics import distances, reference
 from metrics import results as stored
 from scripts import evaluate_images, prepare_dataset
-from utils import fid, processes
+from utils import processes
 
 TINY = [
     "--config.model.depth=1",
@@ -122,7 +123,7 @@ def test_evaluation_needs_no_data_where_there_is_a_reference(finished, evaluated
     images = load_digits().images.reshape(-1, 64)
     pixels = np.round(images * 255 / 16) / 255
     stats = tmp_path / "stats.npz"
-    fid.save_reference(stats, pixels.mean(0), np.cov(pixels, rowvar=False))
+    reference.save_reference(stats, pixels.mean(0), np.cov(pixels, rowvar=False))
     options = ["--config.eval_only", f"--config.load_from={finished}"]
     options += [f"--config.fid.cache_ref={stats}", "--config.dataset.root=nowhere"]
     assert main.main(arguments(tmp_path, *options)) == 0
@@ -155,7 +156,7 @@ def test_sampling_draws_the_classes_asked_for(finished, tmp_path, capsys):
     assert evaluate_images.main(scored) == 0
     assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(result["fid"])
     stats = tmp_path / "stats.npz"
-    fid.save_reference(stats, np.zeros(64), np.eye(64))
+    reference.save_reference(stats, np.zeros(64), np.eye(64))
     scored += [f"--config.fid.cache_ref={stats}", "--config.dataset.root=YOUR_DATA_ROOT"]
     assert evaluate_images.main(scored) == 0
     Image.new("RGB", (8, 8)).save(folder / "colour.png")
@@ -222,7 +223,7 @@ def test_the_figures_of_the_quickstart(data_root, tmp_path, half_precision):
     with np.load(samples) as file:
         pixels, labels = file["arr_0"].reshape(-1, 64) / 255, file["arr_1"]
     real = digits.data / 16
-    distance = fid.frechet_distance(
+    distance = distances.frechet_distance(
         pixels.mean(0), np.cov(pixels, rowvar=False), real.mean(0), np.cov(real, rowvar=False)
     )
     accuracy = reader.score(pixels, labels)
