@@ -88,8 +88,9 @@ class End(AlphaFlow):
     def loss(self, net, params, x, given, draws, held):
         names = {field.name for field in dataclasses.fields(meanflow.MeanFlow)}
         options = {name: value for name, value in vars(self).items() if name in names}
-        options |= {"noise_dist": "logit_normal", "tangent": (0.0, 1.0)}
-        method = meanflow.MeanFlow(**options | {"norm_eps": self.eps(x.shape)})
+        options |= {"noise_dist": "logit_normal", "tr_sampler": "v0", "equal_rows": "fixed"}
+        options |= {"tangent": (0.0, 1.0), "norm_eps": self.eps(x.shape)}
+        method = meanflow.MeanFlow(**options)
         plain = path.Draws(draws.t, draws.r, draws.noise, draws.drop)
         return method.loss(net, params, x, given, plain, held)
 

@@ -56,6 +56,11 @@ def toy_net(params, *batches, jvp=None, key=None):
     return tuple(u(*batch) for batch in batches)
 
 
+def forwards_too(params, z, t, h, y):
+    x = z.reshape(len(z), -1) @ params["z"] + jnp.stack([t, h], 1) @ params["times"]
+    return (jnp.tanh(x + params["y"][y]) @ params["z"].T).reshape(z.shape)
+
+
 def toy_problem(method, batch_size=16):
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
@@ -92,6 +97,7 @@ def test_only_the_last_phase_of_alpha_flow_has_a_jvp():
     assert isinstance(method, alphaflow.End)
     with pytest.raises((TypeError, NotImplementedError), match="forward-mode|rule"):
         gradient(method, toy_net, *toy_problem(method))
+    gradient(method, make.as_net(forwards_too), *toy_problem(method))
     floor = make.method("alphaflow", alpha_floor=True).at(16, 16)
     gradient(floor, toy_net, *toy_problem(floor))
 
