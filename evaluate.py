@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import inherit
 import parts
 import sample
 import weights as weights_of
 from metrics import evaluators, features, reference, results, scorer
-from utils import checkpoint, dataset, metric_writer, processes, sharding
+from utils import checkpoint, dataset, environment, metric_writer, processes, sharding
 from utils import images as image_utils
 
 
@@ -116,6 +117,9 @@ class Evaluation:
             "seed": self.sampling.seed,
             "network_dtype": parts.network_dtype(config),
             "vae_dtype": autoencoder.dtype,
+            "decoder": autoencoder.identity.get("decoder"),
+            "options": inherit.digest(config),
+            "environment": environment.describe(),
         }
 
     def run(self, weights, workdir):
@@ -176,15 +180,18 @@ class Evaluation:
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     model = parts.make(config)
+    where = config.load_from or workdir
     weights = weights_of.load(
-        config.load_from or workdir,
-        model.param_shapes(),
-        config,
-        may_lack=model.module.only_for_training,
+        where, model.param_shapes(), config, may_lack=model.module.only_for_training
     )
+    inherit.check(config, weights, where)
+    for name in config.fid.weights:
+        weights_of.choose(weights, name)  # a name that is not there is told before hours of images
     weights = weights_of.place(weights, model.mesh)
+    autoencoder = parts.load_autoencoder(config)
+    inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
-    evaluation = Evaluation(config, model, parts.load_autoencoder(config), records)
+    evaluation = Evaluation(config, model, autoencoder, records)
     found = evaluation.run(weights, workdir)
     plotted = pathlib.Path(workdir) / "results.png"
     if processes.is_writer() and results.plot(found, plotted):

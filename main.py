@@ -25,7 +25,7 @@ def run_job(config, flags):
     """Runs the job that the config names; returns the exit status."""
     # Imported late: a wrong option is told at once, without waiting for jax.
     from configs import load_config
-    from utils import processes
+    from utils import environment, processes
 
     try:
         processes.join(
@@ -36,6 +36,7 @@ def run_job(config, flags):
             logging.getLogger().setLevel(logging.WARNING)
         options = load_config.options(config) | {"workdir": flags.workdir}
         processes.check_same("configuration", options)
+        processes.check_same("environment", environment.describe())
         if config.eval_only:
             from evaluate import evaluate_job as job
         elif config.sample_only:
@@ -122,8 +123,14 @@ def main(argv):
     try:
         config, rest = load_config.from_command_line(argv)
         flags = parse_flags(rest)
-        import parts  # with jax, which a wrong option or flag need not wait for
+        # With jax, which a wrong option or flag need not wait for.
+        from utils import environment
 
+        environment.pin()
+        import inherit
+        import parts
+
+        config = inherit.adopt(config, flags.workdir, load_config.given(argv))
         parts.settle(config)
         parts.check(config)
     except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ import parts
 import sample
 from configs import load_config
 from metrics import evaluators, results
-from utils import checkpoint, chips, metric_writer, processes, snapshots, train_metrics
+from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
 from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -37,13 +37,18 @@ class Observer:
     def __init__(self, config, workdir, model, records, schedule, steps_per_epoch, total):
         self.config, self.workdir, self.schedule = config, workdir, schedule
         self.steps_per_epoch, self.total = steps_per_epoch, total
+        if total >= 2**31:
+            raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
         self.rows = model.method.rows
         self.sampler = self.evaluation = self.writer = None
         self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
         self.times = sample.times_of(config.sampling)
         self.labels = sample.grid_labels(config.dataset.num_classes)
+        self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
             autoencoder = parts.load_autoencoder(config)
+            self.autoencoder = dict(autoencoder.identity)
+            identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if config.training.sample_on_training:
             self.sampler = sample.Sampler(
                 model, autoencoder, config.sampling, config.fid.device_batch_size
@@ -220,7 +225,7 @@ class Observer:
         """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
         metric, result = self.config.training.keep_best, self._last_result
         if metric and result and result["checkpoint_step"] == step and processes.is_writer():
-            checkpoint.keep_best(self.workdir, step, metric, result[metric])
+            best.keep_best(self.workdir, step, metric, result[metric])
 
     def end(self, step):
         """Says what came out and where everything lies."""

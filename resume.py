@@ -5,6 +5,7 @@ The state is known here only as a named tuple with the fields of `train.TrainSta
 
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import optax
 
 import weights
 from configs import default, load_config
-from utils import checkpoint, processes, sharding, train_metrics
+from utils import checkpoint, environment, processes, sharding, train_metrics
+from utils import identity as identities
 
 # Options that may change within a run, and those that would make it another run. Every option of
 # configs/default.py is in one of the two (or below MAY_CHANGE_BELOW).
@@ -48,7 +50,40 @@ def may_change(option):
     return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
 
 
-def start(config, workdir, mesh, module, init):
+def flat(config):
+    """The options of a config as JSON has them: {"section.option": value}."""
+    return json.loads(json.dumps(load_config.options(config)))
+
+
+def of_run(saved):
+    """The options of a checkpoint, nested, as `flat` gives them; a missing one had its default."""
+    found = flat(default.get_config())
+    for name, part in saved.items():
+        if isinstance(part, dict):
+            found |= {f"{name}.{key}": value for key, value in part.items()}
+        else:
+            found[name] = part
+    return found
+
+
+def made_from(records, autoencoder):
+    """What a run is made from, as `checkpoint.Checkpointer` takes it; the same in all processes.
+
+    Args:
+      records: the training records.
+      autoencoder: its identity; {} where none is loaded.
+
+    Raises:
+      ValueError: a process sees other records or another autoencoder than the writer does.
+    """
+    parts = {"records": records.identity, "autoencoder": autoencoder}
+    for name, part in parts.items():
+        processes.check_same(name, part)
+    flags = {"xla_flags": os.environ.get("XLA_FLAGS", "")}  # may differ where numbers do not
+    return parts | {"environment": environment.describe() | flags}
+
+
+def start(config, workdir, mesh, module, init, identity=None):
     """The state to begin with.
 
     Args:
@@ -58,6 +93,8 @@ def start(config, workdir, mesh, module, init):
       mesh: devices.
       module: `models.network.Network`.
       init: pure function key -> a fresh state.
+      identity: what the run is made from now, as `checkpoint.Checkpointer` takes it; what only
+        the checkpoint knows is added to it.
 
     Returns:
       The state on the devices, its shardings, and the place in the data, or None where the run
@@ -70,12 +107,16 @@ def start(config, workdir, mesh, module, init):
     key = jax.random.key(training.seed)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
-    found = restore(config, workdir, sharding.with_shardings(shapes, shardings))
+    found = restore(config, workdir, sharding.with_shardings(shapes, shardings), identity)
     if found:
         return found[0], shardings, found[1]
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config, optimizer=True)
+        check_network(found["config"], config)
+        theirs, ours = found["identity"].get("records", {}), (identity or {}).get("records", {})
+        for line in identities.differences(theirs, ours, ["encoder"]).values():
+            logging.warning("load_from %s learned other latents: %s", config.load_from, line)
         state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
         logging.info("starting from %s, step %d", config.load_from, found["step"])
     if config.init_from:
@@ -101,7 +142,7 @@ def _items(state):
     return {"params": state.params, "ema_params": state.ema_params, "progress": progress}
 
 
-def restore(config, workdir, targets):
+def restore(config, workdir, targets, identity=None):
     """The newest checkpoint of a run that is whole: (state, place in the data), or None.
 
     Damaged ones are renamed, but only where an older one is whole: a file system that fails for
@@ -109,11 +150,12 @@ def restore(config, workdir, targets):
 
     Args:
       targets: the state as `ShapeDtypeStruct` with shardings.
+      identity: see `start`.
     """
     available = processes.from_writer(checkpoint.steps(workdir))
     damaged = {}
     for step in reversed(available):
-        found, damage = _try_step(config, workdir, step, targets)
+        found, damage = _try_step(config, workdir, step, targets, identity)
         if processes.all_true(damage is None):
             break
         damaged[step] = damage or f"another process cannot read checkpoint {step}"
@@ -134,7 +176,7 @@ def restore(config, workdir, targets):
     return state, found["data"]
 
 
-def _try_step(config, workdir, step, targets):
+def _try_step(config, workdir, step, targets, identity):
     """Reads one checkpoint: (its items, None), or (None, what is wrong with it)."""
     found = damage = None
     try:
@@ -144,6 +186,8 @@ def _try_step(config, workdir, step, targets):
     if not processes.all_true(plain):
         return None, damage
     check_options(plain["config"], config, workdir)
+    if identity is not None:
+        identities.check_run(plain["identity"], identity, f"{workdir}: checkpoint {step}")
     try:
         found = checkpoint.read_arrays(workdir, step, _items(targets))
     except checkpoint.DamagedError as error:
@@ -154,6 +198,8 @@ def _try_step(config, workdir, step, targets):
         checkpoint.verify(workdir, step, found, plain)
     except checkpoint.DamagedError as error:
         return None, error
+    if (says := int(found["progress"]["step"])) != step:
+        return None, checkpoint.DamagedError(f"{workdir}: checkpoint {step} is that of step {says}")
     return found | plain, None
 
 
@@ -166,11 +212,7 @@ def check_options(saved, config, workdir):
     Raises:
       ValueError: an option changed that makes it another run; names all of them.
     """
-    now = json.loads(json.dumps(load_config.options(config)))
-    before = json.loads(json.dumps(load_config.options(default.get_config())))
-    before |= {f"{s}.{k}": v for s, part in saved.items() if isinstance(part, dict)
-               for k, v in part.items()}  # fmt: skip
-    before |= {name: value for name, value in saved.items() if not isinstance(value, dict)}
+    now, before = flat(config), of_run(saved)
     changes = [name for name in now if now[name] != before[name]]
     described = {name: f"{name} {before[name]} -> {now[name]}" for name in changes}
     refused = [described[name] for name in changes if not may_change(name)]
@@ -182,6 +224,22 @@ def check_options(saved, config, workdir):
         )
     for name in changes:
         logging.info("changed: %s%s", described[name], _consequence(name, config))
+
+
+def check_network(saved, config):
+    """Raises ValueError where the weights of `load_from` belong to another network.
+
+    Args:
+      saved: the options they were trained with, nested; None where they do not tell.
+    """
+    before, now = of_run(saved or config.to_dict()), flat(config)
+    refused = [
+        f"{name} {before[name]}, not {now[name]}"
+        for name in now
+        if name.startswith("model.") and not may_change(name) and before[name] != now[name]
+    ]
+    if refused:
+        raise ValueError(f"the weights of {config.load_from} belong to {', '.join(refused)}")
 
 
 def _consequence(name, config):

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 
+import inherit
 import parts
 import weights
 from methods import path
@@ -179,14 +180,14 @@ def sample_job(config, workdir):
     With several guidances each draws the same noise and labels, into a folder of its own.
     """
     model = parts.make(config)
+    where = config.load_from or workdir
     found = weights.load(
-        config.load_from or workdir,
-        model.param_shapes(),
-        config,
-        may_lack=model.module.only_for_training,
+        where, model.param_shapes(), config, may_lack=model.module.only_for_training
     )
+    inherit.check(config, found, where)
     found = weights.place(found, model.mesh)
     autoencoder = parts.load_autoencoder(config)
+    inherit.check_autoencoder(found, autoencoder, where)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
     options, asked = config.sampling, guidances(config.sampling)
     for guidance in asked:

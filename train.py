@@ -281,7 +281,8 @@ def train(config, workdir):
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init)
+    made = resume.made_from(records, observer.autoencoder)
+    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -296,8 +297,9 @@ def train(config, workdir):
     step_fn = make_steps(recipe, key, model.mesh, shardings, total)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
-        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir))
+        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))
         observer.open_snapshots(stack, int(state.step), state)
+        stack.enter_context(batches.blaming(int(state.step)))
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
     return state

@@ -11,7 +11,7 @@ SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation
 
 def _run(path, optimizer):
     found = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-    saved = found.pop("config")
+    saved = found["config"]
     data = saved.get("dataset", {})
     latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
     training = saved.get("training", {})
@@ -48,7 +48,7 @@ READERS = (
 def read(path, optimizer=False):
     """`load` without a model: the weights are whatever the path holds."""
     found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
-    return {"ema_sigmas": (), "workdir": path} | found
+    return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
 
 
 def load(path, shapes, config, optimizer=False, may_lack=()):
@@ -64,8 +64,9 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
     Returns:
       A dict of `step`, `params`, `ema_params` (a tuple, a tree for each decay, then for each
       profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
-      profiles), `workdir` (of the run) and `opt_state` ({"count", "mu", "nu"} of Adam where asked
-      for and stored, else None).
+      profiles), `workdir` (of the run), `opt_state` ({"count", "mu", "nu"} of Adam where asked for
+      and stored, else None), `config` (the options of the run, nested, or None) and `identity`
+      (what the run was made from, see utils/checkpoint.py; {} where it does not say).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.

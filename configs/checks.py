@@ -33,6 +33,10 @@ NOT_NEGATIVE = (
     "sampling.channels"
 ).split()
 
+LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3e38
+LARGEST_STEPS = 10**6  # of a sampler
+LONGEST = 300  # characters of a line
+
 FROM_0_TO_1 = "dataset.augment_prob model.dropout training.adam_b1 training.adam_b2".split()
 
 
@@ -49,6 +53,7 @@ def validate(config):
     for path in FROM_0_TO_1:
         value = _get(config, path)
         _require(0 <= value <= 1, path, f"must lie in 0..1, got {value}")
+    _validate_sizes(config)
     _require(
         config.dataset.num_classes >= -1,
         "dataset.num_classes",
@@ -62,6 +67,20 @@ def validate(config):
     _validate_training(config.training)
     _validate_sampling(config.sampling, config.dataset.num_classes)
     _validate_evaluation(config)
+
+
+def _validate_sizes(config):
+    """Numbers have to fit into the 32 bits that devices count and compute in."""
+    for section, values in config.items():
+        options = values.items() if hasattr(values, "items") else [(None, values)]
+        for key, value in options:
+            path = section if key is None else f"{section}.{key}"
+            limit = LARGEST_SEED if key == "seed" else LARGEST_INT
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, int):
+                    _require(abs(x) <= limit, path, f"is at most {limit}, got {x}")
+                elif isinstance(x, float):
+                    _require(abs(x) <= LARGEST_FLOAT, path, f"is too large: {x}")
 
 
 def _validate_training(training):
@@ -96,9 +115,10 @@ def _validate_training(training):
 
 def _validate_sampling(sampling, num_classes):
     _require(
-        sampling.num_steps and all(steps >= 1 for steps in sampling.num_steps),
+        sampling.num_steps and all(1 <= steps <= LARGEST_STEPS for steps in sampling.num_steps),
         "sampling.num_steps",
-        f"needs one or more numbers of at least 1, got {list(sampling.num_steps)}",
+        f"needs one or more numbers of at least 1, at most {LARGEST_STEPS}, got "
+        f"{list(sampling.num_steps)}",
     )
     for path in ("t_min", "t_max"):
         _require(sampling[path], f"sampling.{path}", "needs one or more times")
@@ -115,13 +135,14 @@ def _validate_evaluation(config):
     averages = [f"ema_{decay}" for decay in config.training.ema_val]
     averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
     weights = ["ema", "params", *averages]
+    trains = not (config.eval_only or config.sample_only)
     for name in fid.weights:
         found = re.fullmatch(r"ema_sigma(0?\.\d+)", name)
         # Of a run that has tracked two profiles, an evaluation reconstructs any other.
         if found and (config.eval_only or float(found[1]) in config.training.ema_sigma):
             weights.append(name)
     _require(
-        fid.weights and all(name in weights for name in fid.weights),
+        fid.weights and (not trains or all(name in weights for name in fid.weights)),
         "fid.weights",
         f"are of {' | '.join(weights)}, got {list(fid.weights)}",
     )
@@ -129,7 +150,6 @@ def _validate_evaluation(config):
         not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
     )
     _require(not (config.load_from and config.init_from), "load_from", "and init_from: choose one")
-    trains = not (config.eval_only or config.sample_only)
     if trains:
         _require(
             DATA_PLACEHOLDER not in config.dataset.root,
@@ -153,4 +173,5 @@ def _get(config, path):
 
 def _require(condition, path, message):
     if not condition:
-        raise ValueError(f"{path} {message}")
+        line = f"{path} {message}"
+        raise ValueError(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")

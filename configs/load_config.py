@@ -2,22 +2,25 @@
 
 `--config=configs/load_config.py:NAME --config.section.option=value ...`. YAML files and the command
 line obey the same rules: an option that `default.py` does not name, or a value of another type, is
-refused by name. Builds on `configs/default.py`, the schema, and `configs/checks.py`.
+refused by name. Builds on `configs/default.py`, the schema, `configs/checks.py` and
+`configs/strict_yaml.py`.
 """
 
+import contextlib
 import difflib
 import math
 import os
 import re
 from pathlib import Path
 
-import yaml
 from absl import logging
 from ml_collections import ConfigDict
 
-from configs import checks, default
+from configs import checks, default, strict_yaml
+from configs.strict_yaml import shown
 
 FOLDER = Path(__file__).resolve().parent
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 # Options of the published code that mean nothing here: (values accepted, why it is dropped).
 DROPPED = {
@@ -86,6 +89,16 @@ def from_command_line(argv):
     return config.lock(), rest
 
 
+def given(argv):
+    """Where options are set: {"section.option": "configs/NAME.yml" or "command line"}."""
+    name, overrides, _ = _split(argv)
+    found = {}
+    for section, values in _read(name).items():
+        paths = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [section]
+        found |= dict.fromkeys(paths, f"configs/{name}.yml")
+    return found | {path: "command line" for path, _ in overrides}
+
+
 def options(config, prefix=""):
     """Returns {"section.option": value} of all options of a ConfigDict."""
     flat = {}
@@ -101,59 +114,54 @@ def options(config, prefix=""):
 # YAML files ------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice (the first would be lost)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:  # the value of a list as key is no string
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{key.value}' stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def _from_file(name):
-    config = default.get_config()
-    names = sorted(path.stem for path in FOLDER.glob("*.yml"))
-    if name == "default":
-        return config
-    if name not in names:
-        there = f"there are: {', '.join(['default', *names])}"
-        if not name:
-            raise ValueError(f"name a config: --config=configs/load_config.py:NAME; {there}")
-        raise ValueError(f"no config '{name}'{_nearest(name, names)} ({there})")
-    file = FOLDER / f"{name}.yml"
+    config, values = default.get_config(), _read(name)
     where = f"configs/{name}.yml"
     try:
-        values = yaml.load(file.read_text(), _Loader)  # a subclass of the safe loader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: {getattr(error, 'problem', error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: cannot be read: {error}") from None
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{where}: expected 'section:' and options below it")
-    try:
-        _merge(config, config, values or {}, "")
+        _merge(config, config, values, "")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return config
 
 
+def _read(name):
+    """The nested values of configs/NAME.yml."""
+    names = sorted(path.stem for path in FOLDER.glob("*.yml"))
+    if name == "default":
+        return {}
+    if name not in names:
+        there = f"there are: {', '.join(['default', *names])}"
+        if not name:
+            raise ValueError(f"name a config: --config=configs/load_config.py:NAME; {there}")
+        raise ValueError(f"no config '{shown(name)}'{_nearest(name, names)} ({there})")
+    file = FOLDER / f"{name}.yml"
+    where = f"configs/{name}.yml"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: cannot be read: {error}") from None
+    try:
+        values = strict_yaml.parse(text)
+    except ValueError as error:
+        space = " " if str(error).startswith("line ") else ": "
+        raise ValueError(f"{where}{space}{error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{where}: expected 'section:' and options below it")
+    return values or {}
+
+
 def _merge(config, section, values, prefix):
     """Sets the nested `values` of a YAML file in `section`, a part of `config`."""
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ValueError(f"unknown option {prefix}{shown(key)}; the name of an option is text")
         path = f"{prefix}{key}"
         if isinstance(section.get(key), ConfigDict):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path} is a section of options, not an option")
             _merge(config, section[key], value or {}, f"{path}.")
         elif isinstance(value, dict) and key not in section and not prefix:
-            raise ValueError(f"unknown section {path}{_nearest(path, list(config))}")
+            raise ValueError(f"unknown section {shown(path)}{_nearest(path, list(config))}")
         elif not _is_dropped(path, value):
             _set(config, path, value)
 
@@ -206,9 +214,9 @@ def _set_from_text(config, path, text):
 
 def _scalar(path, text):
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{path}: cannot read the value '{text}'") from None
+        return strict_yaml.parse(text)
+    except ValueError:
+        raise ValueError(f"{path}: cannot read the value '{shown(text)}'") from None
 
 
 # Values ----------------------------------------------------------------------------------------
@@ -222,7 +230,9 @@ def _is_dropped(path, value):
     if accepted is None:
         logging.warning("%s is not used: %s", path, reason)
     elif value not in accepted:
-        raise ValueError(f"{path} can only be {' or '.join(accepted)}, not {value!r}: {reason}")
+        raise ValueError(
+            f"{path} can only be {' or '.join(accepted)}, not {shown(repr(value))}: {reason}"
+        )
     return True
 
 
@@ -235,7 +245,7 @@ def _kind(config, path):
     if not isinstance(section, ConfigDict) or key not in section:
         known = options(config)
         same_name = [other for other in known if other.split(".")[-1] == key]
-        raise ValueError(f"unknown option {path}{_nearest(path, known, same_name)}")
+        raise ValueError(f"unknown option {shown(path)}{_nearest(path, known, same_name)}")
     if isinstance(section[key], ConfigDict):
         raise ValueError(f"{path} is a section of options, not an option")
     return section.get_type(key)  # of an option that is null: the type it would have
@@ -262,19 +272,21 @@ def _set(config, path, value):
 
 def _convert(path, value, kind):
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML takes 1e-4, without a point, for text
-        except ValueError:
-            pass
     if type(value) is not kind:
-        shown = "null" if value is None else repr(value)
-        raise ValueError(f"{path} expects {EXPECTED[kind]}, got {shown}")
+        found = "null" if value is None else shown(repr(value) if type(value) is str else value)
+        raise ValueError(f"{path} expects {EXPECTED[kind]}, got {found}")
+    if kind is str and CONTROL.search(value):
+        raise ValueError(f"{path} holds control characters: {shown(repr(value))}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{path} expects a finite number, got {value}")
     return value
 
 
 def _nearest(word, known, preferred=()):
+    if len(word) > 100:
+        return ""
     close = difflib.get_close_matches(word, preferred, n=1, cutoff=0)
     close = close or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

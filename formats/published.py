@@ -64,17 +64,25 @@ def load(path) -> dict:
         state = serialization.msgpack_restore(file.read_bytes())
     if not isinstance(state, dict):
         raise ValueError(f"{file}: not a published checkpoint, but a {type(state).__name__}")
+    trees.check_names(state, file)
     trees.raise_problems(
         file,
         missing=sorted({"step", "params", "ema_params"} - state.keys()),
         left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
     )
     return {
-        "step": int(state["step"]),
+        "step": _step(state["step"], f"{file}: step"),
         "params": from_published(state["params"], f"{file}: params"),
         "ema_params": from_published(state["ema_params"], f"{file}: ema_params"),
         "opt_state": _read_adam(state.get("opt_state"), f"{file}: opt_state"),
     }
+
+
+def _step(value, where):
+    value = np.asarray(value)
+    if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() < 2**31:
+        raise ValueError(f"{where} is {str(value)[:60]}, not a number of steps")
+    return int(value.item())
 
 
 def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> Path:
@@ -207,7 +215,9 @@ def _read_adam(opt_state, where):
         opt_state = {str(i): entry for i, entry in enumerate(opt_state)}
     if not opt_state:
         return None
-    adam = opt_state.get("0") or {}
+    adam = (opt_state.get("0") or {}) if isinstance(opt_state, dict) else None
+    if not isinstance(adam, dict):
+        raise ValueError(f"{where}: not the state of Adam")
     trees.raise_problems(
         where,
         missing=[f"0/{k}" for k in ("count", "mu", "nu") if k not in adam],
@@ -215,7 +225,7 @@ def _read_adam(opt_state, where):
         + [k for k, entry in opt_state.items() if k != "0" and entry],
     )
     return {
-        "count": np.asarray(adam["count"], np.int32),
+        "count": np.int32(_step(adam["count"], f"{where}/0/count")),
         "mu": from_published(adam["mu"], f"{where}/0/mu"),
         "nu": from_published(adam["nu"], f"{where}/0/nu"),
     }

@@ -64,7 +64,8 @@ def load(path, weights, convention):
         _turn(arrays)
     if convention == "dit":
         begin_anew = ("t_embedder", "final_layer")
-        dropped += sorted({name.split("/")[0] for name in arrays if name.startswith(begin_anew)})
+        reason = "of a DiT, which predicts noise on another path and only initialises"
+        dropped.append(f"{' and '.join(begin_anew)} {reason}")
         arrays = {k: v for k, v in arrays.items() if not k.startswith(begin_anew)}
         return start.Start(
             arrays, (*begin_anew, "h_embedder", "r_embedder"), (), dropped, positions

@@ -18,6 +18,8 @@ from formats import pickles
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+INFLATION = 50  # times the size of a packed file, that what it holds may take,
+SMALL = 2**26  # or so many bytes
 
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -91,13 +93,14 @@ def _load_stream(file, path, size):
     if file.read(4) == b"PK\x03\x04":
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
-            return _load_zip(archive, path)
+            return _load_zip(archive, path, size)
     file.seek(0)
     return _load_legacy(file, path, size)
 
 
-def _load_zip(archive, path):
+def _load_zip(archive, path, size):
     members = {info.filename: info for info in archive.infolist()}
+    _check_inflation(members.values(), path, size)
     roots = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise pickles.RefusedError(f"{path}: a zip archive without NAME/data.pkl is no torch file")
@@ -118,6 +121,18 @@ def _load_zip(archive, path):
 
     root = pickles.Unpickler(io.BytesIO(archive.read(roots[0])), path).load()
     return pickles.plain(root, fetch)
+
+
+def _check_inflation(members, path, size):
+    """Refuses archives that would take far more memory than the file has bytes.
+
+    torch stores its members as they are; people pack them again, which zeros take well.
+    """
+    if sum(info.compress_size for info in members) > size:
+        raise pickles.RefusedError(f"{path}: a zip archive whose members overlap")
+    total = sum(info.file_size for info in members)
+    if total > max(INFLATION * size, SMALL):
+        raise pickles.RefusedError(f"{path}: {size} bytes that would inflate to {total}")
 
 
 def _load_legacy(file, path, size):

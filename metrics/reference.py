@@ -1,7 +1,8 @@
 """The reference that generated images are compared with: its file, its checks, the comparison.
 
 Builds on metrics/distances.py, metrics/neighbours.py, metrics/kernels.py, metrics/scorer.py,
-metrics/evaluators.py, metrics/edm2_reference.py, utils/files.py and utils/processes.py.
+metrics/evaluators.py, metrics/edm2_reference.py, metrics/provenance.py, utils/files.py,
+utils/identity.py and utils/processes.py.
 """
 
 import logging
@@ -9,9 +10,20 @@ import os
 import pathlib
 
 import numpy as np
+import scipy.linalg
 
-from metrics import distances, edm2_reference, evaluators, kernels, neighbours, scorer
-from utils import files, processes
+from metrics import (
+    distances,
+    edm2_reference,
+    evaluators,
+    kernels,
+    neighbours,
+    provenance,
+    scorer,
+)
+from utils import files, identity, processes
+
+NEGATIVE = 1e-3  # eigenvalues as negative as that, relative to the largest entry, are rounding
 
 # metric -> where its mean and covariance stand in a file (ADM's names; the last are our own)
 MOMENTS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"),
@@ -38,6 +50,8 @@ class Reference:
         if options.cache_ref:
             self._statistics = load_reference(options.cache_ref)
             check_fits(options, self._statistics, score)
+            size, said = score.image_shape[0], self._statistics["said"]
+            self._said = provenance.describe(said, options.cache_ref, size)
         else:
             check_records(options, records, score.image_shape)
 
@@ -87,7 +101,17 @@ class Reference:
 
     def describe(self):
         """Which reference it is, for the results."""
-        return {"reference": self.options.cache_ref or str(self.records.root)}
+        if self.options.cache_ref:
+            names = [name for pair in MOMENTS.values() for name in pair]
+            moments = {n: self._statistics[n] for n in names if self._statistics[n] is not None}
+            digest = identity.of_arrays(moments)
+            return {"reference": self.options.cache_ref, "reference_digest": digest, **self._said}
+        digests = {name: self.records.identity.get(name) for name in ("content", "sample")}
+        return {
+            "reference": str(self.records.root),
+            "reference_number": self.records.num_records,
+            **{f"reference_{name}": value for name, value in digests.items() if value},
+        }
 
 
 def named(metric, values):
@@ -153,6 +177,13 @@ def check_fits(options, reference, score):
                 f"{where} was made with {reference[name]} resize, fid.{name} is {used} "
                 f"(fid.evaluator: {options.evaluator})"
             )
+    used = score.features.described.get("feature_weights_sha256")
+    made_by = reference["said"].get("weights", used)
+    if used and made_by != used:
+        raise ValueError(
+            f"{where} was made with feature weights {made_by[:12]}, and those here are "
+            f"{used[:12]}: see fid.inception_weights"
+        )
     if score.keeps_features and reference["image_shape"] != tuple(score.image_shape):
         raise ValueError(
             f"{where} holds images of {reference['image_shape']}, those generated are "
@@ -189,7 +220,7 @@ def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, resize=No
     """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
 
     `resize` says which resize came before the network; comparing two would mislead. `more` are
-    `mu_dinov2`, `sigma_dinov2` and `dinov2_resize`.
+    `mu_dinov2`, `sigma_dinov2`, `dinov2_resize`, and what metrics/provenance.py names.
     """
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize} | more
     with files.complete(path) as unfinished, open(unfinished, "wb") as file:
@@ -200,7 +231,8 @@ def load_reference(path):
     """Reference statistics: a dict with `mu` (D,), `sigma` (D, D) of the pool features, float64.
 
     Beside them `mu_s, sigma_s` (sFID), `mu_dinov2, sigma_dinov2`, `resize`, `dinov2_resize` (str)
-    and `image_shape` (H, W, C) of the images `arr_0`; each None where the file does not say.
+    and `image_shape` (H, W, C) of the images `arr_0`; each None where the file does not say. And
+    `said`: what it says of its images, from `provenance.of_file`.
 
     Known are npz files with ADM's names (with images, they belong to `tf1`), with `ref_mu,
     ref_sigma` of the published MeanFlow code (`half_pixel`), with our own, and EDM2's pickles
@@ -214,9 +246,14 @@ def load_reference(path):
     found = _from_edm2(path) if pickled else _from_npz(path)
     names = [name for pair in MOMENTS.values() for name in pair]
     result = dict.fromkeys((*names, "resize", "dinov2_resize", "image_shape")) | found
+    result["resize"] = result["said"].get("resize")
     for mu, sigma in MOMENTS.values():
         if result[mu] is not None:
-            result[mu], result[sigma] = (np.asarray(result[n], np.float64) for n in (mu, sigma))
+            for name in (mu, sigma):
+                if result[name].dtype.kind not in "fiu":
+                    kind = result[name].dtype
+                    raise ValueError(f"{path}: {name} holds {kind}, not real numbers")
+                result[name] = np.asarray(result[name], np.float64)
             _check_moments(path, mu, sigma, result[mu], result[sigma])
     return result
 
@@ -227,7 +264,7 @@ class _ReferenceError(ValueError):
 
 def _from_edm2(path):
     moments, _ = edm2_reference.load(path)
-    found = {"resize": "tf1", "dinov2_resize": "edm2"}
+    found = {"dinov2_resize": "edm2", "said": {"origin": "EDM2", "resize": "tf1"}}
     for metric, values in moments.items():
         found |= dict(zip(MOMENTS[metric], values, strict=True))
     return found
@@ -244,24 +281,23 @@ def _from_npz(path):
 
 
 def _read_npz(file, path):
-    found = {}
+    provenance.check_sizes(file, [prefix + name for pair in MOMENTS.values() for name in pair
+                                  for prefix in ("", "ref_")])  # fmt: skip
+    found = {"said": provenance.of_file(file)}
     for mu, sigma in MOMENTS.values():
         for prefix in ("", "ref_"):
             if mu not in found and {prefix + mu, prefix + sigma} <= set(file.files):
                 found |= {mu: file[prefix + mu], sigma: file[prefix + sigma]}
-                if prefix:
-                    found["resize"] = "half_pixel"
-    if not found:
+    if len(found) == 1:
         listed = ", ".join(sorted(file.files)[:8]) or "nothing"
         raise _ReferenceError(
             f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
             f"the file has {listed}"
         )
     if "arr_0" in file.files:
-        found |= {"image_shape": _image_shape(file, path), "resize": "tf1"}
-    for name in ("resize", "dinov2_resize"):
-        if name in file.files:
-            found[name] = str(file[name])
+        found["image_shape"] = _image_shape(file, path)
+    if "dinov2_resize" in file.files:
+        found["dinov2_resize"] = str(file["dinov2_resize"])
     return found
 
 
@@ -289,3 +325,8 @@ def _check_moments(path, mu_name, sigma_name, mu, sigma):
             raise ValueError(f"{path}: {name} has values that are not finite")
     if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
         raise ValueError(f"{path}: {sigma_name} is not symmetric")
+    smallest = scipy.linalg.eigvalsh(sigma, subset_by_index=[0, 0])[0]
+    if smallest < -NEGATIVE * np.abs(sigma).max():
+        raise ValueError(
+            f"{path}: {sigma_name} is no covariance: its smallest eigenvalue is {smallest:.3g}"
+        )

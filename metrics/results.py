@@ -1,8 +1,8 @@
 """The results of evaluations: results.json, the table, the plot, and their names in the log.
 
 A result is a dict of its metrics and of all settings that they depend on. results.json is a list
-of them, which is this module's alone. Builds on metrics/evaluators.py, utils/files.py and
-utils/processes.py.
+of them, which is this module's alone. Builds on metrics/evaluators.py, utils/files.py,
+utils/locks.py and utils/processes.py.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import pathlib
 
 from metrics import evaluators
-from utils import files, processes
+from utils import files, locks, processes
 
 GUIDANCE = ("omega", "t_min", "t_max")
 
@@ -177,6 +177,7 @@ def save(workdir, result):
     if not processes.is_writer():
         return
     described = json.loads(json.dumps(settings(result)))
-    known = [old for old in load(workdir) if settings(old) != described]
     file = pathlib.Path(workdir) / "results.json"
-    files.write_text(file, json.dumps([*known, result], indent=1) + "\n")
+    with locks.alone(file):
+        known = [old for old in load(workdir) if settings(old) != described]
+        files.write_text(file, json.dumps([*known, result], indent=1) + "\n")

@@ -2,7 +2,8 @@
 
 Its network is the Flax class of diffusers (0.39 is the last release that has it). It is imported
 where weights are loaded, so training never pays for it, and nothing else knows of it. Builds on
-models/codec.py (the normalisation of latents), utils/files.py and utils/trees.py.
+models/codec.py (the normalisation of latents), utils/files.py, utils/identity.py and
+utils/trees.py.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 from flax import serialization
 
 from models.codec import SD_NORMALISATION
-from utils import files, trees
+from utils import files, identity, trees
 
 REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 STABLE_DIFFUSION = {  # the fields of config.json of both
@@ -52,6 +53,7 @@ class Autoencoder(NamedTuple):
         (B, H / downscale, W / downscale, c), of the posterior, unscaled.
     decode(params, x float32 (B, h, w, c)) -> images float32 (B, h * downscale, w * downscale, C),
         near [-1, 1] but not clipped.
+    identity: digests of its halves, `encoder` and `decoder`, and its `name`; {} without one.
     """
 
     params: dict
@@ -59,6 +61,7 @@ class Autoencoder(NamedTuple):
     decode: Callable
     downscale: int
     dtype: str = "float32"  # of the products
+    identity: dict = {}  # never changed
 
 
 def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
@@ -76,7 +79,42 @@ def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     folder = find(name)
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
-    return build(config, params, normalisation, dtype)
+    _check_scale(folder / "config.json", normalisation, config.get("latent_channels", 4))
+    found = build(config, params, normalisation, dtype)
+    return found._replace(identity={"name": str(name), **digests(config, params)})
+
+
+def digests(config, params):
+    """Digests of the two halves: records depend on the encoder, images on the decoder.
+
+    Autoencoders may share an encoder, as `mse` and `ema` do.
+    """
+    halves = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+    shape = sorted((k, v) for k, v in config.items() if k in CONFIG_FIELDS)
+    return {
+        half: identity.of_arrays({name: params[name] for name in names if name in params}, shape)
+        for half, names in halves.items()
+    }
+
+
+def _check_scale(path, normalisation, channels):
+    """Says where the normalisation, if it is the default one, is not what config.json asks for."""
+    config = json.loads(path.read_text())
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    if normalisation != SD_NORMALISATION:
+        return
+    if scale and (scale, shift) != (SD_NORMALISATION.scale[0], SD_NORMALISATION.shift[0]):
+        logging.warning(
+            "%s says scaling_factor %g and shift_factor %g; latents are multiplied by %g. For its "
+            "own: dataset.latent_mean=%s dataset.latent_std=%s",
+            path, scale, shift, SD_NORMALISATION.scale[0],
+            ",".join([f"{shift:g}"] * channels), ",".join([f"{1 / scale:.6g}"] * channels),
+        )  # fmt: skip
+    elif config.get("latents_mean") or config.get("latents_std"):
+        logging.warning(
+            "%s says latents_mean and latents_std, which dataset.latent_mean and latent_std would "
+            "take; latents are multiplied by %g", path, SD_NORMALISATION.scale[0]
+        )  # fmt: skip
 
 
 def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:

@@ -113,8 +113,9 @@ def shuffled(read, count):
 def evaluate(config, images):
     """Metrics of the images at a path, and what they depend on, as a dict."""
     from metrics import evaluators, features, reference, scorer  # late: they bring jax
-    from utils import dataset, sharding
+    from utils import dataset, environment, sharding
 
+    environment.pin()
     read, count, shape = open_images(images)
     options = evaluators.fill(config.fid)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)

@@ -168,7 +168,7 @@ def test_order_of_precedence(write):
         ("a: [1", "configs/exp.yml line 1: expected ',' or ']', but got '<stream end>'"),
         ("? [a]\n: 1", "configs/exp.yml line 1: found unhashable key"),
         ("- 1", "configs/exp.yml: expected 'section:' and options below it"),
-        ("1: 2", "configs/exp.yml: unknown option 1"),
+        ("1: 2", "configs/exp.yml: unknown option 1; the name of an option is text"),
         (
             "sampling: {schedule: cosine}",
             "configs/exp.yml: sampling.schedule can only be default, not 'cosine': "

@@ -33,7 +33,9 @@ NOT_RUN = {
     r"/path/to/|\$OUTPUT|/data/": "needs ImageNet, its latents or published weights",
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
+    r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
     r"prepare_dataset tfds|cifar10": "needs a download; tests/test_experiments.py",
+    r"quickstart_imf": "minutes; tests/test_imf.py trains, kills and sweeps a smaller one",
     r"my_job my_exp": "needs ImageNet; its file is read below",
     r"scripts/test\.sh": "would run this test",
     r": tensorboard": "a server without an end; tests/test_monitoring.py reads the same files",
@@ -141,6 +143,7 @@ def test_the_commands_run(copy):
 def test_the_options_of_every_job_parse(command, tmp_path, monkeypatch):
     """Its config exists, its options too, and they fit together."""
     monkeypatch.setenv("DATA_ROOT", "/records")
+    monkeypatch.setenv("USER", "me")
     words = shlex.split(re.split(r"[|<&]", command.split("scripts/launch.sh ")[1])[0])
     config = words[1] if len(words) > 1 and not words[1].startswith("-") else "run_b4"
     options = [word for word in words if word.startswith("--config.") and "=" in word]

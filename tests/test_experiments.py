@@ -107,7 +107,10 @@ FAMILY = (
 )
 
 
-@pytest.mark.parametrize("name", [*SIZES, *FAMILY, "ablation_b4", "cifar10"])
+UNETS = ("cifar10_unet", "cifar10_unet_v0")
+
+
+@pytest.mark.parametrize("name", [*SIZES, *FAMILY, "ablation_b4", "cifar10", *UNETS])
 def test_headers(name):
     header = (ROOT / "configs" / f"{name}.yml").read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())

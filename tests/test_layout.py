@@ -15,7 +15,7 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "weights"),
-    ("train", "sample", "evaluate", "observe", "resume"),
+    ("train", "sample", "evaluate", "observe", "resume", "inherit"),
     ("main", "scripts"),
 )
 # Rooms on one floor that know nothing of each other.

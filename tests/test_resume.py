@@ -264,7 +264,7 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
     recipe, _ = train.make_recipe(config, model, 10)
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
-    loaded = weights_of.load(path, fresh.params, optimizer=True)
+    loaded = weights_of.load(path, fresh.params, config, optimizer=True)
     state = resume.from_weights(fresh, loaded, shardings, config.training.ema_val)
 
     assert int(state.step) == weights["step"]
@@ -289,12 +289,12 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
 
 def test_load_weights_takes_a_run_with_its_optimizer(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = weights_of.load(workdir, shapes, optimizer=True)
+    weights = weights_of.load(workdir, shapes, config_of(), optimizer=True)
     state = state_of(0)
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
     state = resume.from_weights(state, weights, shardings, config_of().training.ema_val)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(30))
-    assert weights_of.load(workdir, shapes)["opt_state"] is None
+    assert weights_of.load(workdir, shapes, config_of())["opt_state"] is None
 
 
 def test_averages_are_known_by_their_decays():
@@ -313,7 +313,7 @@ def test_averages_are_known_by_their_decays():
 
 def test_the_decays_are_those_of_the_run(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = weights_of.load(workdir, shapes)
+    weights = weights_of.load(workdir, shapes, config_of())
     assert tuple(weights["ema_vals"]) == tuple(config_of().training.ema_val)
 
 

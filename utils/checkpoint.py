@@ -5,33 +5,34 @@
                             /progress     step, optimizer, sums of the metrics
                             /data         the place in the data (JSON)
                             /config       the options of the run (JSON)
-                            /checksums    of the five above (JSON)
+                            /identity     of records, autoencoder, environment (JSON; or absent)
+                            /checksums    of the six above (JSON)
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best is laid out alike. Builds on utils/files.py.
+with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on
+utils/checksums.py and utils/files.py.
 """
 
 import contextlib
 import inspect
 import json
 import logging
-import os
 import pathlib
 import re
-import shutil
 import sys
-import zlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from utils import files
+from utils.checksums import checksums
 
 KEPT = 3  # newest checkpoints
+NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
 ARRAYS = ("params", "ema_params", "progress")
-PLAIN = ("data", "config")
+PLAIN = ("data", "config", "identity")
 
 
 class DamagedError(ValueError):
@@ -48,7 +49,7 @@ def steps(workdir):
     path = folder(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -65,9 +66,11 @@ class Checkpointer:
     """Writes checkpoints in the background, and keeps the newest of them, or all (None).
 
     What an interrupted job left half-written is removed at the start, so one job at a time.
+    `identity` says what the run is made from, see the module, and goes into every checkpoint.
     """
 
-    def __init__(self, workdir, kept=KEPT):
+    def __init__(self, workdir, kept=KEPT, identity=None):
+        self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
         self._manager = _Manager(folder(workdir).absolute(), options=options)
@@ -76,7 +79,7 @@ class Checkpointer:
     def save(self, step, *, params, ema_params, progress, data, config):
         """`write` for the items of a run."""
         arrays = {"params": params, "ema_params": ema_params, "progress": progress}
-        self.write(step, arrays, {"data": data, "config": config})
+        self.write(step, arrays, {"data": data, "config": config, "identity": self._identity})
 
     def write(self, step, arrays, plain):
         """Starts to write trees of arrays and JSON values; returns when they are on the host.
@@ -134,68 +137,13 @@ class Checkpointer:
             ) from error
 
 
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
-
-
-def keep_best(workdir, step, metric, value):
-    """Keeps a checkpoint that is on disk as the best one, where `value` is better than any before.
-
-    It goes to WORKDIR/best, a folder like a run's own; the former best one is removed, and
-    best.json there says what it is.
-    """
-    best = pathlib.Path(workdir) / "best"
-    about = {"metric": metric, "value": float(value), "step": step}
-    file = best / "best.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    if known.get("metric") == metric and not sign * value < sign * known["value"]:
-        return
-    folder(best).mkdir(parents=True, exist_ok=True)
-    if step not in steps(best):
-        with files.complete(folder(best) / str(step)) as unfinished:
-            shutil.copytree(_path(workdir, step), unfinished, copy_function=_link)
-    files.write_text(file, json.dumps(about) + "\n")
-    for old in steps(best):
-        if old != step:
-            shutil.rmtree(folder(best) / str(old))
-
-
-def _link(source, target):
-    """A second name for a file, which takes no room, or a copy where there can be none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _sums_of_bits(tree):
-    # Sums modulo 2**32 depend neither on an order nor on how the arrays lie on devices.
-    kinds = {2: "uint16", 4: "uint32"}
-    return [x.view(kinds[x.dtype.itemsize]).sum(dtype="uint32") for x in jax.tree.leaves(tree)]
-
-
-_sums_on_device = jax.jit(_sums_of_bits)
-
-
-def checksums(arrays, plain):
-    """Checksums of the items of a checkpoint: name -> int.
-
-    Args:
-      arrays: trees of arrays of 16 or 32 bits per number, all on devices or all numpy.
-      plain: what JSON holds.
-    """
-    on_host = isinstance(jax.tree.leaves(arrays)[0], np.ndarray)
-    sums_of = _sums_of_bits if on_host else _sums_on_device
-    sums = {name: sum(map(int, sums_of(tree))) % 2**32 for name, tree in arrays.items()}
-    texts = {name: json.dumps(plain[name], sort_keys=True) for name in PLAIN if name in plain}
-    return sums | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
-
-
 # Reading --------------------------------------------------------------------------------------
 
 
 def read_plain(workdir, step):
-    """The items of a checkpoint that are JSON: a dict of `data`, `config` and `checksums`.
+    """The items of a checkpoint that are JSON: `data`, `config`, `identity` and `checksums`.
+
+    `identity` is {} where the checkpoint is of before there was one.
 
     Raises:
       DamagedError: it cannot be read.
@@ -203,7 +151,21 @@ def read_plain(workdir, step):
     with _damage(workdir, step):
         path = _path(workdir, step)
         read = ocp.JsonCheckpointHandler().restore
-        return {name: read(path / name) for name in (*PLAIN, "checksums")}
+        found = {"identity": {}, "checksums": dict(read(path / "checksums"))}
+        names = [name for name in PLAIN if name != "identity" or name in found["checksums"]]
+        return found | {name: dict(read(path / name)) for name in names}
+
+
+def options(workdir):
+    """The options of a run, nested, or None; without jax, as processes ask before they join."""
+    for step in reversed(steps(workdir)):
+        try:
+            found = json.loads((_path(workdir, step) / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue  # whoever reads the weights says what is wrong
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def read_arrays(workdir, step, targets):
@@ -250,7 +212,7 @@ def verify(workdir, step, arrays, plain):
       arrays, plain: from `read_arrays` and `read_plain`. All processes have to ask.
     """
     for name, value in checksums(arrays, plain).items():
-        if value != plain["checksums"][name]:
+        if value != plain["checksums"].get(name, value if name == "identity" else None):
             raise DamagedError(f"{folder(workdir) / str(step)}: {name} does not match its checksum")
 
 
@@ -271,8 +233,8 @@ def restore_weights(workdir, step=None, optimizer=False):
       optimizer: whether to read the moments of Adam too.
 
     Returns:
-      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config` and,
-      with `optimizer`, `opt_state`: {"count": int32 (), "mu": tree, "nu": tree}, or None.
+      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config`,
+      `identity` and, with `optimizer`, `opt_state`: {"count": (), "mu": tree, "nu": tree} or None.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -297,7 +259,7 @@ def _read_weights(workdir, step, optimizer):
     arrays, plain = read_arrays(workdir, step, dict.fromkeys(names)), read_plain(workdir, step)
     verify(workdir, step, arrays, plain)
     weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
-    weights["config"] = plain["config"]
+    weights |= {"config": plain["config"], "identity": plain["identity"]}
     if optimizer:
         weights["opt_state"] = _find_adam(arrays["progress"])
     return weights

@@ -10,12 +10,14 @@ shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Ex
 - `label`, an index into the sorted classes.
 
 Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
-then one hash check and one copy. Builds on utils/files.py.
+then one hash check and one copy. Builds on utils/contents.py, utils/files.py and utils/identity.py.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import tempfile
 import threading
@@ -28,7 +30,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from utils import files
+from utils import contents, files, identity
 
 NAME = "records"
 SPARE_FILES = 256  # open files that are left to everything else
@@ -49,16 +51,18 @@ def write_shard(path, examples):
 
     The file appears under its name only when complete.
     """
-    count = 0
+    count, content = 0, identity.Sum()
     with files.complete(path) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE_OPTIONS)
         for example in examples:
             record = _serialise(example)
+            content.add(record)
             with _writing(path):
                 writer.write(record)
             count += 1
         with _writing(path):
             writer.close()
+        contents.note(path, content)
     return count
 
 
@@ -84,13 +88,15 @@ def shard_length(path):
     return length
 
 
-def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=False, description=""):
+def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=False, settings=None):
     """Writes features.json and dataset_info.json: from here on `root` is a dataset.
 
     Args:
       key: "moments" or "image"; `shape` (h, w, channels) and `dtype` of that tensor.
       classes: the class names in the order of their labels, or their number.
       shard_lengths: {split: [records in shard 0, 1, ...]}.
+      settings: what it is made from and how, for JSON; with a digest of the records they become the
+        description, which `Records.identity` tells.
     """
     root = Path(root)
     tensor = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
@@ -98,19 +104,23 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
     features = {key: tensor, "label": tfds.features.ClassLabel(**label)}
     if flipped:
         features["moments_flipped"] = tensor
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    builder = tfds.core.dataset_info.DatasetIdentity(
         name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(root), module_name=""
     )
+    paths = {
+        split: [shard_path(root, split, i, len(lengths)) for i in range(len(lengths))]
+        for split, lengths in shard_lengths.items()
+    }
+    content = {split: contents.of_shards(found, _raw_records) for split, found in paths.items()}
     info = tfds.core.DatasetInfo(
-        builder=identity,
+        builder=builder,
         features=tfds.features.FeaturesDict(features),
-        description=description,
+        description=json.dumps({**(settings or {}), "content": content}),
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     splits = []
     for split, lengths in shard_lengths.items():
-        paths = [shard_path(root, split, i, len(lengths)) for i in range(len(lengths))]
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(path.stat().st_size for path in paths[split])
         template = tfds.core.ShardedFileTemplate(
             data_dir=root, dataset_name=NAME, split=split, filetype_suffix="array_record"
         )
@@ -121,6 +131,13 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
         info.write_dataset_info_json(unfinished)
         os.replace(Path(unfinished, "dataset_info.json"), root / "dataset_info.json")
+    contents.forget(root, NAME)
+
+
+def _raw_records(path):
+    reader = _open_shard(path)
+    yield from (reader.read([i])[0] for i in range(reader.num_records()))
+    reader.close()
 
 
 def _serialise(example):
@@ -153,6 +170,12 @@ class Records:
     shard_paths: tuple[Path, ...]
     shard_starts: np.ndarray = dataclasses.field(repr=False)  # (shards + 1,)
     readers: "_Readers" = dataclasses.field(repr=False)
+    description: str = dataclasses.field(default="", repr=False)  # in dataset_info.json
+
+    @functools.cached_property
+    def identity(self):
+        """What the records are, see `contents.of_records`; reads some of them."""
+        return contents.of_records(self, self.description)
 
     def read(self, indices, flipped=True):
         """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
@@ -259,6 +282,7 @@ def open_records(root, split="train"):
         shard_paths=paths,
         shard_starts=np.concatenate([[0], np.cumsum(lengths)]),
         readers=readers,
+        description=info.description,
     )
     if records.num_records == 0:
         raise ValueError(f"{root}: the split '{split}' is empty")

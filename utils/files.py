@@ -17,7 +17,7 @@ SYSTEM = (
 )  # fmt: skip
 
 
-ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # too little of it
+ROOM = (errno.ENOSPC, errno.EDQUOT)  # too little of it
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """The iterator over shuffled batches that training uses.
 
-Builds on utils/order.py.
+Builds on utils/order.py and utils/train_metrics.py.
 """
 
-import grain
+import contextlib
 
-from utils import order
+import grain
+import numpy as np
+
+from utils import order, train_metrics
 from utils.order import shuffled_indices
 
 
@@ -61,9 +64,35 @@ class RecordIterator:
     def _read(self, position, i):
         start = position + i * self._batch_size + self._row
         stop = start + self._local_size
+        return self._records.read(self._draws(start, stop), self._flipped)
+
+    def _draws(self, start, stop):
+        """The numbers of the records of draws [start, stop)."""
         count = self._records.num_records
-        indices = shuffled_indices(start, stop, count, self._seed, self._keyed)
-        return self._records.read(indices, self._flipped)
+        return shuffled_indices(start, stop, count, self._seed, self._keyed)
+
+    @contextlib.contextmanager
+    def blaming(self, step):
+        """Adds to a NotFiniteError what the batch of its step held; `step` steps are done now."""
+        begin = self._position
+        try:
+            yield
+        except train_metrics.NotFiniteError as error:
+            blamed = self._blame(begin + (error.step - 1 - step) * self._batch_size)
+            raise FloatingPointError(f"{error}. {blamed}") from error
+
+    def _blame(self, start):
+        """Says whether the batch of all processes from draw `start` on is finite, or who is not."""
+        indices = self._draws(start, start + self._batch_size)
+        bad = np.zeros(len(indices), bool)
+        for value in self._records.read(indices, self._flipped).values():
+            bad |= ~np.isfinite(value.astype(np.float32)).reshape(len(indices), -1).all(axis=1)
+        numbers = sorted({int(i) for i in indices[bad]})
+        if not numbers:
+            return "The batch itself is finite"
+        more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+        shown = ", ".join(map(str, numbers[:10]))
+        return f"The batch itself holds them: records {shown}{more} of {self._records.root}"
 
     def __iter__(self):
         return self

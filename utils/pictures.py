@@ -4,6 +4,7 @@ Builds on utils/files.py.
 """
 
 import collections
+import operator
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SYSTEM_NAMES = (
     "system volume information", "thumbs.db", "desktop.ini",
 )  # fmt: skip
 ORIENTATION = 0x0112  # in EXIF data
+BY_NAME = operator.attrgetter("name")
 
 
 class Listing:
@@ -53,9 +55,7 @@ def entries(folder, listing, links_matter=True):
         the system does not let the folder be read.
     """
     folders, plain = [], []
-    for entry in sorted(
-        os.scandir(folder), key=lambda entry: entry.name
-    ):  # asks for no file's stat
+    for entry in sorted(os.scandir(folder), key=BY_NAME):  # asks for no file's stat
         if not is_ours(entry.name):
             listing.leave_out("hidden or of the system", entry.path)
             continue

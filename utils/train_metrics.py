@@ -77,15 +77,25 @@ def add(sums, step, scalars, rows, t, r, finite, skip_nonfinite):
     return added | {"nonfinite_step": jnp.where(first, step + 1, sums["nonfinite_step"])}
 
 
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite; `step` is the first one of it."""
+
+    def __init__(self, step, line):
+        super().__init__(line)
+        self.step = step
+
+
 def check_finite(sums):
-    """Raises FloatingPointError where a loss or gradient of the period was not finite."""
+    """Raises NotFiniteError where a loss or gradient of the period was not finite."""
     if sums["nonfinite_step"] >= 0:
         shown = [name for name in sums if not name.endswith(("_by_time", *KINDS))]
         bad = [name for name in shown if not np.isfinite(sums[name])]
-        raise FloatingPointError(
-            f"step {sums['nonfinite_step']}: {', '.join(bad)} not finite; the last checkpoint is "
+        step = int(sums["nonfinite_step"])
+        raise NotFiniteError(
+            step,
+            f"step {step}: {', '.join(bad)} not finite; the last checkpoint is "
             "from before. Lower training.learning_rate, set training.grad_clip, or leave such "
-            "steps out with training.skip_nonfinite"
+            "steps out with training.skip_nonfinite",
         )
 
 

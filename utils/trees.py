@@ -11,6 +11,22 @@ def flatten(tree):
     return traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
 
 
+def check_names(tree, where):
+    """Raises ValueError where a name in a nested dict is no text, or a leaf no numbers."""
+    stack = [((), tree)]
+    while stack:
+        path, part = stack.pop()
+        entries = part.items() if isinstance(part, dict) else enumerate(part)
+        for name, value in entries:
+            if isinstance(part, dict) and not isinstance(name, str):
+                raise ValueError(f"{where}: the name {str(name)[:40]!r} is no text")
+            if isinstance(value, (dict, list, tuple)):
+                stack.append(((*path, name), value))
+            elif value is not None and np.asarray(value).dtype.kind not in "fiubV":
+                found = "/".join(map(str, (*path, name)))
+                raise ValueError(f"{where}: {found[:200]} holds no numbers")
+
+
 def unflatten(arrays):
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(arrays, sep="/")

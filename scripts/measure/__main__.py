@@ -16,7 +16,7 @@ import sys
 
 import parts
 from scripts.measure import check, compile, costs, data, evaluation, table, train
-from utils import signals
+from utils import environment, signals
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -42,6 +42,7 @@ def main(argv=None):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)
         command.add_argument("--json", help="also write the results to this file")
+    environment.pin()
     try:
         module = COMMANDS.get(argv[0], [None])[0] if argv else None
         if module in WITHOUT_CONFIG:

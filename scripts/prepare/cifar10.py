@@ -81,7 +81,9 @@ def run(args):
         args.image_size = SIDE
         train = splits["train"]
         items = [(digests["train"], i) for i in range(len(train.labels))]
-        statistics.write(args, items, lambda items: ((train.images[i], None) for _, i in items))
+        statistics.check(args, "train", items)
+        images = lambda items: ((train.images[i], None) for _, i in items)  # noqa: E731
+        statistics.write(args, "train", items, images)
 
 
 def digest(split):

@@ -12,12 +12,13 @@ import numpy as np
 
 from metrics import inception_weights
 from models import vae
-from scripts.prepare import shards, statistics
-from utils import images, pictures, sharding
+from scripts.prepare import moments, shards, statistics
+from utils import environment, images, pictures, sharding
 
 
 def run(args):
     """The job behind `prepare_dataset images`: records, statistics, or both."""
+    environment.pin()
     root, listing = Path(args.input), pictures.Listing()
     classes, items = list_images(root, args.splits, listing)
     counts = ", ".join(f"{len(files)} {split}" for split, files in items.items())
@@ -31,12 +32,14 @@ def run(args):
     decode = functools.partial(
         decoded, root=root, size=args.image_size, workers=args.workers, notes=notes, read=read
     )
+    split = next(iter(items))  # whose statistics are made
     if args.compute_fid:
         inception_weights.find(args.inception_weights)  # its lack is told before hours of encoding
+        statistics.check(args, split, items[split])
     if args.compute_latent:
         write_records(args, classes, items, decode)
     if args.compute_fid:
-        statistics.write(args, next(iter(items.values())), decode)
+        statistics.write(args, split, items[split], decode)
     notes.report()
 
 
@@ -174,7 +177,7 @@ def write_records(args, classes, items, decode):
     else:
         encode = Encoder(args.vae, args.image_size, args.device_batch_size, args.flip, args.store)
         key, shape, dtype, flipped = "moments", encode.shape, encode.dtype, args.flip
-        settings |= {"store": args.store, "flip": args.flip}
+        settings |= {"store": args.store, "flip": args.flip, "encoder": encode.digest}
         make = lambda items: encode(decode(items))  # noqa: E731
     job = shards.Job(
         output=Path(args.output),
@@ -204,6 +207,7 @@ class Encoder:
     def __init__(self, name, size, device_batch_size, flip, store):
         autoencoder = vae.load(name)
         mesh = sharding.make_mesh(1, jax.local_devices())
+        self.digest, self._name = autoencoder.identity["encoder"], name
         self.dtype, self._flip, self._size = np.dtype(store), flip, size
         self._batch_size = device_batch_size * mesh.size
         self._rows = sharding.by_row(mesh)
@@ -222,7 +226,7 @@ class Encoder:
         self._encode = encode
         spec = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
         self.shape = jax.eval_shape(encode, autoencoder.params, spec)["moments"].shape[1:]
-        self._count = self._error = self._sum = self._square = 0.0
+        self._spread, self._error = moments.Spread(), 0.0
 
     def __call__(self, stream):
         """(image or None, label) -> examples or None. One batch is computed while one is read."""
@@ -240,24 +244,23 @@ class Encoder:
 
     def _examples(self, rows, encoded):
         encoded = jax.device_get(encoded)
-        stored = {key: value.astype(self.dtype) for key, value in encoded.items()}
         for i, (image, label) in enumerate(rows):
             if image is None:
                 yield None
                 continue
-            self._measure(encoded["moments"][i], stored["moments"][i])
-            yield {key: value[i] for key, value in stored.items()} | {"label": label}
+            where = f"dataset.vae {self._name}, an image of class {label}"
+            stored = {k: moments.check(where, v[i], self.dtype) for k, v in encoded.items()}
+            self._measure(encoded["moments"][i], stored["moments"])
+            yield stored | {"label": label}
 
     def _measure(self, exact, stored):
         mean, kept = (np.split(a.astype(np.float64), 2, axis=-1)[0] for a in (exact, stored))
-        self._count += mean.size
-        self._sum += mean.sum()
-        self._square += (mean**2).sum()
+        self._spread.add(exact)
         self._error += ((mean - kept) ** 2).sum()
 
     def report(self):
-        """Says what the storage cost, relative to the standard deviation of the latents."""
-        if self._count and self.dtype != np.float32:
-            std = np.sqrt(self._square / self._count - (self._sum / self._count) ** 2)
-            error = np.sqrt(self._error / self._count) / std
+        """Says how the latents lie, and what the storage cost, relative to their deviation."""
+        self._spread.report()
+        if self._spread.count and self.dtype != np.float32:
+            error = np.sqrt(self._error / self._spread.count) / self._spread.std()
             print(f"{self.dtype} storage: rms error {error:.1e} of the latents' standard deviation")

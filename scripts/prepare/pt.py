@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from formats import torch_files
-from scripts.prepare import shards
+from scripts.prepare import moments, shards
 from utils import pictures
 
 
@@ -35,8 +35,10 @@ def run(args):
         records_per_shard=args.records_per_shard,
         settings={"source": "pt", "store": args.store, "num_classes": args.num_classes},
     )
-    read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers)
+    spread = moments.Spread()
+    read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers, spread)
     shards.write(job, read, args.process_id, args.num_processes, args.overwrite)
+    spread.report()
 
 
 def list_files(root, listing=None):
@@ -68,23 +70,39 @@ def list_files(root, listing=None):
 def load(path):
     """One file -> (moments (h, w, 2c) float32, label). ValueError if it holds anything else."""
     content = torch_files.load(path)
-    image = content.get("image") if isinstance(content, dict) else None
-    if image is None or "label" not in content or np.ndim(image) != 3 or len(image) % 2:
+    content = content if isinstance(content, dict) else {}
+    image = content.get("image")
+    image = image if isinstance(image, np.ndarray) else np.asarray(image, object)
+    if "label" not in content or image.ndim != 3 or len(image) % 2:
         raise ValueError(f"{path}: not a latent; it should hold 'image' (2c, h, w) and 'label'")
-    return np.moveaxis(np.asarray(image, np.float32), 0, -1), int(content["label"])
+    if not np.can_cast(image.dtype, np.float64):
+        raise ValueError(f"{path}: 'image' holds {image.dtype}, not real numbers")
+    moments_of_file = np.moveaxis(image.astype(np.float32), 0, -1)
+    return moments_of_file, whole_number(path, content["label"])
 
 
-def examples(root, shape, dtype, num_classes, workers, names):
+def whole_number(path, label):
+    """The label of a file as int; ValueError where it is no whole number."""
+    value = np.asarray(label) if np.isscalar(label) or isinstance(label, np.ndarray) else None
+    if value is None or value.size != 1 or value.dtype.kind not in "iuf" or value.item() % 1 != 0:
+        found = " ".join(repr(label).split())[:60]
+        raise ValueError(f"{path}: 'label' is {found}, not a whole number")
+    return int(value.item())
+
+
+def examples(root, shape, dtype, num_classes, workers, spread, names):
     """Paths below `root` -> examples, in order; anything odd is an error that names the file."""
 
     def read(name):
-        moments, label = load(root / name)
-        if moments.shape != shape:
-            raise ValueError(f"{root / name}: latent {moments.shape}, the others have {shape}")
+        found, label = load(root / name)
+        if found.shape != shape:
+            raise ValueError(f"{root / name}: latent {found.shape}, the others have {shape}")
         if not 0 <= label < num_classes:
             raise ValueError(f"{root / name}: label {label}; --num_classes is {num_classes}")
-        return {"moments": moments.astype(dtype), "label": label}
+        return {"moments": moments.check(root / name, found, dtype), "label": label}
 
     if names:
         files = grain.MapDataset.source(names).map(read)
-        yield from files.to_iter_dataset(grain.ReadOptions(workers, 8 * workers))
+        for example in files.to_iter_dataset(grain.ReadOptions(workers, 8 * workers)):
+            spread.add(example["moments"])
+            yield example

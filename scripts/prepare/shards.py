@@ -162,7 +162,7 @@ def _begin(job):
         different = [
             f"{name}: {found.get(name)}, now {plan.get(name)}"
             for name in sorted({*found, *plan})
-            if found.get(name) != plan.get(name)
+            if found.get(name) != plan.get(name) and not _same(name, found, plan)
         ]
         if different:
             raise ValueError(
@@ -174,6 +174,16 @@ def _begin(job):
     else:
         job.output.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps(plan, indent=2) + "\n")
+
+
+def _same(name, found, plan):
+    """Whether two plans that say different things of `name` are for the same records all the same.
+
+    An autoencoder is its encoder, wherever it lies; plans of before do not tell the encoder.
+    """
+    if name == "encoder":
+        return "encoder" not in found and "vae" in found and found["vae"] == plan.get("vae")
+    return name == "vae" and "encoder" in plan and found.get("encoder") == plan["encoder"]
 
 
 def _finish(job, every):
@@ -188,7 +198,7 @@ def _finish(job, every):
         job.classes,
         lengths,
         flipped=job.flipped,
-        description=json.dumps(job.settings),
+        settings=job.settings,
     )
     counts = ", ".join(f"{sum(n)} records in {len(n)} shards ({s})" for s, n in lengths.items())
     print(f"{counts} -> {job.output}", flush=True)

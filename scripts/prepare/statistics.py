@@ -7,25 +7,58 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from metrics import distances, inception, inception_weights, reference
+from metrics import distances, inception, inception_weights, provenance, reference
 from scripts.prepare import shards
-from utils import files, processes, sharding
+from utils import environment, files, identity, processes, sharding
 
 DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
 
-def write(args, items, decode):
-    """Writes the reference for FID and sFID of the images `items` [(path, label)].
+def path_of(args):
+    """The file of the statistics."""
+    return Path(args.fid_stats or f"{args.output}/imagenet_{args.image_size}_fid_stats.npz")
+
+
+def asked(args, split, items):
+    """What the statistics are to be of, as `metrics.provenance` names it."""
+    turned = ["EXIF orientation"] if getattr(args, "exif_orientation", False) else []
+    return {
+        "split": split,
+        "size": args.image_size,
+        "resize": args.fid_resize,
+        "files": shards.digest([name for name, _ in items] + turned),
+    }
+
+
+def check(args, split, items):
+    """Raises ValueError where there are other statistics under that name, before any work."""
+    path = path_of(args)
+    if not path.exists() or args.overwrite:
+        return
+    said = provenance.of_path(path)
+    if found := provenance.differences(said, asked(args, split, items)):
+        raise ValueError(
+            f"{path} holds other statistics ({'; '.join(found)}): name another file with "
+            "--fid_stats, or start over with --overwrite"
+        )
+    if "files" not in said:
+        print(f"{path} does not say of which images it is; --overwrite makes it anew", flush=True)
+
+
+def write(args, split, items, decode):
+    """Writes the reference for FID and sFID of the images `items` [(path, label)] of a split.
 
     Each process saves the moments of its share, and the one that finds all of them joins them, so
     that the result does not depend on the number of processes, up to rounding.
     """
-    path = Path(args.fid_stats or f"{args.output}/imagenet_{args.image_size}_fid_stats.npz")
+    environment.pin()
+    path = path_of(args)
     if path.exists() and not args.overwrite:
         return print(f"{path} is there already; nothing to do", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    count, names = args.num_processes, shards.digest([name for name, _ in items])[:12]
-    stem = f"unfinished-{path.stem}-{names}-{args.fid_resize}"
+    said = asked(args, split, items)
+    count = args.num_processes
+    stem = f"unfinished-{path.stem}-{said['files'][:12]}-{args.image_size}-{args.fid_resize}"
     parts = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.npz") for i in range(count)]
     if args.overwrite or not parts[args.process_id].exists():
         start, stop = (len(items) * i // count for i in (args.process_id, args.process_id + 1))
@@ -34,19 +67,29 @@ def write(args, items, decode):
             np.savez(file, **sums)
     if not all(part.exists() for part in parts):
         return print("statistics: the rest is left to other processes", flush=True)
-    joined = join([np.load(part) for part in parts])
-    reference.save_reference(path, **joined, resize=args.fid_resize)
+    found = [np.load(part) for part in parts]
+    if len({str(part["weights"]) for part in found}) > 1:
+        raise ValueError(f"{path}: the processes had different --inception_weights; start over")
+    images = identity.Sum()
+    for part in found:
+        images.join(identity.Sum(str(part["images"])))
+    number = sum(int(part["count"]) for part in found)
+    said |= {"number": number, "images": str(images), "weights": str(found[0]["weights"])}
+    reference.save_reference(path, **join(found), **said)
     for part in parts:
         part.unlink(missing_ok=True)
-    print(f"statistics of {len(items)} images -> {path}", flush=True)
+    print(f"statistics of {number} {split} images -> {path}", flush=True)
 
 
 def moments(args, stream, total):
-    """(image or None, label) -> {count, mu, sigma, mu_s, sigma_s}, on all local devices."""
+    """(image or None, label) -> {count, mu, sigma, mu_s, sigma_s}, on all local devices.
+
+    Beside them `images`, the sum of the digests of the pixels, and `weights`, that of the network.
+    """
     mesh = sharding.make_mesh(1, jax.local_devices())
-    params = jax.device_put(
-        inception_weights.load(args.inception_weights), sharding.replicated(mesh)
-    )
+    weights = inception_weights.load(args.inception_weights)
+    params = jax.device_put(weights, sharding.replicated(mesh))
+    seen = identity.Sum()
     batch_size = args.device_batch_size * mesh.size
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -63,11 +106,13 @@ def moments(args, stream, total):
         for i, (image, _) in enumerate(rows):
             if image is not None:
                 batch[i], weight[i] = image, 1
+                seen.add(image.tobytes())
         acc = step(params, acc, *jax.device_put((batch, weight), sharding.by_row(mesh)))
     mu, sigma = distances.finish_moments(acc["pool"])
     mu_s, sigma_s = distances.finish_moments(acc["spatial"])
     count = int(acc["pool"].count)
-    return {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    found = {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    return found | {"images": str(seen), "weights": inception_weights.digest(weights)}
 
 
 def join(parts):

@@ -70,6 +70,8 @@ def to_array(image, channels, size=None):
         content = image.read() if hasattr(image, "read") else epath.Path(image).read_bytes()
         with Image.open(io.BytesIO(content)) as file:
             image = np.asarray(file.convert("L" if channels == 1 else "RGB"))
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image of {image.dtype}; only 8 bits can be stored")
     image = image.reshape(*image.shape[:2], -1)
     if size is None:
         return image

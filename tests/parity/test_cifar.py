@@ -13,11 +13,11 @@ import optax
 import pytest
 
 import train
-from configs import default
+from configs import default, load_config
 from formats import published_cifar
 from methods import meanflow, path
 from models import augment, codec, network, unet
-from utils import averages, trees
+from utils import averages, images, trees
 
 pytestmark = pytest.mark.parity
 
@@ -188,6 +188,9 @@ def test_sampler(net, steps):
 
     x = jax.jit(sample)(params)
     assert np.abs(x - a["samples"]).max() <= 1e-5 * np.abs(a["samples"]).max()
+    if "uint8" in a:
+        rounding = load_config.get_config("cifar10_unet").fid.rounding
+        np.testing.assert_array_equal(images.to_uint8(a["samples"], rounding), a["uint8"])
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +204,11 @@ def test_augmentation(augmented, case):
     a = below(f"augment/{case}/")
     draws = augment.Draws(**{name: a[name] for name in augment.Draws._fields})
     x = (ARRAYS["augment/images"] / 255 * 2 - 1).astype(np.float32)
-    images, labels = augmented(x, draws, INFO["augment"][case]["p"])
+    found, labels = augmented(x, draws, INFO["augment"][case]["p"])
     np.testing.assert_allclose(labels, a["labels"], atol=1e-6)
     shrunk = 0.2 * (a["scale_normal"] - np.abs(a["aniso_normal"]))  # log2 of the smaller scale
     atol = 5e-4 if INFO["augment"][case]["p"] == 1 and shrunk.min() < -0.5 else 2e-5
-    np.testing.assert_allclose(images, a["out"], atol=atol)
+    np.testing.assert_allclose(found, a["out"], atol=atol)
 
 
 def training_options(**options):

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import pathlib
-import types
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import default
 from formats import published_imf
 from methods import improved, path
 from models import codec, imf_dit, network
@@ -142,7 +142,7 @@ def test_parts(data):
         embed = imf_dit.Embedding(net.hidden_size, net.patch_size, net.num_classes, net.dtype)
         x = embed.apply({"params": params["embedding"]}, forward["x"][:rows], c)
         block = {"params": jax.tree.map(lambda p: p[0], params["blocks"])}
-        module = imf_dit.Block(net.hidden_size, net.num_heads, net.dtype, (False,))
+        module = imf_dit.Block(net.hidden_size, net.num_heads, net.dtype, False, None)
         # `of`: one part on the normed input, as the goldens have it
         of = functools.partial(module.apply, block)
         attention = of(method=lambda b: b.attn(imf_dit.rms_norm(x, b.norm1), False))
@@ -264,8 +264,9 @@ def test_trajectory(data):
                for i in range(info["steps"])]  # fmt: skip
     (x, _, _, num_equal, _) = batches[0]
     options = {name: info[name] for name in ("learning_rate", "warmup_steps", "weight_decay")}
-    options |= {"adam_b1": info["adam_b1"], "adam_b2": info["adam_b2"], "warmup_epochs": 0}
-    training = types.SimpleNamespace(**options, lr_schedule="const", grad_clip=0.0)
+    options |= {"adam_b1": info["adam_b1"], "adam_b2": info["adam_b2"]}
+    training = default.get_config().training
+    training.update(options)
     optimizer, schedule = train.make_optimizer(training, info["steps"])
     recipe = train.Recipe(
         net=network.function(data.net),

@@ -225,8 +225,8 @@ def numbers(fsdp):
 CODE = """
 import sys
 sys.path.insert(0, "tests")
-import numpy as np, test_improved
-np.savez(r"{folder}/8.npz", **test_improved.numbers(fsdp=8))
+import numpy as np, test_imf
+np.savez(r"{folder}/8.npz", **test_imf.numbers(fsdp=8))
 """
 
 

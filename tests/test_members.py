@@ -22,6 +22,7 @@ from methods import alphaflow
 from models import network
 from models.network import Velocity
 from scripts.measure import costs
+from utils import best as best_of
 from utils import checkpoint
 
 MEMBERS = {
@@ -239,12 +240,12 @@ def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
     assert about == {"metric": "fid", "value": best["fid"], "step": best["checkpoint_step"]}
     assert weights.read(folder / "best")["step"] == best["checkpoint_step"]
     # Worse ones change nothing, better ones take its place.
-    checkpoint.keep_best(folder, 3, "fid", best["fid"] + 1)
+    best_of.keep_best(folder, 3, "fid", best["fid"] + 1)
     assert checkpoint.steps(folder / "best") == [best["checkpoint_step"]]
-    checkpoint.keep_best(folder, 3, "fid", best["fid"] - 1)
+    best_of.keep_best(folder, 3, "fid", best["fid"] - 1)
     assert checkpoint.steps(folder / "best") == [3]
-    checkpoint.keep_best(folder, 6, "precision", 0.5)  # another metric begins anew
-    checkpoint.keep_best(folder, 4, "precision", 0.6)
+    best_of.keep_best(folder, 6, "precision", 0.5)  # another metric begins anew
+    best_of.keep_best(folder, 4, "precision", 0.6)
     assert checkpoint.steps(folder / "best") == [4]
 
 

@@ -1,0 +1,62 @@
+"""What the records of a dataset are: digests that tell one dataset from another.
+
+Two are kept. `content` is over every record and is noted while they are written; `sample` is over
+what is stored, and can be taken of any dataset, those of before included. Builds on
+utils/files.py and utils/identity.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from utils import files, identity
+
+WHOLE = 2**14  # records of a set that `sample` reads as a whole,
+WHOLE_BYTES = 2**26  # where they are no more than this
+SAMPLED = 2**10  # records that stand for a larger set
+
+
+def note(path, content):
+    """Keeps the sum `content` of a shard until the dataset is complete, to spare reading it."""
+    files.write_text(_note(path), str(content))
+
+
+def _note(path):
+    return Path(path).with_name(f"unfinished-content-{Path(path).name}")
+
+
+def of_shards(paths, read):
+    """The digest of the records of all shards; `read(path)` gives the records of one as bytes."""
+    total = identity.Sum()
+    for path in paths:
+        try:
+            total.join(identity.Sum(_note(path).read_text()))
+        except (OSError, ValueError):  # not noted
+            for record in read(path):
+                total.add(record)
+    return str(total)
+
+
+def forget(root, name):
+    """Removes the notes of a dataset that is complete."""
+    for path in Path(root).glob(f"unfinished-content-{name}-*"):
+        path.unlink(missing_ok=True)
+
+
+def of_records(records, description):
+    """The identity of opened records: what `description`, JSON, says of them, and their `sample`.
+
+    Reads some of them.
+    """
+    count = records.num_records
+    size = np.prod(records.shape) * records.dtype.itemsize * (1 + records.has_flipped)
+    whole = count <= WHOLE and count * size <= WHOLE_BYTES
+    indices = np.arange(count) if whole else np.linspace(0, count - 1, SAMPLED).astype(np.int64)
+    noted = {}
+    try:
+        noted = dict(json.loads(description))
+        noted["content"] = noted["content"][records.split]
+    except (ValueError, TypeError, KeyError):  # of before, or of other people
+        noted.pop("content", None)
+    return noted | {"sample": identity.of_arrays(records.read(indices), count)}
