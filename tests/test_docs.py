@@ -33,7 +33,7 @@ NOT_RUN = {
     r"/path/to/|\$OUTPUT|/data/": "needs ImageNet, its latents or published weights",
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
-    r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
+    r"digits_0_4|fm_0_4|launch.sh from_nothing|JOB_NAME digits --config.sampling.num_steps": "minutes; tests/test_members.py",
     r"prepare_dataset tfds|cifar10": "needs a download; tests/test_experiments.py",
     r"quickstart_imf": "minutes; tests/test_imf.py trains, kills and sweeps a smaller one",
     r"my_job my_exp": "needs ImageNet; its file is read below",
