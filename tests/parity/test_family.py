@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from configs import default
 from formats import published
 from methods import (
     alphaflow,
@@ -79,18 +80,22 @@ def build(kind, **options):
 def make(case, num_equal, batch_size):
     """The objective that a case of the json describes."""
     guidance = case["guidance"]
-    options = OPTIONS | {
-        "guidance_eq": guidance["kind"],
-        "norm_p": case["norm_p"],
-        "norm_eps_per_pixel": case["norm_eps"] / INFO["pixels"],
-        "norm_eps": case["norm_eps"],
-        "data_proportion": (num_equal + 0.25) / batch_size if num_equal else 0.0,
-        "target_clip": case.get("clip", 0.0),
-        "omega": guidance.get("omega", guidance.get("cfg", case.get("cfg_scale", 1.0))),
-        "difference_step": case.get("epsilon", 1.0),
-        "difference_path": case.get("path", "data"),
-        "alpha_schedule": "grid" if case.get("target_params") == "ema" else "constant",
-    }
+    options = (
+        default.get_config().method.to_dict()
+        | OPTIONS
+        | {
+            "guidance_eq": guidance["kind"],
+            "norm_p": case["norm_p"],
+            "norm_eps_per_pixel": case["norm_eps"] / INFO["pixels"],
+            "norm_eps": case["norm_eps"],
+            "data_proportion": (num_equal + 0.25) / batch_size if num_equal else 0.0,
+            "target_clip": case.get("clip", 0.0),
+            "omega": guidance.get("omega", guidance.get("cfg", case.get("cfg_scale", 1.0))),
+            "difference_step": case.get("epsilon", 1.0),
+            "difference_path": case.get("path", "data"),
+            "alpha_schedule": "grid" if case.get("target_params") == "ema" else "constant",
+        }
+    )
     names = {"kappa": "kappa", "t_start": "t_start", "t_end": "t_end", "mix": "mix"}
     names |= {"fade_start": "fade_start"}
     options |= {ours: guidance[name] for name, ours in names.items() if name in guidance}
