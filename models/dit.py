@@ -19,7 +19,7 @@ import numpy as np
 
 from models import card
 from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
-from models.network import Network, Velocity
+from models.network import Network, Velocity, sizes_of
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
@@ -273,16 +273,8 @@ def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
     Raises:
       ValueError: a missing size, or sizes that do not fit together.
     """
-    options |= {name: size for name, size in NAMES[cls].items() if not options[name]}
-    missing = [f"model.{name}" for name in SIZE_OPTIONS if not options[name]]
-    if missing:
-        raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
-    _, D, heads, patch = (options[name] for name in SIZE_OPTIONS)
-    if image_shape[0] % patch:
-        raise ValueError(
-            f"dataset.image_size ({image_shape[0]}) must be a multiple of the patch size {patch} "
-            f"of model.cls {cls}"
-        )
+    options |= sizes_of(cls, NAMES[cls], SIZE_OPTIONS, options, image_shape)
+    D, heads = options["hidden_size"], options["num_heads"]
     if D % heads or D % 4:
         raise ValueError(
             f"model.hidden_size ({D}) must be a multiple of 4 and of model.num_heads ({heads})"

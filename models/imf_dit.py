@@ -29,7 +29,7 @@ from models.dit import (
     xavier,
     zeros,
 )
-from models.network import Network, Velocity
+from models.network import Network, Velocity, sizes_of
 
 ones = nn.initializers.ones_init()
 # Before the patches, in this order: what the tokens stand for, and how many there are.
@@ -304,16 +304,8 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
     Raises:
       ValueError: a missing size, or sizes that do not fit together.
     """
-    options |= {name: size for name, size in NAMES[cls].items() if not options[name]}
-    missing = [f"model.{name}" for name in SIZE_OPTIONS if not options[name]]
-    if missing:
-        raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
-    depth, D, heads, patch, head_depth = (options[name] for name in SIZE_OPTIONS)
-    if image_shape[0] % patch:
-        raise ValueError(
-            f"dataset.image_size ({image_shape[0]}) must be a multiple of the patch size {patch} "
-            f"of model.cls {cls}"
-        )
+    options |= sizes_of(cls, NAMES[cls], SIZE_OPTIONS, options, image_shape)
+    depth, D, heads, _, head_depth = (options[name] for name in SIZE_OPTIONS)
     if D % (2 * heads):
         raise ValueError(
             f"model.hidden_size ({D}) must be an even multiple of model.num_heads ({heads})"

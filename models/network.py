@@ -121,3 +121,28 @@ def function(module, gather=lambda params: params):
         return module.apply({"params": params}, *batches, jvp=jvp, method="together", **rngs)
 
     return net
+
+
+def sizes_of(cls, named, names, options, image_shape):
+    """The sizes of a transformer of patches: name -> number.
+
+    Args:
+      cls: `model.cls`, for the error lines.
+      named: the sizes that this name stands for, maybe none.
+      names: all sizes that are needed, `patch_size` among them.
+      options: those asked for; 0: that of `cls`.
+      image_shape: (h, w, c) of z; h and w have to be a multiple of the patch size.
+
+    Raises:
+      ValueError: a size that neither gives, or patches that do not fill the image.
+    """
+    sizes = {name: options[name] or named.get(name, 0) for name in names}
+    missing = [f"model.{name}" for name in names if not sizes[name]]
+    if missing:
+        raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
+    if image_shape[0] % sizes["patch_size"]:
+        raise ValueError(
+            f"dataset.image_size ({image_shape[0]}) must be a multiple of the patch size "
+            f"{sizes['patch_size']} of model.cls {cls}"
+        )
+    return sizes
