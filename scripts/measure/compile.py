@@ -70,15 +70,16 @@ def devices_of(topology):
 
 def as_on(config, topology, chip):
     """A config whose options that are left to the card (models/card.py) are chosen for this one."""
-    config = config.copy_and_resolve_references()
+    config, module = config.copy_and_resolve_references(), parts.make_module(config)
+    if not {"unroll", "fused_attention"} <= {field.name for field in dataclasses.fields(module)}:
+        return config  # a network that leaves nothing to the card
     if not gpu_target.is_card(topology):
         config.model.unroll = config.model.unroll or 1
         return config
     if config.model.fused_attention is None:
         config.model.fused_attention = True
     if not config.model.unroll:
-        module = parts.make_module(config)
-        size = (module.depth, module.hidden_size) if hasattr(module, "depth") else (1, 1)
+        size = module.depth, module.hidden_size
         config.model.unroll = card.blocks_at_once(*size, chip.memory)
     return config
 
