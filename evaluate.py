@@ -148,6 +148,8 @@ class Evaluation:
                 logging.info("%s", results.report(found[-1]))
         if len(found) > 1:
             logging.info("%s", results.table(found))
+            if processes.is_writer() and results.plot(found, path := workdir / "results.png"):
+                logging.info("plot: %s", path)
             logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
         return found
 
@@ -186,16 +188,13 @@ def evaluate_job(config, workdir):
     )
     inherit.check(config, weights, where)
     for name in config.fid.weights:
-        weights_of.choose(weights, name)  # a name that is not there is told before hours of images
+        weights_of.check_name(weights, name)  # told before hours of images
     weights = weights_of.place(weights, model.mesh)
     autoencoder = parts.load_autoencoder(config)
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, autoencoder, records)
-    found = evaluation.run(weights, workdir)
-    plotted = pathlib.Path(workdir) / "results.png"
-    if processes.is_writer() and results.plot(found, plotted):
-        logging.info("plot: %s", plotted)
+    found = evaluation.run(weights, pathlib.Path(workdir))
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
         pathlib.Path(workdir) / "evaluation",

@@ -157,32 +157,40 @@ def choose(weights, name, option="fid.weights"):
     Raises:
       ValueError: there is no such set; `option` asked for it.
     """
+    check_name(weights, name, option)
     if name.startswith("ema_sigma"):
         return _profile(weights, float(name.removeprefix("ema_sigma")))
+    return _named(weights)[name]
+
+
+def _named(weights):
     averages = weights["ema_params"]
-    names = {"params": weights["params"], "ema": averages[0]}
-    names |= {
-        f"ema_{decay}": ema for decay, ema in zip(weights["ema_vals"], averages, strict=False)
-    }
-    if name not in names:
-        raise ValueError(f"{option}: {name!r} is none of {', '.join(names)}")
-    return names[name]
+    decays = zip(weights["ema_vals"], averages, strict=False)
+    named = {f"ema_{decay}": average for decay, average in decays}
+    return {"params": weights["params"], "ema": averages[0], **named}
+
+
+def check_name(weights, name, option="fid.weights"):
+    """Raises ValueError where there is no such set of weights; `option` asked for it."""
+    if name.startswith("ema_sigma"):
+        if not profiles(weights):
+            raise ValueError(
+                f"{option}: {name} needs a run that tracked such averages (training.ema_sigma)"
+            )
+    elif name not in _named(weights):
+        raise ValueError(f"{option}: {name!r} is none of {', '.join(_named(weights))}")
 
 
 def profiles(weights):
     """The power-function averages that were tracked: sigma_rel -> tree."""
-    count = len(weights["ema_sigmas"])
+    sigmas = weights.get("ema_sigmas", ())
+    count = len(sigmas)
     averages = weights["ema_params"][-count:] if count else ()
-    return dict(zip(weights["ema_sigmas"], averages, strict=True))
+    return dict(zip(sigmas, averages, strict=True))
 
 
 def _profile(weights, sigma):
     known = profiles(weights)
-    if not known:
-        raise ValueError(
-            f"fid.weights: ema_sigma{sigma:g} needs a run that tracked such averages "
-            "(training.ema_sigma)"
-        )
     if sigma in known:
         return known[sigma]
     sigmas, averages = zip(*known.items(), strict=True)

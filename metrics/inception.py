@@ -17,7 +17,7 @@ import numpy as np
 from metrics import resize as resizing
 
 SIZE = 299
-RESIZES = ("half_pixel", "tf1")
+RESIZES = resizing.BILINEAR
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 HIGHEST = jax.lax.Precision.HIGHEST
+BILINEAR = ("half_pixel", "tf1")
 PIL_BITS = 22  # of the fraction in Pillow's fixed-point weights
 
 
@@ -30,6 +31,8 @@ def bilinear(size, out, kind):
     to be agreed with.
     """
     index, scale, half = np.arange(out, dtype=np.float32), np.float32(size / out), np.float32(0.5)
+    if kind not in BILINEAR:
+        raise ValueError(f"fid.resize: {kind!r} is unknown, choose one of {', '.join(BILINEAR)}")
     source = index * scale if kind == "tf1" else (index + half) * scale - half
     source = np.clip(source, 0, np.float32(size - 1))
     low = np.floor(source).astype(int)

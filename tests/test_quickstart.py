@@ -190,7 +190,7 @@ def test_bad_input_is_one_clear_line(data_root, tmp_path, capsys, options, named
 def test_weights_of_another_model_are_refused(finished, tmp_path, capsys):
     options = ["--config.eval_only", f"--config.load_from={finished}"]
     options += ["--config.model.hidden_size=64"]
-    assert main.main(arguments(tmp_path, *options)) == 1
+    assert main.main(arguments(tmp_path, *options)) == 2
     err = capsys.readouterr().err
     assert "not the weights of the configured model" in err and "(33, 32)" not in err
 

@@ -131,12 +131,14 @@ def test_a_sweep_goes_on_with_what_is_missing(run, config, tmp_path, caplog):
     assert distances == sorted(distances) and 1.5 in distances
 
 
-def test_a_sweep_over_samplers_and_guidance(run, config, tmp_path):
-    words = ["method.name=flow", "sampling.method=euler,heun", "sampling.omega=1,2"]
+def test_a_sweep_over_samplers_and_guidance(jobs, config, tmp_path):
+    run, flow = jobs.folder / "flow", {"method.name": "flow", "training.num_steps": 8}
+    jobs.train(run, OPTIONS | flow)
+    words = ["method.name=flow", "sampling.method=euler,heun", "sampling.omega=1,300"]
     evaluate.evaluate_job(config(f"load_from={run}", *words, "sampling.num_steps=2"), tmp_path)
     found = results(tmp_path)
     settings = [(result["sampling_method"], result["omega"]) for result in found]
-    assert settings == [("euler", 1), ("euler", 2), ("heun", 1), ("heun", 2)]
+    assert settings == [("euler", 1), ("euler", 300), ("heun", 1), ("heun", 300)]
     assert len({result["fid"] for result in found}) == 4
 
 

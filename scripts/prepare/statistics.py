@@ -7,7 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from metrics import distances, inception, inception_weights, provenance, reference
+from metrics import (
+    distances,
+    inception,
+    inception_weights,
+    provenance,
+    reference,
+    weight_files,
+)
 from scripts.prepare import shards
 from utils import environment, files, identity, processes, sharding
 
@@ -112,7 +119,7 @@ def moments(args, stream, total):
     mu_s, sigma_s = distances.finish_moments(acc["spatial"])
     count = int(acc["pool"].count)
     found = {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    return found | {"images": str(seen), "weights": inception_weights.digest(weights)}
+    return found | {"images": str(seen), "weights": weight_files.digest(weights)}
 
 
 def join(parts):
