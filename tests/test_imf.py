@@ -270,7 +270,7 @@ def test_a_run_that_is_killed_and_a_sweep_of_guidance(tmp_path):
     asked = itertools.product(("ema", "params"), (1, 2), (1, 3), (0, 0.4), (0.6, 1))
     assert [tuple(result[key] for key in keys) for result in found] == list(asked)
     best = min(found, key=lambda result: result["fid"])
-    assert text.splitlines()[-1].startswith(f"best: fid {best['fid']:.4f} ({best['weights']}, ")
+    assert text.splitlines()[-1].startswith(f"best: fid@32 {best['fid']:.4f} ({best['weights']}, ")
 
 
 def test_no_field_of_the_objective_is_without_an_option():

@@ -192,7 +192,7 @@ def test_weights_of_another_model_are_refused(finished, tmp_path, capsys):
     options += ["--config.model.hidden_size=64"]
     assert main.main(arguments(tmp_path, *options)) == 2
     err = capsys.readouterr().err
-    assert "not the weights of the configured model" in err and "(33, 32)" not in err
+    assert "belong to model.hidden_size 32, not 64" in err and "(33, 32)" not in err
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(data_root, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_a_sweep_goes_on_with_what_is_missing(run, config, tmp_path, caplog):
 
 
 def test_a_sweep_over_samplers_and_guidance(jobs, config, tmp_path):
-    run, flow = jobs.folder / "flow", {"method.name": "flow", "training.num_steps": 8}
+    run, flow = jobs.folder / "flow", {"method.name": "flow", "training.learning_rate": 0.01}
     jobs.train(run, OPTIONS | flow)
     words = ["method.name=flow", "sampling.method=euler,heun", "sampling.omega=1,300"]
     evaluate.evaluate_job(config(f"load_from={run}", *words, "sampling.num_steps=2"), tmp_path)
