@@ -131,8 +131,7 @@ def test_functions_stay_short(module):
     for node in ast.walk(parse(MODULES[module])):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
-            # An objective's loss is read against the paper in one piece.
-            assert length <= (75 if node.name == "loss" else 60), (node.name, length)
+            assert length <= 60, (node.name, length)
 
 
 # How code calls a section that it is given, beside its own name. `model` and `method` become the
