@@ -181,6 +181,19 @@ def test_a_process_that_is_killed_ends_the_others(jobs):
     assert "error: process 0: lost another process" in outputs(workdir)[0]
 
 
+def test_a_lost_process_is_known_by_any_cause_of_an_error(monkeypatch):
+    """As where a checkpoint cannot be written for it, and the line says only the system's word."""
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    try:
+        try:
+            raise RuntimeError("Gloo AllGather failed: [external/gloo] reset by peer")
+        except RuntimeError as cause:
+            raise OSError("checkpoint 4 could not be written (connection reset)") from cause
+    except OSError as error:
+        assert processes.lost_peer(error)
+    assert not processes.lost_peer(OSError("checkpoint 4 could not be written (no space left)"))
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_missing_process_is_waited_for_and_then_told(jobs, part):
     workdir = jobs.folder / f"missing{part}"

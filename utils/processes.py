@@ -298,7 +298,11 @@ def leave():
 
 def lost_peer(error):
     """Whether an exception says that another process is gone, not that something is wrong here."""
-    return jax.process_count() > 1 and any(word in str(error) for word in LOST_PEER)
+    said = []
+    while error is not None:  # what was raised for it, such as that a checkpoint was not written
+        said.append(str(error))
+        error = error.__cause__ or error.__context__
+    return jax.process_count() > 1 and any(word in text for text in said for word in LOST_PEER)
 
 
 def _watch():
