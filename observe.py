@@ -225,7 +225,8 @@ class Observer:
         """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
         metric, result = self.config.training.keep_best, self._last_result
         if metric and result and result["checkpoint_step"] == step and processes.is_writer():
-            best.keep_best(self.workdir, step, metric, result[metric])
+            higher = metric in evaluators.HIGHER_IS_BETTER
+            best.keep_best(self.workdir, step, metric, result[metric], higher)
 
     def end(self, step):
         """Says what came out and where everything lies."""

@@ -22,6 +22,11 @@ METRICS = {
     "fd_dinov2": ("fd_dinov2",),
 }
 NUMBERS = tuple(name for names in METRICS.values() for name in names)
+HIGHER_IS_BETTER = (
+    "inception_score",
+    *METRICS["precision_recall"],
+    *METRICS["precision_recall_float16"],
+)
 OF_SETS = ("precision_recall", "precision_recall_float16", "kid", "kid_all", "mind")
 LABELS = ("random", "balanced")
 ROUNDINGS = ("nearest", "down")

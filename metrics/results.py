@@ -83,7 +83,7 @@ def table(results):
 def by_first_metric(results):
     """Results of the same metrics, sorted by the first of them (the FID), the best first."""
     first = next(iter(numbers(results[0])))
-    falls = first in ("inception_score", "precision", "precision_float16")  # more is better
+    falls = first in evaluators.HIGHER_IS_BETTER
     return sorted(results, key=lambda result: result[first], reverse=falls)
 
 

@@ -85,10 +85,6 @@ class Network(nn.Module):
         """The same network without a loop, for counting: XLA counts the body of a loop once."""
         return self
 
-    def parameter_groups(self):
-        """Names of parts for people -> the parameters' first names; all others are `other`."""
-        return {}
-
 
 def init_params(module, key, image_shape):
     """Fresh parameters for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""

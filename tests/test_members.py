@@ -250,8 +250,8 @@ def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
     assert checkpoint.steps(folder / "best") == [best["checkpoint_step"]]
     best_of.keep_best(folder, 3, "fid", best["fid"] - 1)
     assert checkpoint.steps(folder / "best") == [3]
-    best_of.keep_best(folder, 6, "precision", 0.5)  # another metric begins anew
-    best_of.keep_best(folder, 4, "precision", 0.6)
+    best_of.keep_best(folder, 6, "precision", 0.5, True)  # another metric begins anew
+    best_of.keep_best(folder, 4, "precision", 0.6, True)
     assert checkpoint.steps(folder / "best") == [4]
 
 

@@ -12,6 +12,7 @@ from jobs import Jobs, assert_equal_runs, results
 import evaluate
 import parts
 import weights as weights_of
+from metrics import evaluators
 from metrics import results as stored
 from utils import averages, checkpoint, snapshots
 
@@ -178,3 +179,12 @@ def test_a_run_without_profiles_has_none_to_choose():
     found = {"ema_params": ({},), "ema_vals": (0.9,), "ema_sigmas": (), "params": {}}
     with pytest.raises(ValueError, match="ema_sigma0.07 needs a run that tracked"):
         weights_of.choose(found, "ema_sigma0.07")
+
+
+@pytest.mark.parametrize("metric", ["precision", "precision_float16", "inception_score", "kid"])
+def test_which_result_is_the_best(metric):
+    """As the table sorts, so the best checkpoint is kept."""
+    higher = metric != "kid"
+    assert (metric in evaluators.HIGHER_IS_BETTER) == higher
+    found = stored.by_first_metric([{metric: 0.2}, {metric: 0.4}, {metric: 0.3}])
+    assert found[0][metric] == (0.4 if higher else 0.2)

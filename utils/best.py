@@ -8,10 +8,8 @@ import shutil
 
 from utils import checkpoint, files
 
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 
-
-def keep_best(workdir, step, metric, value):
+def keep_best(workdir, step, metric, value, higher_is_better=False):
     """Keeps a checkpoint that is on disk as the best one, where `value` is better than any before.
 
     It goes to WORKDIR/best, a folder like a run's own; the former best one is removed, and
@@ -21,7 +19,7 @@ def keep_best(workdir, step, metric, value):
     about = {"metric": metric, "value": float(value), "step": step}
     file = best / "best.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    sign = -1 if higher_is_better else 1
     if known.get("metric") == metric and not sign * value < sign * known["value"]:
         return
     checkpoint.folder(best).mkdir(parents=True, exist_ok=True)
