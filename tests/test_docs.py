@@ -169,7 +169,9 @@ def test_the_options_of_every_job_parse(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", TEXTS)
 def test_the_options_that_a_page_names_exist(page):
     sections = {path.split(".")[0] for path in OPTIONS if "." in path}
-    named = re.findall(rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page])
+    named = re.findall(
+        rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
+    )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
     assert {name for name in wrong if not name.endswith((".py", ".npz"))} == set()
 
