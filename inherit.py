@@ -10,7 +10,7 @@ import logging
 
 import resume
 from configs import checks
-from utils import checkpoint, identity
+from utils import identity, run_folder
 
 # Taken from the run as well: places on a machine, where nothing else says what to take, and what is
 # one's own choice on the command line.
@@ -46,7 +46,7 @@ def adopt(config, workdir, given):
     if not (config.eval_only or config.sample_only):
         return config
     where = config.load_from or workdir
-    saved = checkpoint.options(where)
+    saved = run_folder.options(where)
     if saved is None:
         return config
     saved, now, taken = resume.of_run(saved), resume.flat(config), {}

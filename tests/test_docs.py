@@ -24,6 +24,8 @@ RUN = [
     "bash scripts/launch.sh quickstart digits",
     "bash scripts/launch.sh quickstart digits --config.sample_only=True "
     "--config.sampling.labels=3,1,4 --config.sampling.num_images=12 --config.sampling.num_steps=2",
+    "python -m scripts.compare logs/$USER/*",
+    "python -m scripts.compare logs/$USER/* --html compare.html",
     "python -m scripts.list_options > docs/options.md",
 ]
 
