@@ -4,7 +4,7 @@ import numpy as np
 
 from formats import hugging_face, published, published_cifar, published_imf, sit, start
 from models import dit
-from utils import checkpoint, sharding, snapshots, trees
+from utils import checkpoint, run_folder, sharding, snapshots, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
@@ -76,8 +76,8 @@ def read(path, optimizer=False, step=None):
 
 def options(path):
     """The options that weights bring along, nested; None where they tell none. Without devices."""
-    if checkpoint.steps(path):
-        return checkpoint.options(path)
+    if run_folder.steps(path):
+        return run_folder.options(path)
     exported = hugging_face.find(path)
     return hugging_face.read_config(exported)["options"] if exported else None
 

@@ -24,6 +24,8 @@ RUN = [
     "bash scripts/launch.sh quickstart digits",
     "bash scripts/launch.sh quickstart digits --config.sample_only=True "
     "--config.sampling.labels=3,1,4 --config.sampling.num_images=12 --config.sampling.num_steps=2",
+    "python -m scripts.compare logs/$USER/*",
+    "python -m scripts.compare logs/$USER/* --html compare.html",
     "python -m scripts.list_options > docs/options.md",
 ]
 
@@ -173,7 +175,7 @@ def test_the_options_that_a_page_names_exist(page):
         rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
     )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
-    assert {name for name in wrong if not name.endswith((".py", ".npz"))} == set()
+    assert {name for name in wrong if not name.endswith((".py", ".npz", ".safetensors"))} == set()
 
 
 @pytest.mark.parametrize("page", TEXTS)
