@@ -15,7 +15,7 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "weights"),
-    ("train", "sample", "evaluate", "observe", "resume", "inherit"),
+    ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup"),
     ("main", "scripts"),
 )
 # Rooms on one floor that know nothing of each other.
