@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import time
 
 import jax
@@ -191,7 +190,7 @@ class Observer:
         path = self.workdir / metric_writer.JSONL
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         names = [name for line in lines if line["step"] == step for name in line]
-        return any(re.search(r"/.*_\d+step", name) for name in names)  # as _evaluate logs them
+        return any(map(results.is_score, names))
 
     def _grid_path(self, step, steps=""):
         return self.workdir / "samples" / f"grid_{step:08d}{steps}.png"

@@ -16,6 +16,7 @@ FLOORS = (
     ("methods", "models", "metrics"),
     ("parts", "weights"),
     ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup"),
+    ("generator",),
     ("main", "scripts"),
 )
 # Rooms on one floor that know nothing of each other.
