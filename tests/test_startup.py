@@ -242,19 +242,20 @@ def test_every_config_is_described_in_its_first_line(capsys):
         assert len(first) < 110 and second.startswith("#"), name
 
 
-MODULES = [path.stem for path in (ROOT / "scripts").glob("*.py")] + ["measure"]
+MODULES = [path.stem for path in ROOT.glob("scripts/*.py")]
+PACKAGES = [path.parent.name for path in ROOT.glob("scripts/*/__main__.py")]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(MODULES + PACKAGES))
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_every_program_explains_itself(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"scripts.{name}", run_name="__main__", alter_sys=False)
     out, err = capsys.readouterr()
     assert (end.value.code, err) == (0, "") and f"usage: python -m scripts.{name} " in out
-    (said,) = {(importlib.import_module(f"scripts.{name}.__main__" if name == "measure" else
-                f"scripts.{name}").__doc__).splitlines()[0]}  # fmt: skip
-    assert said in out
+    module = f"scripts.{name}.__main__" if name in PACKAGES else f"scripts.{name}"
+    assert importlib.import_module(module).__doc__.splitlines()[0] in out
 
 
 def test_main_explains_itself(capsys):
