@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import evaluate
 import parts
 import sample
+import startup
 from configs import load_config
 from metrics import evaluators, results
 from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
@@ -54,14 +55,35 @@ class Observer:
             )
         if config.fid.on_training:
             self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
-        self.model = model
+        self.model, self.records = model, records
         self._pending = []  # (step, sums on the device)
+        self._begun = self._waiting = time.perf_counter()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
         self._last_result = None
 
+    def introduce(self, init):
+        """Says what the run will be, before anything is compiled.
+
+        Args:
+          init: pure function key -> a fresh state.
+        """
+        state = jax.eval_shape(init, jax.random.key(0))
+        loaded = {"autoencoder": self.sampler.vae_params} if self.sampler else {}
+        lengths = self.steps_per_epoch, self.total
+        rows = startup.training(self.config, self.model, self.records, state, lengths, loaded)
+        startup.tell(rows)
+
+    def compiling(self, step):
+        """Says that the first step is compiled, in which nothing is heard of the run."""
+        if step < self.total:
+            logging.info("compiling the train step ...")
+        self._waiting = time.perf_counter()
+
     def begin(self, step):
-        """Opens the logs of a run that has done `step` steps."""
+        """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
+        if processes.is_writer():
+            startup.note(self.workdir, self.config)
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,
@@ -129,6 +151,8 @@ class Observer:
         if self._clock is None:  # the first step compiles, and does not count
             jax.block_until_ready(state)
             self._clock = (step, time.perf_counter())
+            waited = self._clock[1] - self._waiting
+            logging.info("compiled: the first step was done after %.1f s", waited)
         if step % training.log_per_step == 0 or step == self.total:
             self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.total):

@@ -15,7 +15,7 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "weights"),
-    ("train", "sample", "evaluate", "observe", "resume", "inherit"),
+    ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup"),
     ("generator",),
     ("main", "scripts"),
 )
