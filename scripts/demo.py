@@ -109,7 +109,7 @@ def page(gradio, model, offered, title):
         try:
             return answer(model, offered, label_of(choice), seed, num_steps, omega)
         except ValueError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
 
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 60)) as blocks:
         gradio.Markdown(

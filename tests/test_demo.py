@@ -142,7 +142,8 @@ def gradio(monkeypatch):
             raise KeyboardInterrupt
 
     class Error(Exception):
-        pass
+        def __init__(self, line, print_exception):
+            super().__init__(line)
 
     def on(triggers, function, inputs, outputs, **options):
         fake.draw, fake.inputs = function, inputs
