@@ -3,7 +3,6 @@
 The state is known here only as a named tuple with the fields of `train.TrainState`.
 """
 
-import json
 import logging
 import os
 
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 import weights
-from configs import default, load_config
+from configs.saved import flat, of_run
 from utils import checkpoint, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
@@ -48,22 +47,6 @@ MAKE_THE_RUN_BELOW = ("method.",)
 def may_change(option):
     """Whether an option may change within a run."""
     return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
-
-
-def flat(config):
-    """The options of a config as JSON has them: {"section.option": value}."""
-    return json.loads(json.dumps(load_config.options(config)))
-
-
-def of_run(saved):
-    """The options of a checkpoint, nested, as `flat` gives them; a missing one had its default."""
-    found = flat(default.get_config())
-    for name, part in saved.items():
-        if isinstance(part, dict):
-            found |= {f"{name}.{key}": value for key, value in part.items()}
-        else:
-            found[name] = part
-    return found
 
 
 def made_from(records, autoencoder):

@@ -9,8 +9,8 @@ from utils import checkpoint, sharding, snapshots, trees
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
 
-def _run(path, optimizer):
-    found = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
+def _run(path, optimizer, step=None):
+    found = {"opt_state": None} | checkpoint.restore_weights(path, step, optimizer)
     saved = found["config"]
     data = saved.get("dataset", {})
     latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
@@ -22,21 +22,24 @@ def _run(path, optimizer):
 def _improved(path, optimizer):
     found = published_imf.load(published_imf.find(path), optimizer)
     latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
-    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
+    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
+    return found | {"configs": ("imf_b2", "imf_m2", "imf_l2", "imf_xl2")}
 
 
 def _meanflow(path, optimizer):
     found = published.load(path)
-    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
+    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
+    return found | {"configs": ("run_b4", "run_b2", "run_m2", "run_l2", "run_xl2")}
 
 
 def _cifar(path, optimizer):
-    return published_cifar.load(path) | {"latents": SD_FACTOR}
+    return published_cifar.load(path) | {"latents": SD_FACTOR, "configs": ("cifar10_unet",)}
 
 
 # (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
 # one says what there might have been. What is read is as from `load`, with `latents` beside it: by
-# which mean and standard deviation of each channel they were normalised.
+# which mean and standard deviation of each channel they were normalised; and, where it does not
+# tell its options, `configs`: the names of those that it may belong to.
 READERS = (
     (checkpoint.steps, _run),
     (published_imf.find, _improved),
@@ -45,9 +48,12 @@ READERS = (
 )
 
 
-def read(path, optimizer=False):
-    """`load` without a model: the weights are whatever the path holds."""
-    found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+def read(path, optimizer=False, step=None):
+    """`load` without a model: the weights are whatever the path holds; `step`: of a run."""
+    if step is not None:
+        found = _run(path, optimizer, step)
+    else:
+        found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
     return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
 
 
@@ -71,8 +77,12 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.
     """
-    weights = read(path, optimizer)
-    check_latents(path, weights.pop("latents"), config.dataset)
+    return checked(read(path, optimizer), path, shapes, config, may_lack)
+
+
+def checked(weights, path, shapes, config, may_lack=()):
+    """What `read` gives of a path, held against a model's `shapes` and a config; see `load`."""
+    check_latents(path, weights["latents"], config.dataset)
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         if name == "params" and tree is None:  # a published file of averages alone
             continue
