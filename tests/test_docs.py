@@ -142,7 +142,7 @@ def test_the_commands_run(copy):
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/monitoring.md"], re.M | re.S)
     assert "[(20, " in copy(f"python -c {shlex.quote(block + 'print(fid)')}")
     # That of docs/python.md, in another place.
-    (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
+    block, _ = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
     block = block.replace("/path/to/meanflow", str(copy.folder))
     block = block.replace("logs/me/quickstart", str(job))
     said = "print(images.shape, between.shape, abs(walk - (noise - u)).max() > 0)"
@@ -176,7 +176,8 @@ def test_the_options_that_a_page_names_exist(page):
         rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
     )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
-    assert {name for name in wrong if not name.endswith((".py", ".npz", ".json"))} == set()
+    files = (".py", ".npz", ".json", ".safetensors")
+    assert {name for name in wrong if not name.endswith(files)} == set()
 
 
 @pytest.mark.parametrize("page", TEXTS)
