@@ -18,7 +18,7 @@ from configs import default, load_config
 from utils import environment, files, sharding
 
 WIDTH, INDENT = 100, 14  # of the lines, and of what stands behind the names
-MOST_PARTS = 8  # of a network, before those of one first word are put together
+MOST_PARTS = 12  # of a network, before those of one first word are put together
 NOT_TOLD = ("dataset.root",)  # stands with the records
 
 
