@@ -56,11 +56,11 @@ def load(source, *options, config=None, step=None, average="ema"):
     may_lack = model.module.only_for_training
     found = weights.checked(found, source, model.param_shapes(), config, may_lack)
     inherit.check(config, found, source)
-    chosen = weights.choose(found, average, "average")
-    if chosen is None:
-        raise ValueError(f"average: {source} holds no {average}")
-    found = found | {"params": chosen, "ema_params": ()}
-    return Generator(config, model, found, source)
+    if average.startswith("ema_sigma"):
+        found = weights.place(found, mesh)  # it may have to be reconstructed
+    params = weights.choose(found, average, "average")
+    options = found["config"] or config.to_dict()
+    return Generator(config, model, params, source, found["step"], options, found["identity"])
 
 
 def mix(first, second, share):
@@ -77,8 +77,9 @@ class Generator:
     """Draws images of trained weights. Compiles once for each shape and number of steps.
 
     Attributes:
-      config: the whole config, a locked ConfigDict.
-      step: of the checkpoint.
+      config: the whole config, a locked ConfigDict; parts: what it makes, `parts.Parts`.
+      params: the parameters on the device; step: of their checkpoint.
+      options, identity: those of the run, which the weights bring along; nested dicts.
       num_classes: K; 0: unconditional.
       image_shape: (h, w, c) of noise and latents.
 
@@ -87,12 +88,11 @@ class Generator:
     accordingly. Of an unconditional network they only say how many. All arrays are numpy's.
     """
 
-    def __init__(self, config, model, found, source):
-        self.config, self.step, self._model, self._source = config, found["step"], model, source
+    def __init__(self, config, model, params, source, step, options, identity):
+        self.config, self.step, self.parts, self._source = config, step, model, source
+        self.options, self.identity = options, identity
         self.num_classes, self.image_shape = model.num_classes, model.image_shape
-        shardings = sharding.by_parameter(model.mesh, found["params"])
-        self._params = sharding.place(found["params"], shardings)
-        self._identity = found["identity"]
+        self.params = sharding.place(params, sharding.by_parameter(model.mesh, params))
         self._sample = jax.jit(self._draw, static_argnames=("sampler", "output"))
         self._velocity = jax.jit(self._velocity_of)
 
@@ -128,8 +128,8 @@ class Generator:
             raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(path.SAMPLERS)}")
         z = self.noise(len(y), seed) if noise is None else self._images(noise, len(y), "noise")
         vae_params = {} if output == "latents" else self._autoencoder[1]
-        guidance, times = self._guidance(omega), _times(num_steps)
-        arguments = self._params, vae_params, z, y, times, guidance, np.int32(seed)
+        guidance, times = self.guidance(omega), _times(num_steps)
+        arguments = self.params, vae_params, z, y, times, guidance, np.int32(seed)
         return np.asarray(self._sample(*arguments, sampler=sampler, output=output))
 
     def u(self, z, t, h, y, omega=None):
@@ -144,7 +144,7 @@ class Generator:
         y = self._labels(y)
         z = self._images(z, len(y), "z")
         t, h = (np.broadcast_to(np.asarray(a, np.float32), len(y)) for a in (t, h))
-        arguments = self._params, z, t, t - h, y, self._guidance(omega)
+        arguments = self.params, z, t, t - h, y, self.guidance(omega)
         return np.asarray(self._velocity(*arguments))
 
     def decode(self, latents):
@@ -155,7 +155,7 @@ class Generator:
     # Pure, compiled ------------------------------------------------------------------------------
 
     def _draw(self, params, vae_params, noise, y, times, guidance, seed, *, sampler, output):
-        model, index = self._model, np.arange(len(noise))
+        model, index = self.parts, np.arange(len(noise))
         fresh = functools.partial(sample.draw_fresh, seed, index, self.image_shape)
         x = path.sample(
             model.method, model.net, params, noise, {"y": y}, times,
@@ -167,7 +167,7 @@ class Generator:
         return image_utils.to_uint8(images) if output == "uint8" else images
 
     def _velocity_of(self, params, z, t, r, y, guidance):
-        method, net = self._model.method, self._model.net
+        method, net = self.parts.method, self.parts.net
         return method.velocity(net, params, z, t, r, {"y": y}, method.guidance_at(guidance, t))
 
     @functools.cached_property
@@ -182,8 +182,8 @@ class Generator:
             found = parts.load_autoencoder(self.config)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder({"identity": self._identity}, found, self._source)
-        return found, sharding.place_everywhere(self._model.mesh, found.params)
+        inherit.check_autoencoder({"identity": self.identity}, found, self._source)
+        return found, sharding.place_everywhere(self.parts.mesh, found.params)
 
     # Arguments -----------------------------------------------------------------------------------
 
@@ -208,10 +208,11 @@ class Generator:
             raise ValueError(f"{name}: {array.shape} instead of {wanted}, one for each label")
         return array
 
-    def _guidance(self, omega):
+    def guidance(self, omega=None):
+        """What `omega` stands for, see `sample`: a `path.Guidance`, or None."""
         if omega is None:
             return sample.guidances(self.config.sampling)[0]
-        if not self._model.method.guided_at_sampling:
+        if not self.parts.method.guided_at_sampling:
             raise ValueError(
                 f"omega: the guidance of method.name {self.config.method.name} is trained in; "
                 "leave it out"

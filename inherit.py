@@ -9,8 +9,9 @@ checkpoint tells no options; its shapes are compared, and the rest is taken on t
 import logging
 
 import resume
+import weights as weights_of
 from configs import checks
-from utils import identity, run_folder
+from utils import identity
 
 # Taken from the run as well: places on a machine, where nothing else says what to take, and what is
 # one's own choice on the command line.
@@ -47,7 +48,7 @@ def adopt(config, workdir, given, own=()):
     if not (config.eval_only or config.sample_only):
         return config
     where = config.load_from or workdir
-    saved = run_folder.options(where)
+    saved = weights_of.options(where)
     if saved is None:
         return config
     saved, now, taken = resume.of_run(saved), resume.flat(config), {}

@@ -243,18 +243,20 @@ def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
     """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
     Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
-    a profile in `ema_sigmas` as the weights, as if these had stood still so far.
+    a profile in `ema_sigmas` as the weights, as if these had stood still so far. Where `found`
+    holds an average alone, the weights are that.
     """
+    params = found["ema_params"][0] if found["params"] is None else found["params"]
     known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
     emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
     known = weights.profiles(found)
-    emas += [known.get(sigma, found["params"]) for sigma in ema_sigmas]
+    emas += [known.get(sigma, params) for sigma in ema_sigmas]
     opt_state = state.opt_state
     if found["opt_state"]:
         opt_state = optax.tree.set(opt_state, **found["opt_state"])
     new = state._replace(
         step=np.int32(found["step"]),
-        params=found["params"],
+        params=params,
         ema_params=tuple(emas),
         opt_state=opt_state,
     )

@@ -34,6 +34,7 @@ NOT_RUN = {
     r"\.\.\.\]$": "the form of a command",
     r"/path/to/|\$OUTPUT|/data/": "needs ImageNet, its latents or published weights",
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
+    r"prepare_dataset (arrays|huggingface|webdataset|preview)": "tests/test_data_page.py runs them",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
     r"JOB_NAME digits --config.sampling.num_steps": "minutes; tests/test_members.py",
     r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
@@ -141,7 +142,7 @@ def test_the_commands_run(copy):
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/monitoring.md"], re.M | re.S)
     assert "[(20, " in copy(f"python -c {shlex.quote(block + 'print(fid)')}")
     # That of docs/python.md, in another place.
-    (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
+    block, _ = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
     block = block.replace("/path/to/meanflow", str(copy.folder))
     block = block.replace("logs/me/quickstart", str(job))
     said = "print(images.shape, between.shape, abs(walk - (noise - u)).max() > 0)"
@@ -175,7 +176,8 @@ def test_the_options_that_a_page_names_exist(page):
         rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
     )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
-    assert {name for name in wrong if not name.endswith((".py", ".npz"))} == set()
+    files = (".py", ".npz", ".json", ".safetensors")
+    assert {name for name in wrong if not name.endswith(files)} == set()
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -10,49 +10,17 @@ import parts
 import sample
 from formats import published
 from models import network, vae
-from utils import checkpoint, trees
-
-PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
-PIXELS += ["dataset.vae=none"]
-SIZES = ["model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.patch_size=2"]
-NETWORKS = {
-    "DiT": ["model.cls=DiT", *SIZES],
-    "imfDiT": ["model.cls=imfDiT", *SIZES, "model.depth=2", "model.aux_head_depth=1",
-               "method.name=improved", "sampling.omega=2", "sampling.t_min=0.3"],
-    "UNet": ["model.cls=UNet", "model.model_channels=8", "model.channel_mult=1",
-             "model.num_blocks=1", "model.attn_resolutions=4", "model.augment_dim=0"],
-    "flow": ["model.cls=DiT", *SIZES, "method.name=flow"],
-}  # fmt: skip
-
-
-def write_run(workdir, *words, steps=(20,)):
-    """A run of ours without training; its parameters are random, zeros among them too."""
-    config = make.config(*PIXELS, *words)
-    module = parts.make_module(config)
-    shapes = network.param_shapes(module, parts.image_shape(config))
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: 0.2 * draw.standard_normal(leaf.shape, np.float32), shapes)
-    with checkpoint.Checkpointer(workdir) as checkpointer:
-        for step in steps:
-            checkpointer.save(
-                step,
-                params=jax.tree.map(lambda a, step=step: a + np.float32(step / 1000), params),
-                ema_params=(params,) * len(config.training.ema_val),
-                progress={"step": np.int32(step)},
-                data={},
-                config=config.to_dict(),
-            )
-    return config, params
+from utils import trees
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """name -> (folder, config, params) of a run with each network."""
     found = {}
-    for name, words in NETWORKS.items():
+    for name, words in make.NETWORKS.items():
         folder = tmp_path_factory.mktemp(name)
         steps = (10, 20) if name == "DiT" else (20,)
-        found[name] = folder, *write_run(folder, *words, steps=steps)
+        found[name] = folder, *make.run(folder, *words, steps=steps)
     return found
 
 
@@ -91,7 +59,7 @@ def test_one_step_follows_the_average_velocity(model):
     np.testing.assert_allclose(by_row[1:], model.u(z[1:], 0.5, 0, [0]), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", make.NETWORKS)
 def test_labels_are_mixed_by_their_embeddings(runs, name):
     """One-hot weights change nothing; a mixture is the label whose row is the mixture of rows."""
     folder, config, params = runs[name]
@@ -144,7 +112,7 @@ def test_a_checkpoint_of_a_run_and_its_weights_are_chosen(runs, model):
     assert model.step == 20
     older = generator.load(folder, step=10, average="params")
     assert older.step == 10
-    ours = jax.tree.leaves(jax.tree.map(np.asarray, older._params))
+    ours = jax.tree.leaves(jax.tree.map(np.asarray, older.params))
     np.testing.assert_allclose(ours[0], jax.tree.leaves(params)[0] + 0.01, atol=1e-6)
     assert "checkpoint 7" in refused(lambda: generator.load(folder, step=7), FileNotFoundError)
     assert "average: 'ema_0.5'" in refused(lambda: generator.load(folder, average="ema_0.5"))
@@ -172,8 +140,12 @@ def test_what_does_not_fit_is_one_line(runs, model, tmp_path):
 
 
 def test_latents_without_an_autoencoder(tmp_path, monkeypatch):
-    words = ["dataset.image_channels=4", f"dataset.vae={tmp_path / 'absent'}", *NETWORKS["DiT"]]
-    write_run(tmp_path / "run", *words)
+    words = [
+        "dataset.image_channels=4",
+        f"dataset.vae={tmp_path / 'absent'}",
+        *make.NETWORKS["DiT"],
+    ]
+    make.run(tmp_path / "run", *words)
     model = generator.load(tmp_path / "run")
     x = model.sample([0], output="latents")
     assert x.shape == (1, 4, 4, 4)
@@ -199,5 +171,5 @@ def test_a_published_checkpoint_finds_its_config(golden):
             continue
         model = generator.load(source, *words)
         assert model.config.dataset.num_classes == 1000 and model.image_shape == (32, 32, 4)
-        for ours, theirs in zip(*map(jax.tree.leaves, (model._params, found)), strict=True):
+        for ours, theirs in zip(*map(jax.tree.leaves, (model.params, found)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
