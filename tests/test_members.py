@@ -224,6 +224,7 @@ def finished(records, tmp_path_factory):
     words |= {"training.fid_per_step": 2, "training.keep_best": "fid"}
     words |= {"training.checkpoint_per_step": 3, "sampling.num_steps": "1,2"}
     words |= {"training.sample_on_training": True, "training.sample_per_step": 4}
+    words |= {"training.sample_steps": ""}
     config = config_of(records, **words)
     return config, train.train_job(config, folder), folder
 
