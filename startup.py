@@ -164,16 +164,16 @@ def training(config, model, records, state, lengths, loaded=None):
         *network(config, model),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
         ("length", length(config.training, *lengths)),
-        ("each", cadences(config, *lengths)),
+        ("cadence", cadences(config, *lengths)),
         ("memory", f"{text}; activations and what is compiled come on top"),
     ]
 
 
 def length(options, steps_per_epoch, total):
     """How long a run is, in steps, epochs and images."""
-    epochs = f"{total / steps_per_epoch:,.4g} epochs of {steps_per_epoch:,} steps"
+    epochs = f"{total / steps_per_epoch:,.4g}"
     return (
-        f"{total:,} steps = {epochs}, {options.batch_size:,} images a step "
+        f"{total:,} steps = {epochs} epoch{'s' * (epochs != '1')} of {steps_per_epoch:,}, {options.batch_size:,} images a step "
         f"(training.{'num_steps' if options.num_steps else 'num_epochs'})"
     )
 

@@ -152,13 +152,13 @@ def test_the_summary_of_a_run():
     [
         (
             "training.num_steps=0 training.num_epochs=10", (7, 70),
-            "70 steps = 10 epochs of 7 steps, 128 images a step (training.num_epochs)",
+            "70 steps = 10 epochs of 7, 128 images a step (training.num_epochs)",
             "metrics every 50 steps, checkpoint at the end, grid every 7",
         ),
         (
             "training.num_steps=5004 training.sample_on_training=false "
             "training.checkpoint_per_step=1250", (1251, 5004),
-            "5,004 steps = 4 epochs of 1,251 steps, 128 images a step (training.num_steps)",
+            "5,004 steps = 4 epochs of 1,251, 128 images a step (training.num_steps)",
             "metrics every 50 steps, checkpoint every 1,250",
         ),
     ],
