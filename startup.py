@@ -173,8 +173,8 @@ def length(options, steps_per_epoch, total):
     """How long a run is, in steps, epochs and images."""
     epochs = f"{total / steps_per_epoch:,.4g}"
     return (
-        f"{total:,} steps = {epochs} epoch{'s' * (epochs != '1')} of {steps_per_epoch:,}, {options.batch_size:,} images a step "
-        f"(training.{'num_steps' if options.num_steps else 'num_epochs'})"
+        f"{total:,} steps = {epochs} epoch{'s' * (epochs != '1')} of {steps_per_epoch:,}, "
+        f"{options.batch_size:,} images a step (training.{'num_steps' if options.num_steps else 'num_epochs'})"
     )
 
 

@@ -45,6 +45,7 @@ NOT_RUN = {
     r": tensorboard": "a server without an end; tests/test_monitoring.py reads the same files",
     r"profile_steps": "one more run; tests/test_monitoring.py",
     r"model\.cls=ConvNet": "needs the edit of its page; tests/test_extending.py",
+    r"scripts\.demo": "a server without an end; tests/test_demo.py has a stand-in",
     r"wandb": "needs an account; tests/test_monitoring.py has a stand-in",
     r": (pip install|hf download)": "needs a network",
     r"scripts\.(measure|export_checkpoint|evaluate_images)": "has its own tests",
