@@ -172,9 +172,10 @@ def training(config, model, records, state, lengths, loaded=None):
 def length(options, steps_per_epoch, total):
     """How long a run is, in steps, epochs and images."""
     epochs = f"{total / steps_per_epoch:,.4g}"
+    asked = "num_steps" if options.num_steps else "num_epochs"
     return (
         f"{total:,} steps = {epochs} epoch{'s' * (epochs != '1')} of {steps_per_epoch:,}, "
-        f"{options.batch_size:,} images a step (training.{'num_steps' if options.num_steps else 'num_epochs'})"
+        f"{options.batch_size:,} images a step (training.{asked})"
     )
 
 
