@@ -18,6 +18,7 @@ import numpy as np
 import inherit
 import parts
 import sample
+import startup
 import weights as weights_of
 from metrics import evaluators, features, reference, results, scorer
 from utils import checkpoint, dataset, environment, metric_writer, processes, sharding
@@ -194,6 +195,8 @@ def evaluate_job(config, workdir):
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, autoencoder, records)
+    settings, folder = len(list(evaluation.settings())), pathlib.Path(workdir)
+    startup.tell(startup.evaluating(config, model, weights, settings, folder))
     found = evaluation.run(weights, pathlib.Path(workdir))
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
@@ -203,3 +206,7 @@ def evaluate_job(config, workdir):
     )
     with contextlib.closing(writer):
         writer.scalars(weights["step"], results.scalars(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(startup.not_a_command(__file__, " --config.eval_only=True"))

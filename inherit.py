@@ -9,8 +9,9 @@ checkpoint tells no options; its shapes are compared, and the rest is taken on t
 import logging
 
 import resume
+import weights as weights_of
 from configs import checks
-from utils import checkpoint, identity
+from utils import identity
 
 # Taken from the run as well: places on a machine, where nothing else says what to take, and what is
 # one's own choice on the command line.
@@ -29,13 +30,14 @@ def digest(config):
     return identity.of_arrays({}, sorted(found.items()))
 
 
-def adopt(config, workdir, given):
+def adopt(config, workdir, given, own=()):
     """A config with the options of the weights that it is to sample from or to evaluate.
 
     Args:
       config: locked, as from `load_config.from_command_line`; not changed.
       workdir: the run's folder, which holds the weights where `load_from` names none.
       given: from `load_config.given`.
+      own: options that are taken from the weights too, where nothing else sets them.
 
     Returns:
       A locked config; the same one where it trains, or the weights tell no options.
@@ -46,16 +48,17 @@ def adopt(config, workdir, given):
     if not (config.eval_only or config.sample_only):
         return config
     where = config.load_from or workdir
-    saved = checkpoint.options(where)
+    saved = weights_of.options(where)
     if saved is None:
         return config
     saved, now, taken = resume.of_run(saved), resume.flat(config), {}
+    choices = (*CHOICES, *own)
     for name, value in now.items():
-        if not (belongs(name) or name in (*PLACES, *CHOICES)) or saved[name] == value:
+        if not (belongs(name) or name in (*PLACES, *choices)) or saved[name] == value:
             continue
         source = given.get(name) or (given.get("dataset.name") if name == "dataset.root" else None)
         explicit = source == "command line" and value != -1  # -1: as the records say
-        if (name in PLACES and source) or (name in CHOICES and explicit):
+        if (name in PLACES and source) or (name in choices and explicit):
             continue
         if explicit:
             _refuse(where, {name: (saved[name], value)})

@@ -7,6 +7,9 @@
 #   JAX_KIND=cuda13 bash install.sh  tpu | cuda13 | cuda12 | cpu, instead of what is found here
 #                                    (for a login node that has no accelerator itself)
 set -euo pipefail
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { echo "install.sh: $*" >&2; }

@@ -1,11 +1,15 @@
 """Runs one job: train, evaluate or sample.
 
     python main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.option=value ...]
+    python main.py --workdir=DIR --config=FILE.yml [--config.option=value ...]
+    python main.py --list
 
-The job is to train, unless `eval_only` or `sample_only` is set. Of several processes each runs this
-command; on a TPU slice and under SLURM they find each other, elsewhere --coordinator_address,
---num_processes and --process_id say how (docs/pods.md). Exit status: 0 finished, 1 the job failed,
-2 wrong options, 75 stopped from outside or left alone by another process: start it again.
+NAME is one of those that --list shows, FILE.yml any file like them, such as the config.yml of a
+run's folder; docs/options.md has all options. The job is to train, unless `eval_only` or
+`sample_only` is set. Of several processes each runs this command; on a TPU slice and under SLURM
+they find each other, elsewhere --coordinator_address, --num_processes and --process_id say how
+(docs/pods.md). Exit status: 0 finished, 1 the job failed, 2 wrong options, 75 stopped from outside
+or left alone by another process: start it again.
 """
 
 import argparse
@@ -15,15 +19,23 @@ import pathlib
 import sys
 import traceback
 
+from configs import listing
 from utils import signals  # and late what takes long: a signal in the first second is heard
 
 # What people can cause and mend; anything else is a bug and shows its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
-def run_job(config, flags):
-    """Runs the job that the config names; returns the exit status."""
+def run_job(config, flags, about):
+    """Runs the job that the config names; returns the exit status.
+
+    Args:
+      config: the whole config.
+      flags: from `parse_flags`.
+      about: where its options come from, `load_config.source` and `load_config.given`.
+    """
     # Imported late: a wrong option is told at once, without waiting for jax.
+    import startup
     from configs import load_config
     from utils import environment, processes
 
@@ -45,6 +57,7 @@ def run_job(config, flags):
             from train import train_job as job
         workdir = open_workdir(flags.workdir)
         keep_compiled(workdir)
+        startup.tell(startup.job(config, *about, workdir))
         job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
@@ -100,8 +113,11 @@ def open_workdir(workdir):
 def parse_flags(argv):
     """The flags beside --config, as a namespace."""
     parser = argparse.ArgumentParser(
-        usage="main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.x.y=value ...]"
+        usage="main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.x.y=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--list", action="store_true", help="show the configs there are, and stop")
     parser.add_argument("--workdir", required=True, help="folder of the run, shared by all hosts")
     several = parser.add_argument_group("several processes, where they do not find each other")
     several.add_argument("--coordinator_address", help="HOST:PORT of process 0")
@@ -115,6 +131,11 @@ def parse_flags(argv):
 
 def main(argv):
     """Runs the command line `argv`; returns the exit status."""
+    if "--list" in argv:
+        print(listing.table())
+        return 0
+    if {"-h", "--help"}.intersection(argv):
+        parse_flags(["--help"])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("absl", "jax"):  # orbax and tfds tell every detail in the former
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -130,13 +151,14 @@ def main(argv):
         import inherit
         import parts
 
-        config = inherit.adopt(config, flags.workdir, load_config.given(argv))
+        about = load_config.source(argv), load_config.given(argv)
+        config = inherit.adopt(config, flags.workdir, about[1])
         parts.settle(config)
         parts.check(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_job(config, flags)
+    return run_job(config, flags, about)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import time
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import evaluate
 import parts
 import sample
+import startup
 from configs import load_config
 from metrics import evaluators, results
 from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
@@ -55,14 +55,35 @@ class Observer:
             )
         if config.fid.on_training:
             self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
-        self.model = model
+        self.model, self.records = model, records
         self._pending = []  # (step, sums on the device)
+        self._begun = self._waiting = time.perf_counter()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
         self._last_result = None
 
+    def introduce(self, init):
+        """Says what the run will be, before anything is compiled.
+
+        Args:
+          init: pure function key -> a fresh state.
+        """
+        state = jax.eval_shape(init, jax.random.key(0))
+        loaded = {"autoencoder": self.sampler.vae_params} if self.sampler else {}
+        lengths = self.steps_per_epoch, self.total
+        rows = startup.training(self.config, self.model, self.records, state, lengths, loaded)
+        startup.tell(rows)
+
+    def compiling(self, step):
+        """Says that the first step is compiled, in which nothing is heard of the run."""
+        if step < self.total:
+            logging.info("compiling the train step ...")
+        self._waiting = time.perf_counter()
+
     def begin(self, step):
-        """Opens the logs of a run that has done `step` steps."""
+        """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
+        if processes.is_writer():
+            startup.note(self.workdir, self.config)
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,
@@ -130,6 +151,8 @@ class Observer:
         if self._clock is None:  # the first step compiles, and does not count
             jax.block_until_ready(state)
             self._clock = (step, time.perf_counter())
+            waited = self._clock[1] - self._waiting
+            logging.info("compiled: the first step was done after %.1f s", waited)
         if step % training.log_per_step == 0 or step == self.total:
             self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.total):
@@ -167,7 +190,7 @@ class Observer:
         path = self.workdir / metric_writer.JSONL
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         names = [name for line in lines if line["step"] == step for name in line]
-        return any(re.search(r"/.*_\d+step", name) for name in names)  # as _evaluate logs them
+        return any(map(results.is_score, names))
 
     def _grid_path(self, step, steps=""):
         return self.workdir / "samples" / f"grid_{step:08d}{steps}.png"

@@ -98,6 +98,39 @@ def settle(config):
             config.dataset.num_classes = found
 
 
+def open_records(config):
+    """The training records.
+
+    Raises:
+      ValueError, FileNotFoundError: nothing there, or records that do not fit the config.
+    """
+    records, data = dataset.open_records(config.dataset.root), config.dataset
+    channels = data.image_channels * (2 if records.key == "moments" else 1)
+    expected = {
+        "shape": (data.image_size, data.image_size, channels),
+        "num_classes": data.num_classes or records.num_classes,
+        "key": "image" if data.vae == "none" else "moments",
+    }
+    for name, value in expected.items():
+        found = getattr(records, name)
+        if found != value:
+            raise ValueError(
+                f"dataset.root {records.root} holds records of {name} {found}, the config asks "
+                f"for {value}; see dataset.image_size, image_channels, num_classes and vae"
+            )
+    if data.use_flip and records.key == "moments" and not records.has_flipped:
+        raise ValueError(
+            f"dataset.use_flip: {records.root} holds no moments_flipped; prepare them, or switch "
+            "dataset.use_flip off"
+        )
+    if records.num_records < config.training.batch_size:
+        raise ValueError(
+            f"training.batch_size {config.training.batch_size} is more than the "
+            f"{records.num_records} records of {records.root}"
+        )
+    return records
+
+
 def check(config):
     """Raises ValueError in a line about options that do not fit; asks for no device.
 

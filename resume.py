@@ -3,7 +3,6 @@
 The state is known here only as a named tuple with the fields of `train.TrainState`.
 """
 
-import json
 import logging
 import os
 
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 import weights
-from configs import default, load_config
+from configs.saved import flat, of_run
 from utils import checkpoint, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
@@ -48,22 +47,6 @@ MAKE_THE_RUN_BELOW = ("method.",)
 def may_change(option):
     """Whether an option may change within a run."""
     return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
-
-
-def flat(config):
-    """The options of a config as JSON has them: {"section.option": value}."""
-    return json.loads(json.dumps(load_config.options(config)))
-
-
-def of_run(saved):
-    """The options of a checkpoint, nested, as `flat` gives them; a missing one had its default."""
-    found = flat(default.get_config())
-    for name, part in saved.items():
-        if isinstance(part, dict):
-            found |= {f"{name}.{key}": value for key, value in part.items()}
-        else:
-            found[name] = part
-    return found
 
 
 def made_from(records, autoencoder):
@@ -260,18 +243,20 @@ def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
     """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
 
     Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
-    a profile in `ema_sigmas` as the weights, as if these had stood still so far.
+    a profile in `ema_sigmas` as the weights, as if these had stood still so far. Where `found`
+    holds an average alone, the weights are that.
     """
+    params = found["ema_params"][0] if found["params"] is None else found["params"]
     known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
     emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
     known = weights.profiles(found)
-    emas += [known.get(sigma, found["params"]) for sigma in ema_sigmas]
+    emas += [known.get(sigma, params) for sigma in ema_sigmas]
     opt_state = state.opt_state
     if found["opt_state"]:
         opt_state = optax.tree.set(opt_state, **found["opt_state"])
     new = state._replace(
         step=np.int32(found["step"]),
-        params=found["params"],
+        params=params,
         ema_params=tuple(emas),
         opt_state=opt_state,
     )

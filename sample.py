@@ -14,6 +14,7 @@ import numpy as np
 
 import inherit
 import parts
+import startup
 import weights
 from methods import path
 from utils import files, processes, sharding
@@ -96,7 +97,7 @@ class Sampler:
 
     def __init__(self, model, autoencoder, options, device_batch_size):
         self.mesh = model.mesh
-        self._vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
+        self.vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
 
         def images(params, vae_params, *arguments):
@@ -116,7 +117,7 @@ class Sampler:
             batch = sharding.place(
                 (index, np.resize(labels[start : start + count], padded)), (rows, rows)
             )
-            images = self._generate(params, self._vae_params, *batch, times, guidance)
+            images = self._generate(params, self.vae_params, *batch, times, guidance)
             yield np.asarray(images)[:count]
 
 
@@ -189,6 +190,7 @@ def sample_job(config, workdir):
     autoencoder = parts.load_autoencoder(config)
     inherit.check_autoencoder(found, autoencoder, where)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
+    startup.tell(startup.sampling(config, model, found, pathlib.Path(workdir)))
     options, asked = config.sampling, guidances(config.sampling)
     for guidance in asked:
         name = f"step_{found['step']}"
@@ -197,3 +199,7 @@ def sample_job(config, workdir):
         output = pathlib.Path(workdir) / "samples" / name
         run(sampler, found["ema_params"][0], options, config.dataset.num_classes, output, guidance)
         logging.info("%d images of step %d: %s", options.num_images, found["step"], output)
+
+
+if __name__ == "__main__":
+    raise SystemExit(startup.not_a_command(__file__, " --config.sample_only=True"))

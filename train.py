@@ -21,9 +21,10 @@ import optax
 import observe
 import parts
 import resume
+import startup
 from methods import path
 from models import card, codec, network
-from utils import averages, checkpoint, dataset, iterator, processes, sharding, train_metrics
+from utils import averages, checkpoint, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -227,39 +228,6 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
     return recipe, schedule
 
 
-def open_dataset(config):
-    """The training records.
-
-    Raises:
-      ValueError, FileNotFoundError: nothing there, or records that do not fit the config.
-    """
-    records, data = dataset.open_records(config.dataset.root), config.dataset
-    channels = data.image_channels * (2 if records.key == "moments" else 1)
-    expected = {
-        "shape": (data.image_size, data.image_size, channels),
-        "num_classes": data.num_classes or records.num_classes,
-        "key": "image" if data.vae == "none" else "moments",
-    }
-    for name, value in expected.items():
-        found = getattr(records, name)
-        if found != value:
-            raise ValueError(
-                f"dataset.root {records.root} holds records of {name} {found}, the config asks "
-                f"for {value}; see dataset.image_size, image_channels, num_classes and vae"
-            )
-    if data.use_flip and records.key == "moments" and not records.has_flipped:
-        raise ValueError(
-            f"dataset.use_flip: {records.root} holds no moments_flipped; prepare them, or switch "
-            "dataset.use_flip off"
-        )
-    if records.num_records < config.training.batch_size:
-        raise ValueError(
-            f"training.batch_size {config.training.batch_size} is more than the "
-            f"{records.num_records} records of {records.root}"
-        )
-    return records
-
-
 def train_job(config, workdir):
     """Trains the run in `workdir` to its end, from wherever it stopped. Returns the last state.
 
@@ -274,7 +242,7 @@ def train_job(config, workdir):
 def train(config, workdir):
     """`train_job`, in a folder that no other job uses."""
     training = config.training
-    records = open_dataset(config)
+    records = parts.open_records(config)
     model = parts.make(config)
     sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size
@@ -283,6 +251,7 @@ def train(config, workdir):
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
+    observer.introduce(init)
     made = resume.made_from(records, observer.autoencoder)
     state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
     if place is None and config.load_from and int(state.step) >= total:
@@ -301,6 +270,7 @@ def train(config, workdir):
         stack.enter_context(contextlib.closing(batches))
         checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))
         observer.open_snapshots(stack, int(state.step), state)
+        observer.compiling(int(state.step))
         stack.enter_context(batches.blaming(int(state.step)))
         state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
     observer.end(int(state.step))
@@ -349,3 +319,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
             checkpointer.wait()
             observer.keep_best(step)
     return state
+
+
+if __name__ == "__main__":
+    raise SystemExit(startup.not_a_command(__file__))

@@ -2,60 +2,92 @@
 
 import numpy as np
 
-from formats import published, published_cifar, published_imf, sit, start
+from formats import hugging_face, published, published_cifar, published_imf, sit, start
 from models import dit
-from utils import checkpoint, sharding, snapshots, trees
+from utils import checkpoint, run_folder, sharding, snapshots, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
 
-def _run(path, optimizer):
-    found = {"opt_state": None} | checkpoint.restore_weights(path, optimizer=optimizer)
-    saved = found["config"]
-    data = saved.get("dataset", {})
-    latents = [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
-    training = saved.get("training", {})
+def _run(path, optimizer, step=None):
+    found = {"opt_state": None} | checkpoint.restore_weights(path, step, optimizer)
+    training = found["config"].get("training", {})
     found |= {"ema_vals": training.get("ema_val", ()), "ema_sigmas": training.get("ema_sigma", ())}
-    return found | {"latents": latents}
+    return found | {"latents": _latents(found["config"])}
+
+
+def _latents(saved):
+    data = saved.get("dataset", {})
+    return [tuple(data.get(name, ())) for name in ("latent_mean", "latent_std")]
+
+
+def _exported(path, optimizer):
+    found = hugging_face.load(hugging_face.find(path))
+    tree, options, name = found.pop("tree"), found.pop("options"), found.pop("weights")
+    decays = options.get("training", {}).get("ema_val", ())[:1] if name == "ema" else ()
+    return found | {
+        "params": tree if name == "params" else None,
+        "ema_params": (tree,),
+        "ema_vals": decays,
+        "opt_state": None,
+        "config": options,
+        "latents": _latents(options),
+    }
 
 
 def _improved(path, optimizer):
     found = published_imf.load(published_imf.find(path), optimizer)
     latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
-    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
+    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
+    return found | {"configs": ("imf_b2", "imf_m2", "imf_l2", "imf_xl2")}
 
 
 def _meanflow(path, optimizer):
     found = published.load(path)
-    return found | {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
+    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
+    return found | {"configs": ("run_b4", "run_b2", "run_m2", "run_l2", "run_xl2")}
 
 
 def _cifar(path, optimizer):
-    return published_cifar.load(path) | {"latents": SD_FACTOR}
+    return published_cifar.load(path) | {"latents": SD_FACTOR, "configs": ("cifar10_unet",)}
 
 
 # (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
 # one says what there might have been. What is read is as from `load`, with `latents` beside it: by
-# which mean and standard deviation of each channel they were normalised.
+# which mean and standard deviation of each channel they were normalised; and, where it does not
+# tell its options, `configs`: the names of those that it may belong to.
 READERS = (
     (checkpoint.steps, _run),
+    (hugging_face.find, _exported),
     (published_imf.find, _improved),
     (published_cifar.is_published, _cifar),
     (lambda path: True, _meanflow),
 )
 
 
-def read(path, optimizer=False):
-    """`load` without a model: the weights are whatever the path holds."""
-    found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+def read(path, optimizer=False, step=None):
+    """`load` without a model: the weights are whatever the path holds; `step`: of a run."""
+    if step is not None:
+        found = _run(path, optimizer, step)
+    else:
+        found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
     return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
+
+
+def options(path):
+    """The options that weights bring along, nested; None where they tell none. Without devices."""
+    if run_folder.steps(path):
+        return run_folder.options(path)
+    exported = hugging_face.find(path)
+    return hugging_face.read_config(exported)["options"] if exported else None
 
 
 def load(path, shapes, config, optimizer=False, may_lack=()):
     """The weights of a run or of a published checkpoint, as numpy trees of the model's `shapes`.
 
     Args:
-      path: a run's workdir, or a published checkpoint (its file, or the folder that holds it).
+      path: a run's workdir, a published checkpoint (its file, or the folder that holds it), or
+        what was exported in the Hugging Face layout.
       shapes: the tree of the model's parameters as `ShapeDtypeStruct`.
       config: the whole config, which has to agree with what is known of the weights.
       optimizer: whether to read Adam's moments too.
@@ -71,8 +103,12 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.
     """
-    weights = read(path, optimizer)
-    check_latents(path, weights.pop("latents"), config.dataset)
+    return checked(read(path, optimizer), path, shapes, config, may_lack)
+
+
+def checked(weights, path, shapes, config, may_lack=()):
+    """What `read` gives of a path, held against a model's `shapes` and a config; see `load`."""
+    check_latents(path, weights["latents"], config.dataset)
     for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
         if name == "params" and tree is None:  # a published file of averages alone
             continue
@@ -131,8 +167,6 @@ def begin(config, module, fresh):
     else:
         weights = read(path)
         latents, chosen = weights["latents"], choose(weights, name, "init_weights")
-        if chosen is None:
-            raise ValueError(f"init_weights: {path} holds no {name}")
         arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
         found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
     check_latents(path, latents, config.dataset)
@@ -167,7 +201,8 @@ def _named(weights):
     averages = weights["ema_params"]
     decays = zip(weights["ema_vals"], averages, strict=False)
     named = {f"ema_{decay}": average for decay, average in decays}
-    return {"params": weights["params"], "ema": averages[0], **named}
+    params = {} if weights["params"] is None else {"params": weights["params"]}
+    return params | {"ema": averages[0], **named}
 
 
 def check_name(weights, name, option="fid.weights"):

@@ -1,9 +1,9 @@
 """Configuration of a run: default.py <- NAME.yml <- command line.
 
-`--config=configs/load_config.py:NAME --config.section.option=value ...`. YAML files and the command
-line obey the same rules: an option that `default.py` does not name, or a value of another type, is
-refused by name. Builds on `configs/default.py`, the schema, `configs/checks.py` and
-`configs/strict_yaml.py`.
+`--config=configs/load_config.py:NAME --config.section.option=value ...`, or `--config=FILE.yml` for
+a file anywhere, such as the `config.yml` of a run. YAML files and the command line obey the same
+rules: an option that `default.py` does not name, or a value of another type, is refused by name.
+Builds on `configs/default.py`, the schema, `configs/checks.py` and `configs/strict_yaml.py`.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def get_config(name=None):
 
 
 def from_command_line(argv):
-    """Reads `--config=...:NAME` and all `--config.section.option=value` of a command line.
+    """Reads `--config=...` and all `--config.section.option=value` of a command line.
 
     Returns (config, rest): a checked, locked ConfigDict, and argv without what was read here.
     Raises ValueError with one line that names the option and, if unknown, the nearest one.
@@ -95,8 +95,18 @@ def given(argv):
     found = {}
     for section, values in _read(name).items():
         paths = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [section]
-        found |= dict.fromkeys(paths, f"configs/{name}.yml")
+        found |= dict.fromkeys(paths, _where(name))
     return found | {path: "command line" for path, _ in overrides}
+
+
+def source(argv):
+    """The file that a command line names: "configs/NAME.yml", or a path as it was given."""
+    return _where(_split(argv)[0])
+
+
+def text(config):
+    """A config as a YAML file: all of it, and it loads again as the very same values."""
+    return strict_yaml.dump(config.to_dict())
 
 
 def options(config, prefix=""):
@@ -116,32 +126,41 @@ def options(config, prefix=""):
 
 def _from_file(name):
     config, values = default.get_config(), _read(name)
-    where = f"configs/{name}.yml"
     try:
         _merge(config, config, values, "")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{_where(name)}: {error}") from None
     return config
 
 
-def _read(name):
-    """The nested values of configs/NAME.yml."""
+def _where(name):
+    """How lines call the file of a config; a `Path` is a file that is none of this folder."""
+    return str(name) if isinstance(name, Path) else f"configs/{name}.yml"
+
+
+def _file(name):
+    if isinstance(name, Path):
+        return name
     names = sorted(path.stem for path in FOLDER.glob("*.yml"))
-    if name == "default":
-        return {}
     if name not in names:
         there = f"there are: {', '.join(['default', *names])}"
         if not name:
             raise ValueError(f"name a config: --config=configs/load_config.py:NAME; {there}")
         raise ValueError(f"no config '{shown(name)}'{_nearest(name, names)} ({there})")
-    file = FOLDER / f"{name}.yml"
-    where = f"configs/{name}.yml"
+    return FOLDER / f"{name}.yml"
+
+
+def _read(name):
+    """The nested values of a YAML file."""
+    if name == "default":
+        return {}
+    file, where = _file(name), _where(name)
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: cannot be read: {error}") from None
     try:
-        values = strict_yaml.parse(text)
+        values = strict_yaml.parse(content)
     except ValueError as error:
         space = " " if str(error).startswith("line ") else ": "
         raise ValueError(f"{where}{space}{error}") from None
@@ -170,7 +189,7 @@ def _merge(config, section, values, prefix):
 
 
 def _split(argv):
-    """Returns (NAME, [(option path, text), ...], the other arguments)."""
+    """Returns (NAME or the Path of a file, [(option path, text), ...], the other arguments)."""
     name, overrides, rest = None, [], []
     words = list(argv)
     while words:
@@ -186,8 +205,12 @@ def _split(argv):
             text = words.pop(0)  # --config.option value
         if path is None:
             file, _, name = (text or "").partition(":")
-            if Path(file).name != "load_config.py" or negated:
-                raise ValueError(f"{word}: expected --config=configs/load_config.py:NAME")
+            if Path(text or "").suffix in (".yml", ".yaml") and Path(file).name != "load_config.py":
+                name = Path(os.path.expanduser(text))
+            elif Path(file).name != "load_config.py" or negated:
+                raise ValueError(
+                    f"{word}: expected --config=configs/load_config.py:NAME or --config=FILE.yml"
+                )
         elif negated:
             overrides.append((path, "false"))
         else:

@@ -1,5 +1,6 @@
 """YAML as options are written in it: numbers are what they look like, and nothing explodes."""
 
+import math
 import re
 import reprlib
 
@@ -84,6 +85,30 @@ def parse(text):
     except (ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
         # a number or a date that cannot be one, a key that is a list
         raise ValueError(shown(str(error))) from None
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads as the same: lists in a line, text that looks like more quoted."""
+
+    yaml_implicit_resolvers = {
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        + Loader.yaml_implicit_resolvers.get(first, [])
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
+    }
+
+
+Dumper.add_representer(
+    tuple,
+    lambda dumper, x: dumper.represent_sequence("tag:yaml.org,2002:seq", x, flow_style=True),
+)
+
+
+def dump(values):
+    """Nested dicts of plain values and tuples as YAML, in their order. The inverse of `parse`."""
+    return yaml.dump(
+        values, Dumper=Dumper, default_flow_style=False, sort_keys=False, allow_unicode=True,
+        indent=4, width=math.inf,
+    )  # fmt: skip
 
 
 def shown(value):

@@ -11,7 +11,10 @@ three share the transformer's names, which are in `_layers`, and differ in what 
 A file does not say which it is, and a wrong guess trains without an error: it has to be named. None
 has an embedder of h: its last layer begins at zero, so that u does not depend on h at first.
 Reading is strict: each key is used once or named here as dropped, and each shape is checked.
-Builds on formats/torch_files.py, formats/start.py and utils/trees.py.
+
+The other way, `state_of` writes our network under these names. SiT has one embedder, of t, where
+ours adds several; whatever is constant while one samples (h of equal steps, a guidance) goes into
+its last bias, exactly. Builds on formats/torch_files.py, formats/start.py and utils/trees.py.
 """
 
 import re
@@ -154,3 +157,83 @@ def _turn(arrays):
     arrays["t_embedder/fc1/kernel"] = np.float32(np.concatenate(turned))
     for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
         arrays[name] = -arrays[name]
+
+
+# The other way ----------------------------------------------------------------------------------
+
+
+def state_of(arrays, constants, positions, convention="sit"):
+    """Our parameters under SiT's names, with the conditions that are constant folded in.
+
+    Args:
+      arrays: {our name: float32 array} of a network of models/dit.py.
+      constants: {name of an embedder beside t: what it is to embed}; with a `t`, that is constant
+        too: where the network embeds none, or where t = 1 is the only time.
+      positions: (N, D), the fixed embedding of the patches.
+      convention: `sit` or `repa`, see the module.
+
+    Returns:
+      {their name: float32 array} as SiT with `learn_sigma`, its default, loads it: the half of the
+      last layer that SiT leaves out is zero.
+
+    Raises:
+      ValueError: parameters that have no place there, by name.
+    """
+    arrays, embedded = dict(arrays), 0.0
+    trees.raise_problems(
+        "not a DiT: SiT's names describe no other network",
+        missing=sorted({"x_embedder/kernel", "y_embedder/embedding"} - arrays.keys()),
+    )
+    for name, value in constants.items():
+        layers = [arrays.pop(f"{name}_embedder/{part}", None) for part in EMBEDDER]
+        if any(layer is None for layer in layers):
+            raise ValueError(f"the network has no embedder of {name}")
+        embedded = embedded + _embed(value, *layers)
+    width = arrays["y_embedder/embedding"].shape[1]
+    for part, shape in zip(EMBEDDER, ((FREQUENCIES, width), width, (width, width), width),
+                           strict=True):  # fmt: skip
+        arrays.setdefault(f"t_embedder/{part}", np.zeros(shape, np.float32))
+    bias = np.float64(arrays["t_embedder/fc2/bias"]) + embedded
+    arrays["t_embedder/fc2/bias"] = np.float32(bias)
+    if convention == "sit":
+        _turn(arrays)
+    state = _state_dict(arrays)
+    return state | {"pos_embed": positions[None]}
+
+
+EMBEDDER = ("fc1/kernel", "fc1/bias", "fc2/kernel", "fc2/bias")
+
+
+def _embed(value, kernel1, bias1, kernel2, bias2):
+    """`models.dit.TimeEmbedder` of one number, in float64: (D,)."""
+    half = FREQUENCIES // 2
+    angle = value * MAX_PERIOD ** -(np.arange(half) / half)
+    x = np.concatenate([np.cos(angle), np.sin(angle)]) @ np.float64(kernel1) + bias1
+    return (x / (1 + np.exp(-x))) @ np.float64(kernel2) + bias2
+
+
+def _state_dict(arrays):
+    """The inverse of `_arrays`, with a half for sigma, which is zero."""
+    p, _, C, D = arrays["x_embedder/kernel"].shape
+    layers = _layers(D, p, C, p * p * C)
+    expected = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")}
+    trees.raise_problems(
+        "no DiT that SiT's names describe",
+        missing=sorted(expected - arrays.keys()),
+        left_over=sorted(arrays.keys() - expected - {"y_embedder/embedding"}),
+    )
+    for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
+        a = arrays[name].reshape(*arrays[name].shape[:-1], p * p, C)
+        a = np.concatenate([a, np.zeros_like(a)], axis=-1)
+        arrays[name] = a.reshape(*a.shape[:-2], 2 * p * p * C)
+    state = {"y_embedder.embedding_table.weight": arrays["y_embedder/embedding"]}
+    depth = len(arrays["blocks/adaLN/bias"])
+    for ours, (theirs, shape) in layers.items():
+        order = (3, 2, 0, 1) if len(shape) == 4 else (1, 0)
+        kernels, biases = arrays[f"{ours}/kernel"], arrays[f"{ours}/bias"]
+        if "{}" not in theirs:
+            kernels, biases = [kernels], [biases]
+        for name, kernel, bias in zip(_sources(theirs, depth), kernels, biases, strict=True):
+            state[f"{name}.weight"] = np.ascontiguousarray(np.transpose(kernel, order))
+            state[f"{name}.bias"] = np.ascontiguousarray(bias)
+    return {name: np.asarray(a, np.float32) for name, a in state.items()}

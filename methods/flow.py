@@ -77,8 +77,15 @@ class Flow(path.Objective):
         c = {"t": t, "h": jnp.zeros_like(t), **given}
         if guidance is None:
             return net(params, (z, c))[0].u
-        unlabelled = c | {"y": jnp.full_like(given["y"], self.num_classes)}
+        unlabelled = c | {"y": without_label(given["y"], self.num_classes)}
         v_c, v_u = (velocity.u for velocity in net(params, (z, c), (z, unlabelled)))
         channels = jnp.where(guidance.channels == 0, z.shape[-1], guidance.channels)
         guided = v_u + by_row(guidance.omega) * (v_c - v_u)
         return jnp.where(jnp.arange(z.shape[-1]) < channels, guided, v_c)
+
+
+def without_label(y, num_classes):
+    """Labels like y, int32 (B,) or weights float32 (B, K + 1), that stand for no label."""
+    if y.ndim == 1:
+        return jnp.full_like(y, num_classes)
+    return jnp.zeros_like(y).at[:, num_classes].set(1)

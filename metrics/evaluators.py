@@ -7,8 +7,6 @@ own, and the results then say so. Builds on metrics/inception.py and metrics/din
 
 from typing import NamedTuple
 
-from metrics import dinov2, inception
-
 # What `fid.metrics` may ask for -> the names of its numbers in the results.
 METRICS = {
     "fid": ("fid",),
@@ -60,6 +58,8 @@ def fill(fid, latents=True):
     Raises:
       ValueError: in a line, an option that names nothing there is, or does not fit the others.
     """
+    from metrics import dinov2, inception  # late: they bring jax, which the names do not need
+
     check_choice("evaluator", fid.evaluator, PRESETS)
     fid = fid.copy_and_resolve_references()
     for name, value in _options(fid.evaluator, latents).items():

@@ -8,9 +8,10 @@ utils/locks.py and utils/processes.py.
 import json
 import logging
 import pathlib
+import re
 
 from metrics import evaluators
-from utils import files, locks, processes
+from utils import files, locks
 
 GUIDANCE = ("omega", "t_min", "t_max")
 
@@ -66,6 +67,11 @@ def scalars(results):
         for result in results
         for name, value in numbers(result).items()
     }
+
+
+def is_score(name):
+    """Whether a name in the log is one of those that `scalars` gives."""
+    return bool(re.search(r"/.*_\d+step", name))
 
 
 def table(results):
@@ -162,6 +168,8 @@ def load(workdir):
 
 def find(workdir, described, names):
     """The stored result with these settings and all metrics `names`, or None. All processes ask."""
+    from utils import processes  # late: it brings jax, which readers of the file do not need
+
     found = None
     if processes.is_writer():
         wanted = json.loads(json.dumps(described))
@@ -174,6 +182,8 @@ def save(workdir, result):
 
     It takes the place of one with the same settings.
     """
+    from utils import processes  # late, as in `find`
+
     if not processes.is_writer():
         return
     described = json.loads(json.dumps(settings(result)))

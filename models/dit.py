@@ -19,7 +19,7 @@ import numpy as np
 
 from models import card
 from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
-from models.network import Network, Velocity, sizes_of
+from models.network import Network, Velocity, embed_labels, sizes_of
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
@@ -192,7 +192,7 @@ class DiT(Network):
             x = x_embedder(patchify(z, p))  # (B, N, D)
             numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
             vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
-            vector = vector + y_embedder(c["y"])  # (B, D)
+            vector = vector + embed_labels(y_embedder, c["y"])  # (B, D)
             x = x + position_embedding(D, side)
             # each adaLN begins with silu
             return x.astype(residual), nn.silu(vector)

@@ -29,7 +29,7 @@ from models.dit import (
     xavier,
     zeros,
 )
-from models.network import Network, Velocity, sizes_of
+from models.network import Network, Velocity, embed_labels, sizes_of
 
 ones = nn.initializers.ones_init()
 # Before the patches, in this order: what the tokens stand for, and how many there are.
@@ -96,7 +96,7 @@ class Embedding(nn.Module):
             {name: c.get(name, jnp.full_like(c["h"], value)) for name, value in CONSTANTS.items()}
         )
         vectors = {
-            "class": self.y_embedder(c["y"]),
+            "class": embed_labels(self.y_embedder, c["y"]),
             "omega": self.omega_embedder(given["omega"]),
             "t_min": self.t_min_embedder(given["t_min"]),
             "t_max": self.t_max_embedder(given["t_max"]),

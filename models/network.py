@@ -41,7 +41,8 @@ class Network(nn.Module):
         Args:
           z: what goes into the network, float32 (B, H, W, C).
           c: conditions by row: `t`, `h` float32 (B,) in [0, 1] with h = t - r; `y` int32 (B,),
-            whose last value stands for no label; and what the objective or the data add.
+            whose last value stands for no label, or weights over all values (`embed_labels`); and
+            what the objective or the data add.
 
         Returns:
           `Velocity`.
@@ -84,6 +85,19 @@ class Network(nn.Module):
     def unrolled(self):
         """The same network without a loop, for counting: XLA counts the body of a loop once."""
         return self
+
+
+def embed_labels(table, y):
+    """What a label table says of labels y, float32 (B, D).
+
+    Args:
+      table: `nn.Embed` with a row for each of K classes and a last one for no label.
+      y: labels int32 (B,), or float32 (B, K + 1): weights over the rows, whose mixture it is; that
+        of weights 0 and a single 1 is the row itself.
+    """
+    if jnp.ndim(y) == 1:
+        return table(y)
+    return jnp.dot(y, table.embedding, precision="highest")
 
 
 def init_params(module, key, image_shape):

@@ -17,7 +17,7 @@ import numpy as np
 
 from models.augment import LABELS
 from models.filters import double, half
-from models.network import Network, Velocity
+from models.network import Network, Velocity, embed_labels
 
 MAX_PERIOD = 10000.0
 HALF = np.sqrt(0.5)  # keeps the variance of a sum of two
@@ -228,7 +228,7 @@ class UNet(Network):
         e = jnp.concatenate([time_embedding(c[name], width) for name in ("t", "h")], axis=-1)
         if self.num_classes:
             table = nn.Embed(self.num_classes + 1, 2 * width, embedding_init=xavier, name="label")
-            e = e + table(c["y"])
+            e = e + embed_labels(table, c["y"])
         if self.augment_dim:
             labels = c.get("augment", jnp.zeros((len(e), self.augment_dim)))
             e = e + nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)

@@ -131,8 +131,14 @@ def evaluate(config, images):
 def main(argv):
     """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate_images", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.evaluate_images",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--images", required=True, help="folder of pictures, or npz with arr_0")
+    if {"-h", "--help"}.intersection(argv):
+        parser.parse_args(["--help"])
     try:
         config, rest = load_config.from_command_line([*argv, "--config.eval_only=True"])
         print(json.dumps(evaluate(config, parser.parse_args(rest).images), indent=1))

@@ -1,26 +1,54 @@
-"""Writes a checkpoint in the layout of the published code, so that weights can be exchanged both
-ways: that of MeanFlow for a DiT, that of improved MeanFlow (orbax alone) for an imfDiT.
+"""Writes weights for others: in the layout of the published code, in that of Hugging Face, or under
+the names of SiT.
 
-python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format msgpack|orbax]
+python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format FORMAT] ...
 
-From a run, its weights, their first average and Adam's state are written. A published checkpoint is
-written as it is: that way one form becomes the other.
+  msgpack, orbax   DIR/checkpoint_STEP as the published code of MeanFlow (a DiT) and of improved
+                   MeanFlow (an imfDiT, orbax alone) reads it: weights, first average, Adam's state.
+                   A published checkpoint is written as it is: one form becomes the other.
+  safetensors      DIR/model.safetensors, config.json and README.md: one set of weights
+                   (--weights) with its options, and a model card (--license)
+  sit              DIR/sit_STEP_...pt for PyTorch: one set of weights of a DiT under SiT's names,
+                   for sampling in --steps equal steps; 0: an instantaneous velocity
+docs/python.md shows the last two.
 """
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
-from formats import published, published_imf
-from utils import checkpoint, signals
+import jax
+import numpy as np
+
+import generator
+import resume
+import weights as weights_of
+from configs import default
+from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
+from metrics import results
+from models import dit
+from utils import checkpoint, files, signals, trees
+
+FORMS = ("msgpack", "orbax", "safetensors", "sit")
 
 
-def export(source, folder, step=None, form=None):
-    """Writes folder/checkpoint_STEP and returns its path.
+def export(source, folder, step=None, form=None, **chosen):
+    """Writes a checkpoint and returns its path; see the module.
 
-    source: the workdir of a run, or a published checkpoint; step: of the run, default the newest;
-    form: msgpack, the default, or orbax; for an imfDiT orbax, the default.
-    Raises FileNotFoundError, FileExistsError or ValueError with one line.
+    Args:
+      source: the workdir of a run, or a published or exported checkpoint.
+      step: of the run, default the newest.
+      form: one of FORMS; None: that of the published code.
+      chosen: `weights`, `license`, `steps`, `omega`, `config` of the forms that have them.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: one line.
     """
+    if form == "safetensors":
+        return export_safetensors(source, folder, step, **chosen)
+    if form == "sit":
+        return export_sit(source, folder, step, **chosen)
     if imf := published_imf.find(source):
         state = published_imf.load(imf)
     elif published.is_published(source):
@@ -36,6 +64,104 @@ def export(source, folder, step=None, form=None):
     return published_imf.export(**state, folder=folder)
 
 
+def export_safetensors(source, folder, step=None, *, weights="ema", license="unknown", config=None):
+    """Writes folder/{model.safetensors, config.json, README.md} and returns the folder."""
+    model = generator.load(source, config=config, step=step, average=weights)
+    tree = jax.tree.map(np.asarray, model.params)
+    card = model_card.text(
+        Path(folder).name, license=license, options=all_options(model.options),
+        identity=model.identity, step=model.step, weights=weights,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(tree)),
+        command=command(model.options), measured=measured(source, hugging_face.checksum(tree)),
+    )  # fmt: skip
+    return hugging_face.export(
+        folder, tree, step=model.step, weights=weights, options=all_options(model.options),
+        identity=model.identity, card=card,
+    )  # fmt: skip
+
+
+def all_options(saved):
+    """All options of a run, nested: one that it does not name had its default."""
+    nested = {}
+    for name, value in resume.of_run(saved).items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    return nested
+
+
+def command(saved):
+    """The command that trains a run with these options, without what belongs to one machine."""
+    usual = resume.flat(default.get_config())
+    words = ["python main.py --workdir=WORKDIR --config=configs/load_config.py:default"]
+    for name, value in resume.of_run(hugging_face.portable(all_options(saved))).items():
+        if value != usual[name]:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--config.{name}={shlex.quote(text)}")
+    return " \\\n  ".join(words)
+
+
+def measured(source, checksum):
+    """What results.json beside a run says of the weights with this checksum, as lines."""
+    folder = Path(source)
+    folders = [folder, folder.parent] if folder.name == "best" else [folder]
+    known = [found for place in folders for found in results.load(place)]
+    return [results.report(found) for found in known if found.get("weights_checksum") == checksum]
+
+
+def export_sit(source, folder, step=None, *, weights="ema", steps=None, omega=None, config=None):
+    """Writes folder/sit_STEP_...pt and returns its path.
+
+    Args:
+      steps: equal steps that it is sampled in, h = 1 / steps; 0: h = 0, the instantaneous
+        velocity; None: 1, or 0 where the network is no other.
+      omega: guidance scale, for a network that is told one.
+    """
+    model = generator.load(source, config=config, step=step, average=weights)
+    if steps is None:
+        steps = 0 if model.parts.method.instantaneous else 1
+    arrays = jax.tree.map(np.asarray, model.params)
+    arrays = weights_of.without(arrays, model.parts.module.only_for_training)
+    arrays = trees.flatten(arrays)
+    patch, _, _, width = np.shape(arrays.get("x_embedder/kernel", np.zeros((1, 1, 1, 4))))
+    positions = dit.position_embedding(width, model.image_shape[0] // patch)
+    state = sit.state_of(arrays, constants(model, steps, omega), positions)
+    kind = f"{steps}step" if steps else "velocity"
+    path = Path(folder) / f"sit_{model.step}_{kind}.pt"
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: remove it or choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.complete(path) as unfinished:
+        torch_writer.write_zip(unfinished, state)
+    return path
+
+
+def constants(model, steps, omega=None):
+    """What the embedders beside that of t are told throughout sampling: {name: number}.
+
+    Raises:
+      ValueError: a network that is told more than t in so many steps.
+    """
+    method, embedded = model.parts.method, model.config.model.time_cond.split(",")
+    embedded = [name.strip() for name in embedded]
+    if steps < 0 or (steps and method.instantaneous):
+        only = " other than 0: its network is the velocity" if method.instantaneous else " below 0"
+        raise ValueError(f"--steps {steps}: method.name {model.config.method.name} has none{only}")
+    found = {"h": 1 / steps if steps else 0.0} | ({"r": 0.0} if steps == 1 else {})
+    found = {name: value for name, value in found.items() if name in embedded}
+    if unknown := set(embedded) - {"t"} - found.keys():
+        raise ValueError(
+            f"--steps {steps}: model.time_cond embeds {', '.join(unknown)} beside t, which is "
+            "constant in one step alone: SiT has one embedder"
+        )
+    guidance = model.guidance(omega)
+    if method.conditions:
+        given = dict.fromkeys(method.conditions, 1.0) | {"t_min": 0.0}
+        given |= guidance._asdict() if guidance else {}
+        numbers = dit.guidance_numbers({name: float(given[name]) for name in method.conditions})
+        found |= {name: float(value) for name, value in numbers.items()}
+    return found
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m scripts.export_checkpoint",
@@ -45,14 +171,31 @@ def parse(argv):
     parser.add_argument("--from", dest="source", required=True, help="workdir or checkpoint")
     parser.add_argument("--to", dest="folder", required=True, help="folder to write into")
     parser.add_argument("--step", type=int, help="checkpoint of the run, default the newest")
-    parser.add_argument("--format", dest="form", choices=("msgpack", "orbax"))
+    parser.add_argument("--format", dest="form", choices=FORMS)
+    own = parser.add_argument_group("safetensors and sit")
+    own.add_argument("--weights", help="which: ema (default), ema_DECAY, ema_sigmaS, params")
+    own.add_argument("--config", help="of configs/, for weights that tell no options")
+    own.add_argument("--license", help="safetensors: of the weights, for the card (unknown)")
+    own.add_argument("--steps", type=int, help="sit: of sampling; 0: an instantaneous velocity")
+    own.add_argument("--omega", type=float, help="sit: guidance, for a network that is told it")
     return parser.parse_args(argv)
 
 
+# Which of the options beside the first each form has.
+OWN = {
+    "safetensors": {"weights", "config", "license"},
+    "sit": {"weights", "config", "steps", "omega"},
+}
+
+
 def main(argv=None):
-    args = parse(argv)
+    args = vars(parse(argv))
+    chosen = {name: args.pop(name) for name in ("weights", "config", "license", "steps", "omega")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
-        path = export(**vars(args))
+        if others := chosen.keys() - OWN.get(args["form"], set()):
+            raise ValueError(f"--{min(others)} is no option of --format={args['form']}")
+        path = export(**args, **chosen)
     except (ValueError, OSError) as error:
         print(f"export_checkpoint: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,8 @@
 #
 #   bash scripts/launch.sh JOB_NAME [CONFIG] [--config.option=value ...]
 #
-# CONFIG is a file of configs/ without .yml (default run_b4). From the environment:
+# CONFIG is a file of configs/ without .yml (default run_b4); `bash scripts/launch.sh --list` shows
+# them. From the environment:
 #   DATA_ROOT      folder of the datasets (default ./data)
 #   LOG_DIR        logs and checkpoints go to LOG_DIR/$USER/JOB_NAME (default ./logs)
 #   MAX_RESTARTS   how often to start again after a preemption or a kill (default 0)
@@ -16,6 +17,11 @@ set -euo pipefail
 
 fail() { echo "launch.sh: $*" >&2; exit 2; }
 usage="usage: bash scripts/launch.sh JOB_NAME [CONFIG] [--config.option=value ...]"
+# What stands above, and the configs there are; neither needs anything to be installed.
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+  --list) exec python3 "$(dirname "$0")/../main.py" --list ;;
+esac
 
 absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 

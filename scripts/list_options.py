@@ -3,6 +3,7 @@
 python -m scripts.list_options > docs/options.md
 """
 
+import argparse
 import ast
 import io
 import tokenize
@@ -71,4 +72,9 @@ def reference():
 
 if __name__ == "__main__":
     signals.outlive_readers()
+    argparse.ArgumentParser(
+        prog="python -m scripts.list_options",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     print(reference(), end="")

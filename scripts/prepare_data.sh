@@ -7,6 +7,9 @@
 # docs/data.md, and python -m scripts.prepare_dataset images --help. Set these here or in the
 # environment; relative paths count from where the command is given.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+esac
 
 IMAGENET_ROOT=${IMAGENET_ROOT:-}              # has train/<class>/*.JPEG and val/<class>/*.JPEG
 OUTPUT_DIR=${OUTPUT_DIR:-}                    # the records; one folder for each IMAGE_SIZE

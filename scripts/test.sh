@@ -4,7 +4,11 @@
 #   bash scripts/test.sh                        all but the slow ones
 #   bash scripts/test.sh tests/test_dit.py -x   some
 #   bash scripts/test.sh -m slow                the slow ones; -m "" for all
+# pytest's own options: python -m pytest --help
 set -euo pipefail
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(bash install.sh --dev)

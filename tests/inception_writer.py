@@ -7,7 +7,8 @@ import importlib.util
 import pickle
 
 import numpy as np
-from torch_writer import write_legacy, write_zip
+
+from formats.torch_writer import write_legacy, write_zip
 
 
 def random_weights(folder):

@@ -1,9 +1,27 @@
 """Parts of the project with the options of `configs/default.py`, changed where a test says so."""
 
 import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
 
 import parts
 from configs import default, load_config
+from models import network
+from utils import checkpoint
+
+PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
+PIXELS += ["dataset.vae=none"]
+SIZES = ["model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.patch_size=2"]
+NETWORKS = {
+    "DiT": ["model.cls=DiT", *SIZES],
+    "imfDiT": ["model.cls=imfDiT", *SIZES, "model.depth=2", "model.aux_head_depth=1",
+               "method.name=improved", "sampling.omega=2", "sampling.t_min=0.3"],
+    "UNet": ["model.cls=UNet", "model.model_channels=8", "model.channel_mult=1",
+             "model.num_blocks=1", "model.attn_resolutions=4", "model.augment_dim=0"],
+    "flow": ["model.cls=DiT", *SIZES, "method.name=flow"],
+}  # fmt: skip
 
 
 def config(*words, name="default"):
@@ -29,3 +47,32 @@ def as_net(function):
         return tuple(Velocity(function(params, z, c["t"], c["h"], c["y"])) for z, c in batches)
 
     return net
+
+
+def run(workdir, *words, steps=(20,)):
+    """Writes a run without training, its parameters random; (config, params of the average)."""
+    options = config(*PIXELS, *words)
+    module = parts.make_module(options)
+    shapes = network.param_shapes(module, parts.image_shape(options))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.2 * draw.standard_normal(leaf.shape, np.float32), shapes)
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        for step in steps:
+            checkpointer.save(
+                step,
+                params=jax.tree.map(lambda a, step=step: a + np.float32(step / 1000), params),
+                ema_params=(params,) * len(options.training.ema_val),
+                progress={"step": np.int32(step)},
+                data={},
+                config=options.to_dict(),
+            )
+    return options, params
+
+
+class State(NamedTuple):
+    """What `resume` knows of a state."""
+
+    step: int
+    params: dict
+    ema_params: tuple
+    opt_state: tuple

@@ -24,6 +24,8 @@ RUN = [
     "bash scripts/launch.sh quickstart digits",
     "bash scripts/launch.sh quickstart digits --config.sample_only=True "
     "--config.sampling.labels=3,1,4 --config.sampling.num_images=12 --config.sampling.num_steps=2",
+    "python -m scripts.compare logs/$USER/*",
+    "python -m scripts.compare logs/$USER/* --html compare.html",
     "python -m scripts.list_options > docs/options.md",
 ]
 
@@ -138,6 +140,13 @@ def test_the_commands_run(copy):
     # The Python of docs/monitoring.md, in the same place.
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/monitoring.md"], re.M | re.S)
     assert "[(20, " in copy(f"python -c {shlex.quote(block + 'print(fid)')}")
+    # That of docs/python.md, in another place.
+    block, _ = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
+    block = block.replace("/path/to/meanflow", str(copy.folder))
+    block = block.replace("logs/me/quickstart", str(job))
+    said = "print(images.shape, between.shape, abs(walk - (noise - u)).max() > 0)"
+    command = f"cd {copy.folder.parent} && python -c {shlex.quote(block + said)}"
+    assert copy(command).split("\n")[0] == "(3, 8, 8, 1) (1, 8, 8, 1) True"
 
 
 @pytest.mark.parametrize("command", sorted(set(LAUNCHES)))
@@ -162,9 +171,11 @@ def test_the_options_of_every_job_parse(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", TEXTS)
 def test_the_options_that_a_page_names_exist(page):
     sections = {path.split(".")[0] for path in OPTIONS if "." in path}
-    named = re.findall(rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b", TEXTS[page])
+    named = re.findall(
+        rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
+    )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
-    assert {name for name in wrong if not name.endswith((".py", ".npz"))} == set()
+    assert {name for name in wrong if not name.endswith((".py", ".npz", ".safetensors"))} == set()
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -8,10 +8,10 @@ import make
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from torch_writer import write_zip
 
 import parts
 from configs import default
+from formats.torch_writer import write_zip
 from metrics import (
     dinov2_weights,
     edm2_reference,

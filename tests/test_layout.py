@@ -15,7 +15,8 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "weights"),
-    ("train", "sample", "evaluate", "observe", "resume", "inherit"),
+    ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup"),
+    ("generator",),
     ("main", "scripts"),
 )
 # Rooms on one floor that know nothing of each other.

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_writer
 
 import parts
 import weights
 from configs import load_config
-from formats import published_cifar
+from formats import published_cifar, torch_writer
 from models import augment, codec, network, unet
 from utils import trees
 

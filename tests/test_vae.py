@@ -12,7 +12,7 @@ import pytest
 from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 
-import train
+import parts
 from models import codec, vae
 from utils import dataset
 
@@ -137,9 +137,9 @@ def test_flipped_latents_that_are_not_there_are_asked_for(tmp_path):
     options = {"root": tmp_path, "image_size": shape[0], "image_channels": 1, "num_classes": 1}
     words = [f"dataset.{name}={value}" for name, value in options.items()]
     config = make.config("training.batch_size=4", *words)
-    assert train.open_dataset(config).num_records == 4
+    assert parts.open_records(config).num_records == 4
     with pytest.raises(ValueError, match="dataset.use_flip"):
-        train.open_dataset(make.config("training.batch_size=4", "dataset.use_flip", *words))
+        parts.open_records(make.config("training.batch_size=4", "dataset.use_flip", *words))
 
 
 def test_pixels_are_scaled_and_mirrored_along_the_width():

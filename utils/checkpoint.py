@@ -11,14 +11,12 @@
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
 with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on
-utils/checksums.py and utils/files.py.
+utils/checksums.py, utils/files.py and utils/run_folder.py.
 """
 
 import contextlib
 import inspect
-import json
 import logging
-import pathlib
 import re
 import sys
 
@@ -28,28 +26,16 @@ import orbax.checkpoint as ocp
 
 from utils import files
 from utils.checksums import checksums
+from utils.run_folder import checkpoint_path as _path
+from utils.run_folder import folder, steps
 
 KEPT = 3  # newest checkpoints
-NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
 ARRAYS = ("params", "ema_params", "progress")
 PLAIN = ("data", "config", "identity")
 
 
 class DamagedError(ValueError):
     """A checkpoint that cannot be read, or does not hold what was written."""
-
-
-def folder(workdir):
-    """Where the checkpoints of a run lie."""
-    return pathlib.Path(workdir) / "checkpoints"
-
-
-def steps(workdir):
-    """Steps at which there is a complete checkpoint, ascending; [] where there is no run."""
-    path = folder(workdir)
-    if not path.is_dir():
-        return []
-    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -154,18 +140,6 @@ def read_plain(workdir, step):
         found = {"identity": {}, "checksums": dict(read(path / "checksums"))}
         names = [name for name in PLAIN if name != "identity" or name in found["checksums"]]
         return found | {name: dict(read(path / name)) for name in names}
-
-
-def options(workdir):
-    """The options of a run, nested, or None; without jax, as processes ask before they join."""
-    for step in reversed(steps(workdir)):
-        try:
-            found = json.loads((_path(workdir, step) / "config" / "metadata").read_text())
-        except (OSError, ValueError):
-            continue  # whoever reads the weights says what is wrong
-        if isinstance(found, dict):
-            return found
-    return None
 
 
 def read_arrays(workdir, step, targets):
@@ -300,10 +274,6 @@ def _unraisable_hook(unraisable):
     late = inspect.iscoroutine(unraisable.object)
     if not late and "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
-
-
-def _path(workdir, step):
-    return (folder(workdir) / str(step)).absolute()
 
 
 def _reason(error):

@@ -4,8 +4,11 @@ jax takes its settings from variables of the shell too, where a recipe for anoth
 left them. Those that the numbers of this project rest on are pinned, the others are recorded.
 """
 
+import importlib.metadata
 import logging
 import os
+import re
+from pathlib import Path
 
 import jax
 
@@ -26,6 +29,9 @@ PINNED = {
 }
 # Of what `describe` tells: what makes other numbers, not only other rounding.
 MATTERS = ("generator", "partitionable", "seed_offset", "float64", "matmul_precision")
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+DEVICE_PACKAGES = ("jax", "libtpu", "nvidia-")  # what jax[tpu] and jax[cuda13] bring, by beginning
 
 
 def pin():
@@ -49,3 +55,29 @@ def describe():
         "device": jax.devices()[0].device_kind,
         "tf32_override": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
     }
+
+
+def installed():
+    """The versions this process runs with, {name: version}: of the packages that requirements.txt
+    names, of all that these need in turn, and of what makes jax run on the devices."""
+    packages = {
+        normal(found.metadata["Name"]): found
+        for found in importlib.metadata.distributions() if found.metadata["Name"]
+    }  # fmt: skip
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    waiting = [line for line in lines if line and not line.startswith("#")]
+    waiting += [name for name in packages if name.startswith(DEVICE_PACKAGES)]
+    found = {}
+    while waiting:
+        name = normal(re.match(r"[\w.-]+", waiting.pop())[0])
+        if name in found or name not in packages:  # one for other systems
+            continue
+        found[name] = packages[name].version
+        needs = packages[name].requires or ()
+        waiting += [line for line in needs if "extra ==" not in line]
+    return dict(sorted(found.items()))
+
+
+def normal(name):
+    """A package's name as all its spellings are compared (packaging.python.org, PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -42,6 +42,8 @@ def main(argv=None):
         command = commands.add_parser(name, help=text)
         module.add_arguments(command)
         command.add_argument("--json", help="also write the results to this file")
+    if not argv or {"-h", "--help"}.intersection(argv):
+        parser.parse_args(argv)
     environment.pin()
     try:
         module = COMMANDS.get(argv[0], [None])[0] if argv else None

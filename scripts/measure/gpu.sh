@@ -6,6 +6,9 @@
 #
 # Options behind FOLDER go to `python -m scripts.measure table`.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+esac
 cd "$(dirname "$0")/../.."
 folder=${1:-.}
 shift || true

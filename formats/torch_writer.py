@@ -1,4 +1,4 @@
-"""Writes files in the formats of torch, opcode by opcode, so that the tests need no torch.
+"""Writes files in the formats of torch, opcode by opcode, without torch.
 
 A value is a nested dict, list or tuple of str, int, float, bool, None and numpy arrays; `Strided`
 is a window into a storage, `Raw` opcodes as they are.

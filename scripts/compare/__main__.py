@@ -1,0 +1,54 @@
+"""Runs side by side: the options that differ, last and best metrics, images/s.
+
+    python -m scripts.compare RUN [RUN ...] [--html FILE]
+
+A RUN is the folder of a run, finished, running or broken off. `--html` also writes one page with
+the curves, the sample grids over time and all results. It needs nothing beside it: it can be sent
+to someone. docs/monitoring.md.
+"""
+
+import argparse
+import shutil
+import sys
+
+from scripts.compare import page, runs, tables
+from utils import files, signals
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--html", metavar="FILE", help="also write a page to this file")
+    parser.add_argument(
+        "--grids", type=int, default=24, metavar="N",
+        help="sample grids of each run in the page, spread over time (%(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    found, left_out = runs.read_all(args.runs)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    if not found:
+        print("error: there is no run to show", file=sys.stderr)
+        return 1
+    for run in found:
+        if run.notes:
+            print(f"{run.name}: {'; '.join(run.notes)}", file=sys.stderr)
+    print(tables.text(found, shutil.get_terminal_size().columns))
+    try:
+        if args.html:
+            files.write_text(args.html, page.page(found, max(args.grids, 1)))
+            print(f"\n{args.html}")
+    except OSError as error:
+        print(f"error: {args.html}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    signals.outlive_readers()
+    sys.exit(main())

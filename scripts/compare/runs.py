@@ -1,0 +1,210 @@
+"""What runs have left in their folders, finished or not, as numbers, series and pictures."""
+
+import math
+import pathlib
+from typing import NamedTuple
+
+from configs import saved, strict_yaml
+from metrics import evaluators, results
+from utils import run_folder
+
+CONFIG = "config.yml"  # all options, in a run's folder
+POINTS = 500  # of a curve; of a longer one each is the mean of several lines
+NEEDED = {"checkpoint_step": int, "num_samples": int, "num_steps": int, "weights": str}
+OF_LINES = ("step", "epoch")
+
+
+class Run(NamedTuple):
+    """One run. Numbers that are not finite are left out everywhere."""
+
+    name: str  # as short as tells the runs apart
+    path: pathlib.Path
+    options: dict | None  # {"section.option": value as JSON has it}
+    steps: list[int]  # of the curves
+    curves: dict[str, list[float | None]]  # of training, {name: as long as `steps`}
+    scores: dict[str, dict[int, float]]  # of evaluations, {name: {step: value}}
+    results: list[dict]  # as results.json has them
+    grids: dict[str, dict[int, pathlib.Path]]  # {"" or what is special about them: {step: file}}
+    facts: dict[str, float]  # {"steps": ..., "images/s": ...}
+    notes: list[str]  # what is missing or broken, a line each
+
+
+def read_all(paths):
+    """The runs at `paths`, and a line for each that is left out.
+
+    Returns:
+      A list of `Run`, and a list of lines.
+    """
+    paths = [pathlib.Path(path) for path in paths]
+    there, lines = [], []
+    for path in paths:
+        if path.resolve() in [other.resolve() for other in there]:
+            lines.append(f"{path}: given twice")
+        elif line := why_not(path):
+            lines.append(line)
+        else:
+            there.append(path)
+    found = []
+    for path, name in zip(there, names(there), strict=True):
+        try:
+            found.append(read(path, name))
+        except OSError as error:
+            lines.append(f"{path}: cannot be read ({error.strerror or error})")
+    return found, lines
+
+
+def why_not(path):
+    """In a line, why the folder at `path` holds no run; or ""."""
+    if not path.is_dir():
+        return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
+    left = (run_folder.JSONL, "results.json", "checkpoints", "samples")
+    if not any((path / name).exists() for name in left):
+        return f"{path}: no run, for there is none of {', '.join(left)} in it"
+    return ""
+
+
+def names(paths):
+    """The last parts of each path, as many as tell them all apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(part[-count:]) for part in parts]
+        if len({*short}) == len(short):
+            break
+    return short if paths else []
+
+
+def read(path, name):
+    """The `Run` at `path`; what is missing or broken in it becomes one of its notes.
+
+    Raises:
+      OSError: the system does not let it be read.
+    """
+    notes = []
+    options, said = options_of(path)
+    notes += said
+    lines, broken = run_folder.metric_lines(path)
+    if broken:
+        notes.append(f"{run_folder.JSONL}: {broken} broken line{'s' * (broken > 1)} left out")
+    steps, curves = curves_of(lines)
+    stored, said = results_of(path)
+    grids = run_folder.grids(path)
+    lacking = {"no metrics of training yet": steps, "no results yet": stored, "no grids": grids}
+    notes += said + [line for line, there in lacking.items() if not there]
+    scores = scores_of(lines, stored)
+    return Run(
+        name, path, options, steps, curves, scores, stored, grids, facts_of(lines, options), notes
+    )
+
+
+def options_of(path):
+    """The options of a run, {"section.option": value} or None, and what is wrong, a line each.
+
+    They are those of its newest checkpoint or, before there is one, of its config.yml.
+    """
+    nested, file = run_folder.options(path), path / CONFIG
+    try:
+        if nested is None and file.exists():
+            nested = strict_yaml.parse(file.read_text("utf-8"))
+            if not isinstance(nested, dict):
+                raise ValueError("no options in it")
+    except ValueError as error:
+        return None, [f"{CONFIG}: {error}"]
+    if nested is None:
+        return None, [f"its options are not known: there is neither a checkpoint nor {CONFIG}"]
+    return saved.of_run(nested), []
+
+
+def curves_of(lines):
+    """The numbers of training: steps, and {name: values}, at most POINTS of each."""
+    lines = [{k: v for k, v in line.items() if not results.is_score(k)} for line in lines]
+    lines = [line for line in lines if line.keys() - set(OF_LINES)]
+    size = max(1, -(-len(lines) // POINTS))
+    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+    found = dict.fromkeys(name for line in lines for name in line if name not in OF_LINES)
+    for name in found:
+        found[name] = [
+            mean([line[name] for line in part if number(line.get(name))]) for part in parts
+        ]
+    return [part[-1]["step"] for part in parts], found
+
+
+def scores_of(lines, stored):
+    """The metrics of all evaluations: {name in the log: {step: value}}, without their spreads.
+
+    What results.json says comes first: it has those of `eval_only` too. Two evaluators of one run
+    stand under two names.
+    """
+    found = {}
+    several = len({result.get("evaluator") for result in stored}) > 1
+    known = set()
+    for result in stored:
+        for name, value in results.scalars([result]).items():
+            step = result["checkpoint_step"]
+            known.add((name, step))
+            if number(value) and "_std" not in name.split("/")[0]:
+                name += f" ({result.get('evaluator')})" if several else ""
+                found.setdefault(name, {})[step] = value
+    for line in lines:
+        for name, value in line.items():
+            if not results.is_score(name) or "_std" in name.split("/")[0]:
+                continue
+            if number(value) and (name, line["step"]) not in known:
+                found.setdefault(name, {})[line["step"]] = value
+    return {name: dict(sorted(points.items())) for name, points in found.items()}
+
+
+def results_of(path):
+    """The results of a run, and what is wrong with results.json, a line each."""
+    try:
+        stored = results.load(path)
+    except ValueError as error:
+        return [], [str(error)]
+    whole = [
+        result
+        for result in stored
+        if isinstance(result, dict)
+        and all(type(result.get(name)) is kind for name, kind in NEEDED.items())
+    ]
+    lost = len(stored) - len(whole)
+    return whole, [f"results.json: {lost} of {len(stored)} are no results"] if lost else []
+
+
+def facts_of(lines, options):
+    """How far a run has come, and how fast: {what: number}."""
+    facts = {}
+    if lines:
+        facts["steps"] = lines[-1]["step"]
+        epochs = [line["epoch"] for line in lines if number(line.get("epoch"))]
+        if epochs:
+            facts["epochs"] = round(epochs[-1], 1)
+        if batch := batch_size(options):
+            facts["images seen"] = facts["steps"] * batch
+    for what, name in {"images/s": "images_per_second", "MFU": "mfu"}.items():
+        values = sorted(line[name] for line in lines if number(line.get(name)))
+        if values:
+            facts[what] = float(
+                f"{values[len(values) // 2]:.3g}"
+            )  # the median: pauses do not count
+    peaks = [x for line in lines if number(x := line.get("memory_gb/peak"))]
+    return facts | ({"memory, GB": max(peaks)} if peaks else {})
+
+
+def batch_size(options):
+    """Images of a step, where the options are known, or None."""
+    found = (options or {}).get("training.batch_size")
+    return found if type(found) is int and found > 0 else None
+
+
+def higher_is_better(name):
+    """Whether a metric of this name in the log is the better the higher it is."""
+    return name.split("/")[0].split("@")[0] in evaluators.HIGHER_IS_BETTER
+
+
+def number(value):
+    """Whether this is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def mean(values):
+    """The mean of numbers, None of none."""
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,175 @@
+"""Trained networks from Python: generator.py, from runs and published checkpoints."""
+
+import jax
+import make
+import numpy as np
+import pytest
+
+import generator
+import parts
+import sample
+from formats import published
+from models import network, vae
+from utils import trees
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name -> (folder, config, params) of a run with each network."""
+    found = {}
+    for name, words in make.NETWORKS.items():
+        folder = tmp_path_factory.mktemp(name)
+        steps = (10, 20) if name == "DiT" else (20,)
+        found[name] = folder, *make.run(folder, *words, steps=steps)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(runs):
+    return generator.load(runs["DiT"][0])
+
+
+def refused(call, kind=ValueError):
+    with pytest.raises(kind) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_images_are_those_of_the_sampling_job(runs, model):
+    _, config, params = runs["DiT"]
+    made = parts.make(config)
+    sampler = sample.Sampler(made, parts.load_autoencoder(config), config.sampling, 2)
+    times = sample.path.sample_times(2)
+    (images,) = sampler(params, [2, 0], times)
+    ours = model.sample([2, 0], num_steps=2)
+    np.testing.assert_array_equal(ours, images)
+    assert ours.dtype == np.uint8 and ours.shape == (2, 4, 4, 1) and ours.std() > 0
+    np.testing.assert_array_equal(model.sample([2, 0], num_steps=[1, 0.5, 0]), images)
+    np.testing.assert_array_equal(model.sample([2, 0], model.noise(2), 2), images)
+    assert (model.sample([2, 0], num_steps=2, seed=1) != images).any()
+
+
+def test_one_step_follows_the_average_velocity(model):
+    z = model.noise(2)
+    x = model.sample([2, 0], output="latents")
+    np.testing.assert_allclose(z - model.u(z, 1, 1, [2, 0]), x, atol=1e-6)
+    by_row = model.u(z, np.array([1.0, 0.5]), np.array([1.0, 0.0]), [2, 0])
+    np.testing.assert_allclose(by_row[:1], model.u(z[:1], 1, 1, [2]), atol=1e-6)
+    np.testing.assert_allclose(by_row[1:], model.u(z[1:], 0.5, 0, [0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", make.NETWORKS)
+def test_labels_are_mixed_by_their_embeddings(runs, name):
+    """One-hot weights change nothing; a mixture is the label whose row is the mixture of rows."""
+    folder, config, params = runs[name]
+    module = parts.make_module(config)
+    net = network.function(module)
+    z = np.random.default_rng(1).standard_normal((2, 4, 4, 1), np.float32)
+    c = {"t": np.full(2, 0.9, np.float32), "h": np.full(2, 0.5, np.float32)}
+
+    @jax.jit
+    def u(params, y):
+        return net(params, (z, c | {"y": y}))[0].u
+
+    rows = np.eye(4, dtype=np.float32)
+    np.testing.assert_array_equal(u(params, np.array([1, 3])), u(params, rows[[1, 3]]))
+    mixed = np.array([[0.25, 0.75, 0, 0], [0, 0, 0.5, 0.5]], np.float32)
+    flat = trees.flatten(params)
+    table = flat[module.label_table]
+    other = trees.unflatten(flat | {module.label_table: np.concatenate([mixed @ table, table[2:]])})
+    expected = u(other, np.array([0, 1]))
+    np.testing.assert_allclose(u(params, mixed), expected, atol=1e-5)
+    assert np.abs(u(params, np.array([0, 2])) - expected).max() > 1e-3
+
+
+def test_weights_over_classes_may_leave_out_the_last_row(model):
+    images = model.sample([2, 0], output="latents")
+    np.testing.assert_array_equal(model.sample(np.eye(3)[[2, 0]], output="latents"), images)
+    none = model.sample([3, 3], output="latents")
+    np.testing.assert_array_equal(model.sample(np.eye(4)[[3, 3]], output="latents"), none)
+
+
+def test_guidance_comes_with_the_weights_or_the_call(runs):
+    guided = generator.load(runs["imfDiT"][0])
+    assert guided.config.sampling.t_min == (0.3,)
+    own, weak, strong = (guided.sample([1, 0], omega=w, output="latents") for w in (None, 1, 2))
+    assert np.abs(weak - strong).max() > 1e-4
+    np.testing.assert_array_equal(own, strong)
+    assert "omega must be a number above 0" in refused(lambda: guided.sample([1], omega=0))
+
+
+def test_guidance_of_mixed_labels_begins_from_no_label(runs):
+    guided = generator.load(runs["flow"][0])
+    z = guided.noise(2)
+    strong = guided.u(z, 1, 1, [1, 0], omega=3)
+    np.testing.assert_allclose(guided.u(z, 1, 1, np.eye(3)[[1, 0]], omega=3), strong, atol=1e-6)
+    assert np.abs(guided.u(z, 1, 1, [1, 0], omega=1) - strong).max() > 1e-4
+
+
+def test_a_checkpoint_of_a_run_and_its_weights_are_chosen(runs, model):
+    folder, _, params = runs["DiT"]
+    assert model.step == 20
+    older = generator.load(folder, step=10, average="params")
+    assert older.step == 10
+    ours = jax.tree.leaves(jax.tree.map(np.asarray, older.params))
+    np.testing.assert_allclose(ours[0], jax.tree.leaves(params)[0] + 0.01, atol=1e-6)
+    assert "checkpoint 7" in refused(lambda: generator.load(folder, step=7), FileNotFoundError)
+    assert "average: 'ema_0.5'" in refused(lambda: generator.load(folder, average="ema_0.5"))
+
+
+def test_what_does_not_fit_is_one_line(runs, model, tmp_path):
+    z = model.noise(1)
+    for call, named in (
+        (lambda: model.sample([4]), "labels: classes 0..3 (3: none)"),
+        (lambda: model.sample([0.5]), "labels: "),
+        (lambda: model.sample([[0.5, 0.5]]), "labels: "),
+        (lambda: model.sample([[np.nan, 1, 0]]), "labels: "),
+        (lambda: model.sample([]), "labels: "),
+        (lambda: model.sample([0, 1], z), "noise: (1, 4, 4, 1) instead of (2, 4, 4, 1)"),
+        (lambda: model.sample([0], num_steps=0), "num_steps must be"),
+        (lambda: model.sample([0], num_steps=[1, 0.5]), "must fall from 1 to 0"),
+        (lambda: model.sample([0], omega=2), "omega: the guidance of method.name meanflow is"),
+        (lambda: model.sample([0], output="png"), "output: 'png'"),
+        (lambda: model.sample([0], sampler="rk4"), "sampler: 'rk4'"),
+        (lambda: generator.load(runs["DiT"][0], "model.depth=2"), "model.depth 1, not 2"),
+        (lambda: generator.load(runs["DiT"][0], "modell.depth=2"), "unknown option modell.depth"),
+    ):
+        assert named in refused(call)
+    refused(lambda: generator.load(tmp_path), FileNotFoundError)
+
+
+def test_latents_without_an_autoencoder(tmp_path, monkeypatch):
+    words = [
+        "dataset.image_channels=4",
+        f"dataset.vae={tmp_path / 'absent'}",
+        *make.NETWORKS["DiT"],
+    ]
+    make.run(tmp_path / "run", *words)
+    model = generator.load(tmp_path / "run")
+    x = model.sample([0], output="latents")
+    assert x.shape == (1, 4, 4, 4)
+    line = refused(lambda: model.sample([0]), FileNotFoundError)
+    assert "absent" in line and "output='latents' needs none" in line
+    twice = vae.Autoencoder({"a": np.float32(2)}, None, lambda params, x: params["a"] * x, 1)
+    monkeypatch.setattr(parts, "load_autoencoder", lambda config: twice)
+    np.testing.assert_allclose(model.sample([0], output="float"), 2 * x, atol=1e-6)
+    expected = np.round(np.clip(127.5 * 2 * x + 128, 0, 255) - 0.5)
+    assert np.abs(model.decode(x) - expected).max() <= 1
+
+
+@pytest.mark.parity
+def test_a_published_checkpoint_finds_its_config(golden):
+    source = golden / "released_checkpoint" / "msgpack"
+    assert "none of run_b4, run_b2, " in refused(lambda: generator.load(source))
+    found = published.load(source)["ema_params"]
+    for depth in (2, 3):
+        words = [f"model.depth={depth}", "model.hidden_size=32", "model.num_heads=4"]
+        words += ["model.cls=DiT", "model.patch_size=2", "dataset.vae=none"]
+        if depth == 3:
+            assert "none of run_b4" in refused(lambda words=words: generator.load(source, *words))
+            continue
+        model = generator.load(source, *words)
+        assert model.config.dataset.num_classes == 1000 and model.image_shape == (32, 32, 4)
+        for ours, theirs in zip(*map(jax.tree.leaves, (model.params, found)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,288 @@
+"""What is said and written before a run begins: the summary, config.yml, versions, help."""
+
+import importlib
+import logging
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import make
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import main
+import parts
+import startup
+import train
+from configs import listing, load_config, strict_yaml
+from utils import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "model.depth=1 model.hidden_size=32 model.num_heads=2".split()
+
+
+# config.yml -----------------------------------------------------------------------------------
+
+
+def loaded(path, *words):
+    return load_config.from_command_line([f"--config={path}", *words])[0]
+
+
+def same(config, folder):
+    """Asserts that a config as text loads as the very same values."""
+    path = folder / "config.yml"
+    path.write_text(load_config.text(config), encoding="utf-8")
+    before, after = (load_config.options(c) for c in (config, loaded(path)))
+    assert after == before
+    assert {k: type(x) for k, x in after.items()} == {k: type(x) for k, x in before.items()}
+
+
+@pytest.mark.parametrize("name", ["default", "run_b4", "cifar10_unet", "digits_imf"])
+def test_a_config_loads_again_as_it_was(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("DATA_ROOT", "/records")
+    words = "training.wandb=null", "training.learning_rate=1e-5", "sampling.omega=2,1.5"
+    same(make.config(*words, "load_from=1.5e3", name=name), tmp_path)
+    same(make.config(name=name), tmp_path)
+
+
+NAMES = some.text(some.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=12)
+LOOKS = some.sampled_from(
+    "null ~ yes 010 0x1f 1_0 1.5e3 .5 1:30 2001-01-01 - [a] {a} #a 'a \"a a:  !a &a *a % @ = .nan"
+    .split(" ")
+)  # fmt: skip
+PLAIN = some.none() | some.booleans() | some.integers(-(2**32), 2**32) | NAMES | LOOKS
+PLAIN |= some.floats(-3e38, 3e38)
+
+
+@given(some.lists(PLAIN, max_size=3), PLAIN)
+@settings(max_examples=200, deadline=None)
+def test_any_value_comes_back(values, value):
+    written = {"section": {"list": tuple(values), "one": value}, "other": value}
+    found = strict_yaml.parse(strict_yaml.dump(written))
+    assert found == {"section": {"list": values, "one": value}, "other": value}
+    assert list(map(type, found["section"]["list"])) == list(map(type, values))
+    assert type(found["other"]) is type(value)
+
+
+def test_a_file_anywhere_is_a_config(tmp_path, monkeypatch):
+    path = tmp_path / "config.yml"
+    path.write_text("dataset: {root: r}\nfid: {on_training: false}\ntraining: {seed: 3}")
+    argv = [f"--config={path}", "--config.training.num_steps=7", "--workdir=w"]
+    config, rest = load_config.from_command_line(argv)
+    assert (config.training.seed, config.training.num_steps, rest) == (3, 7, ["--workdir=w"])
+    assert load_config.source(argv) == str(path)
+    places = load_config.given(argv)
+    assert places["training.seed"] == str(path)
+    assert places["training.num_steps"] == "command line"
+    # The last one counts, as behind launch.sh, which names one of configs/.
+    assert loaded("configs/load_config.py:digits", f"--config={path}").model.cls == "DiT_B_4"
+    path.write_text("training: {sead: 3}")
+    with pytest.raises(ValueError, match=r"/config.yml: unknown option training.sead; did you"):
+        loaded(path)
+    for name, line in (
+        (f"{path}.gone.yml", "gone.yml: cannot be read: .*No such file"),
+        (tmp_path, r"expected --config=configs/load_config.py:NAME or --config=FILE.yml"),
+        ("configs/load_config.py:digits.yml", "no config 'digits.yml'; did you mean digits"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            loaded(name)
+
+
+def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    startup.note(tmp_path, make.config("training.seed=1"))
+    startup.note(tmp_path, config := make.config("training.seed=2", "sampling.omega=1,2"))
+    assert loaded(tmp_path / "config.yml") == config
+    lines = (tmp_path / "requirements.lock").read_text().splitlines()
+    assert lines[0] == f"# Python {sys.version.split()[0]}"
+    found = dict(line.split("==") for line in lines[1:])
+    for name in ("jax", "jaxlib", "flax", "numpy", "pillow", "array-record", "etils"):
+        assert importlib.metadata.version(name) == found[name]
+    assert not {"pytest", "ruff"}.intersection(found)
+    assert caplog.text == ""
+    now = environment.installed()
+    monkeypatch.setattr(environment, "installed", lambda: now | {"jax": "0.0.1", "new": "1"})
+    startup.note(tmp_path, config)
+    assert f"versions changed: jax {now['jax']} -> 0.0.1\n" in caplog.text
+
+
+# The summary ----------------------------------------------------------------------------------
+
+
+def state_of(config, model):
+    recipe, _ = train.make_recipe(config, model, 70, 7)
+    init = partial(train.init_state, recipe, model.module, model.image_shape)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+RECORDS = SimpleNamespace(
+    key="image", shape=(8, 8, 1), dtype=np.dtype(np.uint8), num_records=900, root="r",
+    has_flipped=False,
+)  # fmt: skip
+
+
+def test_the_summary_of_a_run():
+    config = make.config(*TINY, "training.num_epochs=10", "training.ema_val=0.9,0.99",
+                         name="digits")  # fmt: skip
+    model = parts.make(config)
+    state = state_of(config, model)
+    before = len(jax.live_arrays())
+    rows = dict(startup.training(config, model, RECORDS, state, (7, 70)))
+    assert len(jax.live_arrays()) == before
+    N = startup.number_of(model.param_shapes())
+    assert rows["network"].startswith(f"DiT, {startup.count(N)} parameters: blocks ")
+    assert rows["records"] == "900 images 8x8x1, 10 classes: r"
+    assert rows["length"] == startup.length(config.training, 7, 70)
+    memory = startup.memory(model, RECORDS, state, config, {"more": np.zeros(5, np.float16)})
+    counters = 4 * 2  # of Adam and of the schedule
+    assert memory == {
+        "weights": 4 * N, "averages": 8 * N, "moments": 8 * N + counters, "gradients": 4 * N,
+        "weights for products": 0, "two batches": 2 * 128 * (64 + 4), "more": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, lengths, length, each",
+    [
+        (
+            "training.num_steps=0 training.num_epochs=10", (7, 70),
+            "70 steps = 10 epochs of 7 steps, 128 images a step (training.num_epochs)",
+            "metrics every 50 steps, checkpoint at the end, grid every 7",
+        ),
+        (
+            "training.num_steps=5004 training.sample_on_training=false "
+            "training.checkpoint_per_step=1250", (1251, 5004),
+            "5,004 steps = 4 epochs of 1,251 steps, 128 images a step (training.num_steps)",
+            "metrics every 50 steps, checkpoint every 1,250",
+        ),
+    ],
+)  # fmt: skip
+def test_the_length_of_a_run_is_named(words, lengths, length, each):
+    config = make.config("training.sample_per_epoch=1", *words.split(), name="digits")
+    assert startup.length(config.training, *lengths) == length
+    assert startup.cadences(config, *lengths) == each
+
+
+def test_rounded_weights_count_as_a_copy():
+    config = make.config(*TINY, "training.half_precision=true", name="digits")
+    model = parts.make(config)
+    shapes = jax.tree.leaves(jax.eval_shape(model.module.cast, model.param_shapes()))
+    rounded = sum(x.size * 2 for x in shapes if x.dtype == "bfloat16")
+    memory = startup.memory(model, RECORDS, state_of(config, model), config, {})
+    assert memory["weights for products"] == rounded > 0
+
+
+def test_memory_of_sharded_weights_is_what_lies_on_a_device(run_python):
+    run_python("""
+import jax, numpy as np
+import startup
+from utils import sharding
+mesh = sharding.make_mesh(2)
+tree = {"a": np.zeros((64, 512), np.float32), "b": np.zeros(7, np.float32),
+        "c": np.zeros((3, 4096, 3), np.int8)}
+placed = sharding.place(tree, sharding.by_parameter(mesh, tree))
+held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
+assert startup.on_device(mesh, tree) == held == 64 * 512 * 2 + 28 + 3 * 4096 * 3 // 2
+""", devices=4)  # fmt: skip
+
+
+def test_what_any_job_says(tmp_path):
+    argv = ["--config=configs/load_config.py:digits", "--config.training.seed=7",
+            "--config.eval_only", "--config.sampling.num_steps=1,2"]  # fmt: skip
+    config, _ = load_config.from_command_line(argv)
+    source, given = load_config.source(argv), load_config.given(argv)
+    rows = dict(startup.job(config, source, given, tmp_path))
+    assert rows["config"] == "configs/digits.yml" and rows["folder"] == str(tmp_path)
+    assert rows["devices"].startswith("1 x cpu") and f"jax {jax.__version__}" in rows["devices"]
+    assert rows["  method"] == "kappa 0.3" and rows["  sampling"] == "num_steps 1,2"
+    assert "seed 7" in rows["  training"] and "hidden_size 128" in rows["  model"]
+    assert rows["  job"] == "eval_only true"
+    assert rows["  set by"] == (
+        "the command line: training.seed, eval_only, sampling.num_steps"
+    )  # fmt: skip
+    model, weights = parts.make(config), {"step": 1200}
+    rows = dict(startup.evaluating(config, model, weights, 2, tmp_path))
+    assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
+    assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"
+    rows = dict(startup.sampling(config, model, weights, tmp_path))
+    assert rows["images"] == f"64 by ode, steps 1: {tmp_path / 'samples'}"
+
+
+def test_many_parts_are_put_together():
+    names = "dec_1 dec_2 enc_1 enc_2 enc_3 map_layer0 map_layer1 x y2".split()
+    tree = {name: np.zeros(n) for n, name in enumerate(names)}
+    assert startup.parts_of(tree) == {"dec": 1, "enc": 9, "map": 11, "x": 7, "y": 8}
+    assert [startup.count(n) for n in (0, 999, 1000, 1_316_732)] == ["0", "999", "1 k", "1.32 M"]
+    assert [startup.size(n) for n in (12, 5_280_000)] == ["12 bytes", "5.28 MB"]
+
+
+def test_long_rows_are_wrapped():
+    lines = startup.wrapped("name", "word " * 60)
+    assert len(lines) > 2 and max(map(len, lines)) <= 100
+    assert lines[0].startswith("  name        word") and lines[1].startswith(" " * 14 + "word")
+
+
+# Help -----------------------------------------------------------------------------------------
+
+
+def test_every_config_is_described_in_its_first_line(capsys):
+    assert main.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = sorted(path.stem for path in load_config.FOLDER.glob("*.yml"))
+    assert [line.split()[0] for line in lines] == names
+    for name in names:
+        first, second, *_ = (load_config.FOLDER / f"{name}.yml").read_text().splitlines()
+        assert first.startswith("# ") and first.endswith("."), name
+        assert len(first) < 110 and second.startswith("#"), name
+
+
+MODULES = [path.stem for path in ROOT.glob("scripts/*.py")]
+PACKAGES = [path.parent.name for path in ROOT.glob("scripts/*/__main__.py")]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES + PACKAGES))
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_every_program_explains_itself(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"scripts.{name}", run_name="__main__", alter_sys=False)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (0, "") and f"usage: python -m scripts.{name} " in out
+    module = f"scripts.{name}.__main__" if name in PACKAGES else f"scripts.{name}"
+    assert importlib.import_module(module).__doc__.splitlines()[0] in out
+
+
+def test_main_explains_itself(capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--help"])
+    assert end.value.code == 0
+    assert "--config=FILE.yml" in (out := capsys.readouterr().out) and "--list" in out
+
+
+@pytest.mark.parametrize("script", [*ROOT.glob("*.sh"), *ROOT.glob("scripts/**/*.sh")], ids=str)
+def test_every_script_explains_itself(script):
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"bash {script.relative_to(ROOT)}" in done.stdout and "set -e" not in done.stdout
+
+
+def test_launch_lists_the_configs(tmp_path):
+    command = ["bash", ROOT / "scripts" / "launch.sh", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == listing.table() + "\n"
+
+
+@pytest.mark.parametrize("name, option", [("train", "[CONFIG], "), ("sample", "sample_only=True"),
+                                          ("evaluate", "eval_only=True")])  # fmt: skip
+def test_a_job_alone_says_how_it_is_run(name, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(ROOT / f"{name}.py", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith(f"{name}.py is no command") and option in err and err.count("\n") == 1

@@ -1,0 +1,74 @@
+"""A run's folder as it is read without jax: which checkpoints, their options, metrics, grids."""
+
+import json
+import pathlib
+import re
+
+NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
+JSONL = "metrics.jsonl"
+GRID = re.compile(r"grid_(\d{8,10})(?:_(.+))?\.png")  # its step, and what is special about it
+
+
+def folder(workdir):
+    """Where the checkpoints of a run lie."""
+    return pathlib.Path(workdir) / "checkpoints"
+
+
+def checkpoint_path(workdir, step):
+    """The folder of one checkpoint."""
+    return (folder(workdir) / str(step)).absolute()
+
+
+def steps(workdir):
+    """Steps at which there is a complete checkpoint, ascending; [] where there is no run."""
+    path = folder(workdir)
+    if not path.is_dir():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
+
+
+def options(workdir):
+    """The options of a run, nested, as its newest checkpoint has them, or None."""
+    for step in reversed(steps(workdir)):
+        try:
+            found = json.loads((checkpoint_path(workdir, step) / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue  # whoever reads the weights says what is wrong
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def metric_lines(workdir):
+    """The lines of metrics.jsonl, and how many more are no lines of metrics.
+
+    Of two lines of one step that have the same name the later counts, as whoever reads them in
+    order finds. A run that writes, or that was killed, may have a half-written last line.
+
+    Returns:
+      A list of dicts {"step": int, name: float or None}, and the number of other lines.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    path = pathlib.Path(workdir) / JSONL
+    found, broken = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:  # also what is no UTF-8
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
+            found.append(line)
+        else:
+            broken += 1
+    return found, broken
+
+
+def grids(workdir):
+    """The sample grids of a run: {what is special about them, mostly "": {step: path}}."""
+    found = {}
+    for path in sorted((pathlib.Path(workdir) / "samples").glob("grid_*.png")):
+        if match := GRID.fullmatch(path.name):
+            found.setdefault(match[2] or "", {})[int(match[1])] = path
+    return found
