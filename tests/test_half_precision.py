@@ -78,7 +78,8 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
     """Two steps, and two more from their checkpoint, are the four of a run without a stop."""
     net = dit.DiT(1, 32, 1, 2, num_classes=10, dtype=jnp.bfloat16, half_residual=True)
     optimizer = optax.adamw(2e-3, b2=0.95)
-    recipe = train.Recipe(network.function(net), METHOD, codec.Codec(), optimizer, (0.9,))
+    method = make.method(num_classes=10, guidance_eq="none")
+    recipe = train.Recipe(network.function(net), method, codec.Codec(), optimizer, (0.9,))
     step = jax.jit(lambda *args: train.train_step(recipe, jax.random.key(1), *args))
     pixels = np.random.RandomState(0).randint(0, 256, (4, 8, *SHAPE)).astype(np.uint8)
     batches = [{"image": image, "label": np.arange(8, dtype=np.int32)} for image in pixels]
