@@ -3,8 +3,12 @@
 python -m scripts.prepare_dataset digits --output DIR
 python -m scripts.prepare_dataset images --input IMAGENET --output DIR --image_size 256
 python -m scripts.prepare_dataset pt --input FOLDER_OF_PT_FILES --output DIR
+python -m scripts.prepare_dataset arrays --input FOLDER_OF_NPY_OR_NPZ --output DIR
+python -m scripts.prepare_dataset huggingface --input FOLDER_OF_PARQUET --output DIR
+python -m scripts.prepare_dataset webdataset --input FOLDER_OF_TAR --output DIR
 python -m scripts.prepare_dataset cifar10 --input cifar-10-python.tar.gz --output DIR
 python -m scripts.prepare_dataset tfds --name oxford_flowers102 --image_size 64 --output DIR
+python -m scripts.prepare_dataset preview --root DIR
 """
 
 import argparse
@@ -15,12 +19,18 @@ import sys
 from utils import signals
 
 DAY = 24 * 3600  # seconds
+DECODER = "draws the preview: mse, ema, a folder, none or auto; docs/data.md"
+ALONE = ("digits", "preview")  # what is done by one process
 STORES = ("float32", "float16", "bfloat16")
 
 
 def run(args):
-    """Runs the command, whose module brings what only it needs."""
-    importlib.import_module(f"scripts.prepare.{args.command}").run(args)
+    """Runs the command, whose module brings what only it needs; what it made is drawn."""
+    complete = importlib.import_module(f"scripts.prepare.{args.command}").run(args)
+    if complete and args.preview:
+        from scripts.prepare import preview
+
+        preview.after(args)
 
 
 def join_processes(args):
@@ -67,54 +77,108 @@ def parse(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    digits = commands.add_parser("digits", help="the handwritten digits of scikit-learn")
+    add = parser.add_subparsers(dest="command", required=True).add_parser
+    digits = add("digits", help="the handwritten digits of scikit-learn")
     digits.add_argument("--output", required=True, help="folder to make")
     digits.add_argument("--classes", type=_words, default=(), help="0,1,...; default: all ten")
+    _add_preview(digits)
+    _add_images(add)
+    _add_latents(add)
+    _add_named(add)
+    preview = add("preview", help="draws records of a dataset that is there")
+    preview.add_argument("--root", required=True, help="folder of the records")
+    preview.add_argument("--output", help="the PNG; default: ROOT/preview.png")
+    preview.add_argument("--split", help="default: train")
+    preview.add_argument("--vae", default="auto", help=DECODER)
+    preview.add_argument("--count", type=_positive, default=64)
+    return parser.parse_args(argv)
 
-    images = commands.add_parser("images", help="a folder of images with class subfolders")
-    images.add_argument("--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/")
-    images.add_argument("--splits", type=_words, default=(), help="train,val; default: all there")
-    images.add_argument(
-        "--image_size", type=_positive, default=256, help="pixels, after ADM's crop"
-    )
-    images.add_argument("--vae", default="mse", help="mse, ema, a folder, or none for pixels")
-    images.add_argument("--flip", type=_bool, default=False, help="latents of mirrored images too")
-    images.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
-    images.add_argument(
-        "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
-    )
-    images.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
 
-    cifar10 = commands.add_parser("cifar10", help="CIFAR-10 from what there is on disk")
+def _add_images(add):
+    """What encodes images, or stores their pixels."""
+    folders = add("images", help="a folder of images with class subfolders")
+    folders.add_argument(
+        "--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/"
+    )
+    tables = add("huggingface", help="an image set of Hugging Face on disk: parquet, save_to_disk")
+    tables.add_argument("--input", required=True, help="a folder of .parquet or .arrow, or a file")
+    tables.add_argument("--image_key", help="column of the images; default: the one there is")
+    tables.add_argument("--label_key", help="column of the labels; default: the one there is")
+    tars = add("webdataset", help="WebDataset's .tar shards of images, or of .npy latents")
+    tars.add_argument("--input", required=True, help="a folder of .tar files, or a file")
+    tars.add_argument("--label_key", help="of .json; default: .cls, or label of .json")
+    cifar10 = add("cifar10", help="CIFAR-10 from what there is on disk")
     cifar10.add_argument(
         "--input", required=True, help="an archive, or a folder of batches, downloads or pictures"
     )
     cifar10.add_argument(
         "--check", type=_bool, default=True, help="whether it is whole and CIFAR-10's own"
     )
-    for command, resize in ((images, "half_pixel"), (cifar10, "tf1")):
+    for command in (folders, tables, tars):
+        command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
+        command.add_argument(
+            "--image_size", type=_positive, default=256, help="pixels, after ADM's crop"
+        )
+        command.add_argument(
+            "--vae",
+            default=None if command is tars else "mse",
+            help="mse (default), ema, a folder, or none for pixels",
+        )
+        command.add_argument(
+            "--flip", type=_bool, default=False, help="latents of mirrored images too"
+        )
+        command.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
+        command.add_argument(
+            "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
+        )
+        command.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
+        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
+    for command in (tables, tars):
+        command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
+    _add_form(tars)
+    for command, resize in zip(
+        (folders, tables, tars, cifar10), ("half_pixel",) * 3 + ("tf1",), strict=True
+    ):
         command.add_argument("--device_batch_size", type=_positive, default=32)
         command.add_argument("--compute_fid", type=_bool, default=False, help="FID statistics too")
         command.add_argument("--fid_stats", help="default: OUTPUT/NAME_fid_stats.npz")
         command.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default=resize)
         command.add_argument("--inception_weights", help="default: look for them")
+        _add_shared(command)
 
-    latents = commands.add_parser("pt", help="a folder of published .pt latents")
-    latents.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
-    latents.add_argument("--num_classes", type=int, default=1000)
 
-    named = commands.add_parser("tfds", help="an image set of TensorFlow Datasets by its name")
+def _add_latents(add):
+    """What stores latents that are there."""
+    files = add("pt", help="a folder of published .pt latents")
+    files.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
+    files.add_argument("--num_classes", type=int, default=1000)
+    arrays = add("arrays", help="latents and labels in .npy and .npz files")
+    arrays.add_argument("--input", required=True, help="a folder, or a file; docs/data.md")
+    arrays.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
+    arrays.add_argument("--num_classes", type=_positive, help="default: as the labels say")
+    _add_form(arrays)
+    for command in (files, arrays):
+        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
+        command.add_argument("--vae", default="auto", help=DECODER)
+        _add_shared(command)
+
+
+def _add_form(command):
+    """What arrays of latents hold."""
+    command.add_argument("--layout", choices=("auto", "nhwc", "nchw"), default="auto")
+    command.add_argument("--content", choices=("auto", "moments", "samples"), default="auto")
+    command.add_argument(
+        "--scaled_by", type=_factor, default=1.0, help="what latents were multiplied by: 0.18215"
+    )
+
+
+def _add_named(add):
+    named = add("tfds", help="an image set of TensorFlow Datasets by its name")
     named.add_argument("--name", required=True, help="such as cifar10")
     named.add_argument("--data_dir", help="where TFDS keeps its own sets; default: its default")
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
     named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
-
-    for command in (images, latents):
-        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
-    for command in (images, cifar10, latents, named):
-        _add_shared(command)
-    return parser.parse_args(argv)
+    _add_shared(named)
 
 
 def _add_shared(command):
@@ -127,12 +191,30 @@ def _add_shared(command):
     command.add_argument("--num_processes", type=int, default=1, help="that share the work")
     command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
     command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
+    _add_preview(command)
+
+
+def _add_preview(command):
+    command.add_argument(
+        "--preview", type=_count, default=64, help="records in OUTPUT/preview.png; 0: none"
+    )
 
 
 def _positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("a number above 0")
     return int(text)
+
+
+def _count(text):
+    return 0 if text == "0" else _positive(text)
+
+
+def _factor(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("a number above 0")
+    return value
 
 
 def _words(text):
@@ -148,7 +230,7 @@ def _bool(text):
 def main(argv=None):
     args = parse(argv)
     try:
-        if args.command != "digits":
+        if args.command not in ALONE:
             join_processes(args)
         run(args)
     except (ValueError, OSError) as error:

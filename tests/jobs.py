@@ -55,7 +55,8 @@ class Jobs:
     """Starts jobs in a folder of their own, on the same records.
 
     Args:
-      folder: an empty one, for the records, the runs and a cache of compiled functions.
+      folder: an empty one, for the records and the runs; beside it lies a cache of compiled
+        functions, which the jobs of several tests share.
     """
 
     def __init__(self, folder):
@@ -64,7 +65,7 @@ class Jobs:
         self.env = {
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }

@@ -1,5 +1,6 @@
 """Whatever people bring: it is read, or refused in one short line. Nothing else."""
 
+import functools
 import io
 import itertools
 import json
@@ -20,7 +21,7 @@ from configs import default, load_config, strict_yaml
 from formats import published, torch_files
 from formats.torch_writer import write_zip
 from metrics import reference
-from scripts.prepare import images, moments, pt
+from scripts.prepare import images, latents, moments, pt
 from utils import pictures
 
 BOUNDED = settings(
@@ -185,7 +186,9 @@ def test_any_picture(tmp_path, kind, cuts):
     Image.new("RGB", (9, 7), (1, 2, 3)).save(content, kind)
     path = tmp_path / "x.png"
     path.write_bytes(mutated(content.getvalue(), cuts))
-    image, _, problem, _ = images._decode(tmp_path, 4, pictures.read, (path.name, 0))
+    image, _, problem, _ = images._decode(
+        lambda name: (tmp_path / name, None), 4, pictures.read, (path.name, 0)
+    )
     assert image.shape == (4, 4, 3) if problem is None else "\n" not in problem
     found = one_line(pictures.read, path)
     assert isinstance(found, Image.Image) or str(path) in found
@@ -247,7 +250,9 @@ def latent(label=1, **changes):
 def test_a_latent_that_is_none_is_refused_by_its_file(tmp_path, content, line):
     write_zip(tmp_path / "7.pt", content)
     spread = moments.Spread()
-    read = pt.examples(tmp_path, (2, 2, 8), np.dtype("float16"), 10, 1, spread, ["7.pt"])
+    find = functools.partial(pt.find, tmp_path)
+    dtype = np.dtype("float16")
+    read = latents.examples(find, (2, 2, 8), dtype, 10, 1, spread, ["7.pt"])
     found = one_line(list, read)
     assert line in found and str(tmp_path / "7.pt") in found
 

@@ -155,7 +155,8 @@ def test_what_is_no_run_is_left_out_in_a_line(two, tmp_path, capsys):
     assert status == 0 and re.search(r"^run +a$", out, re.M)
     assert [line.split(": ")[-1] for line in err.splitlines()] == [
         "no such folder",
-        "no run, for there is none of metrics.jsonl, results.json, checkpoints, samples in it",
+        "no run, for there is none of metrics.jsonl, results.json, checkpoints, samples, "
+        "config.yml in it",
         "no folder",
         "given twice",
     ]

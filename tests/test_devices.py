@@ -74,7 +74,7 @@ CODE = """
 import sys
 sys.path.insert(0, "tests")
 import numpy as np, test_devices
-for fsdp in (1, 2, 8):
+for fsdp in (1, 2):
     np.savez(r"{folder}/{{}}.npz".format(fsdp), **test_devices.numbers(fsdp))
 """
 
@@ -88,10 +88,10 @@ def one_device():
 def eight_devices(tmp_path_factory, run_python):
     folder = tmp_path_factory.mktemp("devices")
     run_python(CODE.format(folder=folder), devices=8)
-    return {fsdp: np.load(folder / f"{fsdp}.npz") for fsdp in (1, 2, 8)}
+    return {fsdp: np.load(folder / f"{fsdp}.npz") for fsdp in (1, 2)}
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_eight_devices_equal_one(one_device, eight_devices, fsdp):
     found = eight_devices[fsdp]
     np.testing.assert_allclose(found["losses"], one_device["losses"], rtol=1e-5)

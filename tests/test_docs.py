@@ -34,6 +34,7 @@ NOT_RUN = {
     r"\.\.\.\]$": "the form of a command",
     r"/path/to/|\$OUTPUT|/data/": "needs ImageNet, its latents or published weights",
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
+    r"prepare_dataset (arrays|huggingface|webdataset|preview)": "tests/test_data_page.py runs them",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
     r"JOB_NAME digits --config.sampling.num_steps": "minutes; tests/test_members.py",
     r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
@@ -44,6 +45,7 @@ NOT_RUN = {
     r": tensorboard": "a server without an end; tests/test_monitoring.py reads the same files",
     r"profile_steps": "one more run; tests/test_monitoring.py",
     r"model\.cls=ConvNet": "needs the edit of its page; tests/test_extending.py",
+    r"scripts\.demo": "a server without an end; tests/test_demo.py has a stand-in",
     r"wandb": "needs an account; tests/test_monitoring.py has a stand-in",
     r": (pip install|hf download)": "needs a network",
     r"scripts\.(measure|export_checkpoint|evaluate_images)": "has its own tests",
@@ -175,7 +177,8 @@ def test_the_options_that_a_page_names_exist(page):
         rf"`(?:--config\.)?((?:{'|'.join(sections)})\.[a-z]\w+)\b(?!\()", TEXTS[page]
     )
     wrong = {name for name in named if name not in OPTIONS} - set(load_config.DROPPED)
-    assert {name for name in wrong if not name.endswith((".py", ".npz", ".safetensors"))} == set()
+    files = (".py", ".npz", ".json", ".safetensors")
+    assert {name for name in wrong if not name.endswith(files)} == set()
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -64,6 +64,7 @@ def crops(tree, split="train"):
 def prepare(tree, output, *more, vae="none", status=0):
     argv = ["images", f"--input={tree}", f"--output={output}", f"--image_size={SIZE}"]
     argv += [f"--vae={vae}", SHARD_OF_FOUR, "--workers=2", "--device_batch_size=4", *more]
+    argv += [] if vae == "none" else ["--preview=0"]  # it compiles the decoder
     assert prepare_dataset.main(argv) == status
 
 
@@ -156,6 +157,7 @@ def test_all_devices_share_a_batch(tree, tmp_path, golden, run_python):
     prepare(tree, tmp_path / "one", vae=name)
     command = ["-m", "scripts.prepare_dataset", "images", f"--input={tree}", f"--vae={name}"]
     command += [f"--image_size={SIZE}", f"--output={tmp_path / 'four'}", "--device_batch_size=1"]
+    command.append("--preview=0")
     run_python(command, devices=4)
     one, four = (dataset.open_records(tmp_path / n).read(np.arange(14)) for n in ("one", "four"))
     np.testing.assert_allclose(one["moments"], four["moments"], rtol=1e-5, atol=1e-5)

@@ -133,6 +133,7 @@ def test_what_only_tensorflow_can_generate_is_said_in_one_line(tmp_path, monkeyp
 
 def test_a_set_that_tfds_has_prepared(tmp_path):
     argv = ["tfds", "--name=mnist", f"--output={tmp_path / 'set'}", "--splits=train,test"]
+    argv.append("--preview=0")  # it would read the mocked data
     with tfds.testing.mock_data(num_examples=5, data_dir=tmp_path / "tfds"):
         assert prepare_dataset.main([*argv, "--image_size=14"]) == 0
     records = dataset.open_records(tmp_path / "set", "test")

@@ -184,6 +184,30 @@ def test_latents_of_another_normalisation_are_refused(folder, states, golden):
     weights.load(golden / "released_checkpoint" / "msgpack", shapes, config)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_begins_with_a_published_checkpoint(folder, states, form):
+    """Of other classes too; the head of v is new where the file has none."""
+    config = config_of(states["full"], "dataset.vae=none", f"init_from={folder / form}")
+    model = parts.make(config)
+    shapes = network.param_shapes(model.module, model.image_shape)
+    fresh = jax.tree.map(lambda a: np.full(a.shape, 7, a.dtype), shapes)
+    found, line = weights.begin(config, model.module, fresh)
+    expected = states[form]["ema_params"]
+    missing = fresh.keys() - expected.keys()
+    assert missing == (set(model.module.only_for_training) if form == "inference" else set())
+    assert_equal(found, expected | {name: fresh[name] for name in missing})
+    assert all(name in line for name in missing)
+
+    more = model.module.clone(num_classes=model.num_classes + 2)
+    fresh = jax.tree.map(
+        lambda a: np.full(a.shape, 7, a.dtype), network.param_shapes(more, model.image_shape)
+    )
+    found, line = weights.begin(config, more, fresh)
+    table = trees.flatten(found)[more.label_table]
+    np.testing.assert_array_equal(table[-1], trees.flatten(expected)[more.label_table][-1])
+    assert np.all(table[:-1] == 7) and "but for the row of none" in line
+
+
 @pytest.mark.parametrize("size, all_of_them, without_v", [
     ("b2", 145.60, 88.95), ("m2", 230.57, 173.92), ("l2", 509.75, 409.07), ("xl2", 711.11, 610.43)
 ])  # fmt: skip

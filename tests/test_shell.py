@@ -94,14 +94,15 @@ def test_wrong_settings_start_nothing(repository):
     assert not repository.runs()
 
 
-def test_digits_are_prepared_first(repository):
+@pytest.mark.parametrize("config", ["digits", "digits_unet"])
+def test_digits_are_prepared_first(repository, config):
     prepare = repository.folder / "scripts" / "prepare_dataset.py"
     prepare.write_text("import sys\nprint('prepare', *sys.argv[1:])\n")
     repository.main("")
-    assert repository.run("scripts/launch.sh", "job", "digits").returncode == 0
+    assert repository.run("scripts/launch.sh", "job", config).returncode == 0
     assert repository.log().startswith("prepare digits --output data/digits\nhello from main\n")
     prepare.write_text("raise SystemExit(5)\n")
-    assert repository.run("scripts/launch.sh", "job", "digits").returncode == 5
+    assert repository.run("scripts/launch.sh", "job", config).returncode == 5
     assert len(repository.runs()) == 1
 
 

@@ -103,7 +103,7 @@ def below(folder, listing, extensions=EXTENSIONS, seen=()):
     return sorted(found)
 
 
-def read(path, turn=False, notes=None):
+def read(path, turn=False, notes=None, file=None):
     """A picture of 8 bits, a PIL image in mode L or RGB, whatever the file holds.
 
     16 bits become 8 by 1 / 257; palettes, CMYK and transparency become RGB without it.
@@ -111,6 +111,7 @@ def read(path, turn=False, notes=None):
     Args:
       turn: whether the orientation in the EXIF data counts.
       notes: function of a line, told what was done to the numbers or left undone.
+      file: what to read, opened, where it is no file of its own; `path` then only names it.
 
     Raises:
       ValueError: no picture, a damaged one, or one of floats or 32 bits.
@@ -118,11 +119,11 @@ def read(path, turn=False, notes=None):
     """
     notes = notes or (lambda line: None)
     try:
-        with Image.open(path) as file:  # by content: ImageNet has a PNG named JPEG
-            if not turn and _is_turned(file):
+        with Image.open(file or path) as image:  # by content: ImageNet has a PNG named JPEG
+            if not turn and _is_turned(image):
                 notes("carry an EXIF orientation, which is ignored")
-            image = ImageOps.exif_transpose(file) if turn else file
-            return _eight_bits(image, file.format, notes)
+            turned = ImageOps.exif_transpose(image) if turn else image
+            return _eight_bits(turned, image.format, notes)
     except Exception as error:  # PIL raises nearly anything on damaged files
         if reason := files.system_reason(error):
             raise OSError(f"{path} cannot be read: {reason}") from error

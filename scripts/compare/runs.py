@@ -57,7 +57,7 @@ def why_not(path):
     """In a line, why the folder at `path` holds no run; or ""."""
     if not path.is_dir():
         return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
-    left = (run_folder.JSONL, "results.json", "checkpoints", "samples")
+    left = (run_folder.JSONL, "results.json", "checkpoints", "samples", CONFIG)
     if not any((path / name).exists() for name in left):
         return f"{path}: no run, for there is none of {', '.join(left)} in it"
     return ""

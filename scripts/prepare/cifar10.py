@@ -75,7 +75,7 @@ def run(args):
         records_per_shard=args.records_per_shard,
         settings={"set": "cifar10"},
     )
-    shards.write(job, examples, args.process_id, args.num_processes)
+    complete = shards.write(job, examples, args.process_id, args.num_processes, args.overwrite)
     if args.compute_fid:
         args.fid_stats = args.fid_stats or f"{args.output}/cifar10_fid_stats.npz"
         args.image_size = SIDE
@@ -84,6 +84,7 @@ def run(args):
         statistics.check(args, "train", items)
         images = lambda items: ((train.images[i], None) for _, i in items)  # noqa: E731
         statistics.write(args, "train", items, images)
+    return complete
 
 
 def digest(split):

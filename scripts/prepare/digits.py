@@ -10,10 +10,14 @@ from utils import dataset, files
 
 
 def run(args):
-    """The job behind `prepare_dataset digits`: 1,797 real 8x8 images, 0..16 stretched to 0..255."""
+    """The job behind `prepare_dataset digits`: 1,797 real 8x8 images, 0..16 stretched to 0..255.
+
+    Returns True: the dataset is complete.
+    """
     output = Path(args.output)
     if dataset.is_dataset(output):
-        return print(f"{output} is there already; nothing to do")
+        print(f"{output} is there already; nothing to do")
+        return True
     digits = load_digits()
     known = [str(name) for name in digits.target_names]
     classes = list(args.classes) or known
@@ -37,5 +41,7 @@ def run(args):
             raise
         if not dataset.is_dataset(output):
             raise ValueError(f"{output} holds something else; name a new folder") from error
-        return print(f"{output} is there already; another process was faster")
+        print(f"{output} is there already; another process was faster")
+        return True
     print(f"{count} images of {len(classes)} classes -> {output}")
+    return True

@@ -1,4 +1,4 @@
-"""Folders of images -> records of latents or pixels."""
+"""Images -> records of latents or pixels; folders of images."""
 
 import collections
 import functools
@@ -17,8 +17,10 @@ from utils import environment, images, pictures, sharding
 
 
 def run(args):
-    """The job behind `prepare_dataset images`: records, statistics, or both."""
-    environment.pin()
+    """The job behind `prepare_dataset images`: records, statistics, or both.
+
+    Returns whether the records are complete.
+    """
     root, listing = Path(args.input), pictures.Listing()
     classes, items = list_images(root, args.splits, listing)
     counts = ", ".join(f"{len(files)} {split}" for split, files in items.items())
@@ -27,20 +29,40 @@ def run(args):
     if all(name.isdecimal() for name in classes) and sorted(classes, key=int) != classes:
         i = next(i for i, name in enumerate(sorted(classes, key=int)) if name != classes[i])
         print(f"the class folders are numbers, and sorted as text: label {i} is {classes[i]}")
-    notes = Notes(args.on_bad_image)
-    read = functools.partial(pictures.read, turn=args.exif_orientation)
+    return convert(args, classes, items, lambda name: (root / name, None))
+
+
+def convert(args, classes, items, find, settings=None):
+    """Labelled images from wherever -> records, statistics, or both, as `args` asks for.
+
+    Args:
+      items: {split: [(name, label)]}, in the order of the records.
+      find: function of a name -> (where the image is, for people; opened file of it, or None where
+        that is a path). Called from several threads.
+      settings: beside the options, what has to be equal for a run to go on with another's shards.
+
+    Returns whether the records are complete.
+    """
+    environment.pin()
+    notes, complete = Notes(args.on_bad_image), False
     decode = functools.partial(
-        decoded, root=root, size=args.image_size, workers=args.workers, notes=notes, read=read
+        decoded,
+        find=find,
+        size=args.image_size,
+        workers=args.workers,
+        notes=notes,
+        read=functools.partial(pictures.read, turn=args.exif_orientation),
     )
     split = next(iter(items))  # whose statistics are made
     if args.compute_fid:
         inception_weights.find(args.inception_weights)  # its lack is told before hours of encoding
         statistics.check(args, split, items[split])
     if args.compute_latent:
-        write_records(args, classes, items, decode)
+        complete = write_records(args, classes, items, decode, settings or {})
     if args.compute_fid:
         statistics.write(args, split, items[split], decode)
     notes.report()
+    return complete
 
 
 # The files
@@ -135,14 +157,14 @@ class Notes:
             print(f"{len(self.problems)} unreadable images were left out", flush=True)
 
 
-def decoded(items, root, size, workers, notes, read=pictures.read):
-    """(path, label) -> (uint8 (size, size, 3) or None where unreadable, label), in order.
+def decoded(items, find, size, workers, notes, read=pictures.read):
+    """(name, label) -> (uint8 (size, size, 3) or None where unreadable, label), in order.
 
     Decodes and crops in `workers` threads (PIL lets go of the interpreter), not far ahead.
     """
     if not items:
         return
-    decode = functools.partial(_decode, root, size, read)
+    decode = functools.partial(_decode, find, size, read)
     files = grain.MapDataset.source(items).map(decode)
     for image, label, problem, told in files.to_iter_dataset(
         grain.ReadOptions(workers, 8 * workers)
@@ -154,10 +176,10 @@ def decoded(items, root, size, workers, notes, read=pictures.read):
         yield image, label
 
 
-def _decode(root, size, read, item):
-    path, told = root / item[0], []
+def _decode(find, size, read, item):
+    (path, file), told = find(item[0]), []
     try:
-        image = read(path, notes=lambda line: told.append((line, path))).convert("RGB")
+        image = read(path, notes=lambda line: told.append((line, path)), file=file).convert("RGB")
         return np.asarray(images.center_crop(image, size)), item[1], None, told
     except ValueError as error:
         return None, item[1], str(error), told
@@ -166,9 +188,9 @@ def _decode(root, size, read, item):
 # Records
 
 
-def write_records(args, classes, items, decode):
-    """Writes latents, or with `--vae=none` pixels, as records."""
-    settings = {"image_size": args.image_size, "vae": args.vae}
+def write_records(args, classes, items, decode, settings):
+    """Writes latents, or with `--vae=none` pixels, as records; returns whether all are there."""
+    settings = {"image_size": args.image_size, "vae": args.vae} | settings
     if args.exif_orientation:
         settings["exif_orientation"] = True
     if args.vae == "none":
@@ -191,9 +213,10 @@ def write_records(args, classes, items, decode):
         records_per_shard=args.records_per_shard,
         settings=settings,
     )
-    shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
+    complete = shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
     if key == "moments":
         encode.report()
+    return complete
 
 
 def _pixels(decode, items):

@@ -46,14 +46,17 @@ class Spread:
         """Standard deviation of the latents themselves."""
         return np.sqrt(max(self.square / self.count - (self.sum / self.count) ** 2, 0.0))
 
-    def report(self):
-        """Says them, and what may be wrong; nothing where nothing was counted."""
+    def report(self, remedy=""):
+        """Says them, and what may be wrong; nothing where nothing was counted.
+
+        remedy: what the command has against latents that are scaled already.
+        """
         if not self.count:
             return
         mean, std = SD_SCALE * self.sum / self.count, SD_SCALE * self.std()
         hint = ""
         if std < 0.5:
-            hint = ": are they scaled already? They are multiplied once more in training"
+            hint = f": are they scaled already? They are multiplied once more in training{remedy}"
         elif std > 2:
             hint = ": another autoencoder? dataset.latent_mean and latent_std normalise them"
         print(

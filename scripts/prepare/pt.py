@@ -6,39 +6,22 @@ A file holds `image` (2c, h, w), mean and standard deviation of the VAE's poster
 import functools
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from formats import torch_files
-from scripts.prepare import moments, shards
+from scripts.prepare import labels, latents
 from utils import pictures
 
 
 def run(args):
-    """The job behind `prepare_dataset pt`."""
+    """The job behind `prepare_dataset pt`; returns whether the records are complete."""
     root, listing = Path(args.input), pictures.Listing()
     items = list_files(root, listing)
     counts = ", ".join(f"{len(names)} {split}" for split, names in items.items())
     print(f"{root}: {counts} latents{f'; {listing}' if str(listing) else ''}", flush=True)
-    first = next(iter(items.values()))[0]
-    shape = load(root / first)[0].shape
-    dtype = np.dtype(args.store)
-    job = shards.Job(
-        output=Path(args.output),
-        key="moments",
-        shape=shape,
-        dtype=dtype,
-        classes=args.num_classes,
-        flipped=False,
-        items=items,
-        names=items,
-        records_per_shard=args.records_per_shard,
-        settings={"source": "pt", "store": args.store, "num_classes": args.num_classes},
-    )
-    spread = moments.Spread()
-    read = functools.partial(examples, root, shape, dtype, args.num_classes, args.workers, spread)
-    shards.write(job, read, args.process_id, args.num_processes, args.overwrite)
-    spread.report()
+    settings = {"source": "pt", "num_classes": args.num_classes}
+    read = functools.partial(find, root)
+    return latents.write(args, args.num_classes, items, items, read, settings)
 
 
 def list_files(root, listing=None):
@@ -67,6 +50,11 @@ def list_files(root, listing=None):
     return items
 
 
+def find(root, name):
+    """A file below `root` as `latents.write` asks for it."""
+    return root / name, *load(root / name)
+
+
 def load(path):
     """One file -> (moments (h, w, 2c) float32, label). ValueError if it holds anything else."""
     content = torch_files.load(path)
@@ -78,31 +66,4 @@ def load(path):
     if not np.can_cast(image.dtype, np.float64):
         raise ValueError(f"{path}: 'image' holds {image.dtype}, not real numbers")
     moments_of_file = np.moveaxis(image.astype(np.float32), 0, -1)
-    return moments_of_file, whole_number(path, content["label"])
-
-
-def whole_number(path, label):
-    """The label of a file as int; ValueError where it is no whole number."""
-    value = np.asarray(label) if np.isscalar(label) or isinstance(label, np.ndarray) else None
-    if value is None or value.size != 1 or value.dtype.kind not in "iuf" or value.item() % 1 != 0:
-        found = " ".join(repr(label).split())[:60]
-        raise ValueError(f"{path}: 'label' is {found}, not a whole number")
-    return int(value.item())
-
-
-def examples(root, shape, dtype, num_classes, workers, spread, names):
-    """Paths below `root` -> examples, in order; anything odd is an error that names the file."""
-
-    def read(name):
-        found, label = load(root / name)
-        if found.shape != shape:
-            raise ValueError(f"{root / name}: latent {found.shape}, the others have {shape}")
-        if not 0 <= label < num_classes:
-            raise ValueError(f"{root / name}: label {label}; --num_classes is {num_classes}")
-        return {"moments": moments.check(root / name, found, dtype), "label": label}
-
-    if names:
-        files = grain.MapDataset.source(names).map(read)
-        for example in files.to_iter_dataset(grain.ReadOptions(workers, 8 * workers)):
-            spread.add(example["moments"])
-            yield example
+    return moments_of_file, labels.whole_number(path, content["label"])

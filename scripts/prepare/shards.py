@@ -19,6 +19,7 @@ import numpy as np
 from utils import dataset, files, processes
 
 PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
+PREVIEW = "preview.png"  # a picture of the records, beside them
 METADATA = ("features.json", "label.labels.txt", "dataset_info.json")  # the last makes the dataset
 NEW = "unfinished-overwrite"  # where one is made that is to take the place of another
 
@@ -141,7 +142,13 @@ def _take_place(output):
 
 def remove(output):
     """Deletes the dataset in a folder, finished or not, and nothing else; its plan last."""
-    patterns = [*reversed(METADATA), f"{dataset.NAME}-*.array_record-*", "unfinished-*", PLAN]
+    patterns = [
+        *reversed(METADATA),
+        f"{dataset.NAME}-*.array_record-*",
+        "unfinished-*",
+        PREVIEW,
+        PLAN,
+    ]
     for path in [found for pattern in patterns for found in output.glob(pattern)]:
         if path.is_file():
             path.unlink()

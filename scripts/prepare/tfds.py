@@ -58,7 +58,7 @@ def run(args):
             settings={"tfds": args.name, "version": str(builder.version), "shape": shape},
         )
         make = functools.partial(map, example)
-        shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
+        return shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
 
 
 def to_array(image, channels, size=None):

@@ -1,0 +1,213 @@
+"""Image sets of Hugging Face as they lie on disk -> records: Parquet files, or `save_to_disk`.
+
+pyarrow reads both, and no code of the set runs. An image is bytes of a picture, alone or as `bytes`
+of a struct; names of classes are in the files' own metadata.
+"""
+
+import collections
+import io
+import json
+import threading
+from pathlib import Path
+
+from scripts.prepare import images, labels
+from utils import files, pictures
+
+ENDINGS = (".parquet", ".arrow")
+IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "cls")  # names of columns
+OPEN = 4  # groups of rows in memory
+
+
+def run(args):
+    """The job behind `prepare_dataset huggingface`; returns whether the records are complete."""
+    root, listing = Path(args.input), pictures.Listing()
+    root, names = list_files(root, listing)
+    tables = Tables(root, names)
+    image_key, label_key = columns(tables, args.image_key, args.label_key)
+    found = labels.by_split(names, args.splits)
+    places = {
+        split: [(name, row) for name in of_split for row in range(tables.length(name))]
+        for split, of_split in found.items()
+    }
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in places.items())
+    left = f"; {listing}" if str(listing) else ""
+    print(f"{args.input}: {counts} images, '{image_key}' and '{label_key}'{left}", flush=True)
+    read = {
+        split: [
+            labels.read(f"{root / name}, row {row}", label)
+            for name in of_split
+            for row, label in enumerate(tables.column(name, label_key))
+        ]
+        for split, of_split in found.items()
+    }
+
+    def where(split, i):
+        name, row = places[split][i]
+        return f"{root / name}, row {row}"
+
+    names_of = tables.class_names(names[0], label_key)
+    classes, numbers = labels.settle(read, where, args.num_classes, names_of)
+    items = {
+        split: [(f"{name}:{row}", y) for (name, row), y in zip(rows, numbers[split], strict=True)]
+        for split, rows in places.items()
+    }
+
+    def find(item):
+        name, _, row = item.rpartition(":")
+        place = f"{root / name}, row {row}"
+        return place, picture(tables.value(name, int(row), image_key), place)
+
+    settings = {"source": "huggingface", "image_key": image_key, "label_key": label_key}
+    settings["labels"] = labels.digest(numbers)
+    return images.convert(args, classes, items, find, settings)
+
+
+def list_files(root, listing):
+    """(folder, names of the files with tables below it); `root` may be one file itself."""
+    if root.is_file():
+        return root.parent, [root.name]
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder, and no file, at {root}")
+    names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, ENDINGS)]
+    kinds = {ending for ending in ENDINGS for name in names if name.lower().endswith(ending)}
+    if len(kinds) != 1:
+        what = f"both {' and '.join(sorted(kinds))}" if kinds else f"no {' or '.join(ENDINGS)}"
+        raise ValueError(f"{what} files below {root}{f'; {listing}' if str(listing) else ''}")
+    return root, names
+
+
+def columns(tables, image_key=None, label_key=None):
+    """The names of the columns of images and labels, those that are given or the ones there are.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    name = tables.names[0]
+    there, features = tables.columns(name), tables.features(name)
+    keys = []
+    for option, given, kind, common in (
+        ("image_key", image_key, "Image", IMAGES),
+        ("label_key", label_key, "ClassLabel", LABELS),
+    ):
+        typed = [key for key in there if _kind(features.get(key)) == kind]
+        known = typed or [key for key in there if key in common]
+        known = [given] if given in there else known if given is None else []
+        if len(known) != 1:
+            among = f"one of {', '.join(known or there)}"
+            said = f"'{given}' is no column; there are {', '.join(there)}" if given else among
+            raise ValueError(f"{tables.root / name}: --{option} has to be named: {said}")
+        keys += known
+    return keys
+
+
+def _kind(feature):
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def picture(value, place):
+    """What stands in the column of images -> an opened file: its bytes, or where only the path of a
+    file is stored (`to_parquet` of a set from local files), that."""
+    path = None
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if value is None and path:
+        if not Path(path).is_file():
+            raise ValueError(f"{place}: only the path of an image is stored, {path}: no such file")
+        value = Path(path).read_bytes()
+    if not isinstance(value, bytes):
+        raise ValueError(f"{place}: no bytes of a picture but {type(value).__name__}")
+    return io.BytesIO(value)
+
+
+class Tables:
+    """The tables in files below `root`, of both kinds, in groups of rows. For several threads."""
+
+    def __init__(self, root, names):
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "Hugging Face's files are read by pyarrow, which is not there: pip install pyarrow"
+            ) from error
+        self.root, self.names = root, names
+        self._lock, self._groups = threading.Lock(), collections.OrderedDict()
+        self._files = {name: self._open(name) for name in names}
+        first = self.columns(names[0])
+        for name in names:
+            if self.columns(name) != first:
+                raise ValueError(
+                    f"{root / name} has the columns {', '.join(self.columns(name))}, "
+                    f"{names[0]} has {', '.join(first)}"
+                )
+
+    def _open(self, name):
+        """(schema, rows in each group, the Arrow table of a file that is mapped or None)."""
+        import pyarrow
+        from pyarrow import parquet
+
+        path = self.root / name
+        with files.reading(path, "not a table of Arrow, or damaged"):
+            if name.lower().endswith(".parquet"):
+                meta = parquet.read_metadata(path)
+                sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                return meta.schema.to_arrow_schema(), sizes, None
+            table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+            return table.schema, [table.num_rows], table
+
+    def columns(self, name):
+        """The names of the columns."""
+        return list(self._files[name][0].names)
+
+    def length(self, name):
+        """Number of rows."""
+        return sum(self._files[name][1])
+
+    def features(self, name):
+        """What Hugging Face's metadata say of the columns; {} without."""
+        try:
+            metadata = self._files[name][0].metadata or {}
+            return dict(json.loads(metadata[b"huggingface"])["info"]["features"])
+        except (KeyError, ValueError, TypeError):
+            return {}
+
+    def class_names(self, name, key):
+        """The names of the classes; () where they are not known."""
+        feature = self.features(name).get(key)
+        return (feature.get("names") or ()) if _kind(feature) == "ClassLabel" else ()
+
+    def column(self, name, key):
+        """All values of a column."""
+        from pyarrow import parquet
+
+        table = self._files[name][2]
+        with files.reading(self.root / name, "damaged"):
+            if table is None:
+                table = parquet.read_table(self.root / name, columns=[key], partitioning=None)
+            return table[key].to_pylist()
+
+    def value(self, name, row, key):
+        """One value; the latest groups of rows stay in memory."""
+        _, sizes, table = self._files[name]
+        group = 0
+        while row >= sizes[group]:
+            row -= sizes[group]
+            group += 1
+        if table is None:
+            table = self._group(name, group, key)
+        with files.reading(self.root / name, "damaged"):
+            return table[key][row].as_py()
+
+    def _group(self, name, group, key):
+        from pyarrow import parquet
+
+        with self._lock:
+            at = (name, group)
+            if at not in self._groups:
+                with (
+                    files.reading(self.root / name, f"damaged, group of rows {group}"),
+                    parquet.ParquetFile(self.root / name) as file,
+                ):
+                    self._groups[at] = file.read_row_group(group, columns=[key])
+                while len(self._groups) > OPEN:
+                    self._groups.popitem(last=False)
+            return self._groups[at]

@@ -1,0 +1,131 @@
+"""What the labels of other people's records and the names of their files say: classes, splits."""
+
+import itertools
+import re
+
+import numpy as np
+
+from scripts.prepare import shards
+
+# Words in the names of files and folders, as they are in use -> our splits.
+SPLITS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+SHOWN = 5  # labels in a line
+
+
+def by_split(names, chosen=()):
+    """{split: names} of relative paths, from a word such as `train` in the file's name, or else in
+    that of a folder above it; train where there is none. Train comes first, then val, then test.
+
+    Args:
+      chosen: the splits that are wanted; () for all.
+
+    Raises:
+      ValueError: a split is chosen that is not there.
+    """
+    found = {split: [] for split in dict.fromkeys(SPLITS.values())}
+    for name in names:
+        words = [re.split(r"[^a-z]+", part.lower()) for part in reversed(name.split("/"))]
+        known = [SPLITS[word] for word in itertools.chain(*words) if word in SPLITS]
+        found[known[0] if known else "train"].append(name)
+    found = {split: names for split, names in found.items() if names}
+    if unknown := [split for split in chosen if split not in found]:
+        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
+    return {split: found[split] for split in chosen or found}
+
+
+def read(where, value):
+    """One label as it stands in a file: an int, or the name of a class, str.
+
+    Raises:
+      ValueError: anything else, in a line that begins with `where`.
+    """
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?\d+", value.strip()) else value.strip()
+    return whole_number(where, value)
+
+
+def whole_number(where, label):
+    """A label as int; ValueError where it is no whole number."""
+    value = np.asarray(label) if np.isscalar(label) or isinstance(label, np.ndarray) else None
+    if value is None or value.size != 1 or value.dtype.kind not in "iuf" or value.item() % 1 != 0:
+        found = " ".join(repr(label).split())[:60]
+        raise ValueError(f"{where}: 'label' is {found}, not a whole number")
+    return int(value.item())
+
+
+def settle(found, where, num_classes=None, names=()):
+    """Labels of all splits, as `read` gives them -> (classes, {split: [int]}).
+
+    Numbers have to be 0, 1, ... without a hole in the first split, unless `num_classes` or `names`
+    say how many there are; names of classes are numbered in their order as text.
+
+    Args:
+      found: {split: [int or str]}.
+      where: function (split, index) -> whose label it is, for people.
+      num_classes: how many there are; names: what they are called, in their order.
+
+    Returns:
+      classes: their names, or their number; see `shards.Job`.
+
+    Raises:
+      ValueError: labels of both kinds, out of range, or with holes; names the record.
+    """
+    kind, words = type(next(iter(found.values()))[0]), {int: "a number", str: "a name"}
+    for split, i, label in _each(found):
+        if type(label) is not kind:
+            other = words[type(label)]
+            raise ValueError(
+                f"{where(split, i)}: label {label!r} is {other}, the first is {words[kind]}"
+            )
+    if kind is str:
+        names, number = _numbered(found, where)
+    else:
+        number = None
+    if names and num_classes not in (None, len(names)):
+        raise ValueError(f"there are {len(names)} names of classes; --num_classes={num_classes}")
+    if number is not None:
+        return names, {split: [number[y] for y in labels] for split, labels in found.items()}
+    _check_range(found, where, len(names) or num_classes)
+    return names or num_classes or 1 + max(map(max, found.values())), found
+
+
+def digest(numbers):
+    """What stands for the labels {split: [int]} in their order, for the settings of a job."""
+    return {split: shards.digest(map(str, labels)) for split, labels in numbers.items()}
+
+
+def _each(found):
+    return ((split, i, label) for split, labels in found.items() for i, label in enumerate(labels))
+
+
+def _numbered(found, where):
+    """Names of classes, those of the first split, and {name: label}."""
+    names = sorted(set(next(iter(found.values()))))
+    number = {name: i for i, name in enumerate(names)}
+    for split, i, name in _each(found):
+        if name not in number:
+            raise ValueError(f"{where(split, i)}: no such class in the first split: '{name}'")
+    return names, number
+
+
+def _check_range(found, where, count):
+    """Raises ValueError for labels that are not of 0..count-1, or where None says how many there
+    are, for numbers of which the first split has none."""
+    for split, i, label in _each(found):
+        if not 0 <= label < (count or label + 1):
+            allowed = f"labels are 0..{count - 1}" if count else "labels begin at 0"
+            hint = "; is this split without labels? --splits leaves it out" if label == -1 else ""
+            raise ValueError(f"{where(split, i)}: label {label}; {allowed}{hint}")
+    first, there = next((split, set(labels)) for split, labels in found.items())
+    total = count or 1 + max(map(max, found.values()))
+    if missing := total - len(there):
+        some = list(itertools.islice((y for y in range(total) if y not in there), SHOWN))
+        line = f"{missing} of the labels 0..{total - 1} have no record in '{first}'"
+        line = f"{line}: {', '.join(map(str, some))}{', ...' if missing > SHOWN else ''}"
+        if not count:
+            raise ValueError(f"{line}; --num_classes={total} says that this is meant")
+        print(line, flush=True)

@@ -1,0 +1,215 @@
+"""A picture of what a dataset holds: records spread over it, decoded, each with its label.
+
+A wrong scale, order of channels or labels that are shifted are seen at once. It lies beside the
+records as `preview.png`, which no reader of records looks at.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from models.codec import SD_SCALE
+from scripts.prepare import shards
+from utils import dataset, images, processes
+
+COUNT = 64
+CELL = 112  # pixels of the long side of an image in the picture
+GAP, TEXT, FONT = 6, 15, 12  # pixels between cells, of a line of text, of its letters
+DECODED_AT_ONCE = 8
+STAND_IN = 3.0  # scaled latents from -3 to 3 become dark to bright
+
+
+def run(args):
+    """The job behind `prepare_dataset preview`."""
+    draw(args.root, args.output, vae=args.vae, split=args.split, count=args.count)
+
+
+def after(args):
+    """What every preparation ends with; `args.preview` records.
+
+    A picture that is there stays: it is removed with the records that it is of.
+    """
+    if not Path(args.output, shards.PREVIEW).exists():
+        draw(args.output, vae=getattr(args, "vae", "auto"), count=args.preview)
+
+
+def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
+    """Draws records of the dataset at `root`.
+
+    Args:
+      path: of the PNG; default: `preview.png` beside the records.
+      vae: decodes latents: as in `dataset.vae`; "none": its channels are shown as they are; "auto":
+        "mse" where that is in the cache and there is an accelerator, else none.
+      split: default: train, or the first that there is.
+    """
+    root = Path(root)
+    path = Path(path or root / shards.PREVIEW)
+    records = dataset.open_records(root, split or first_split(root))
+    batch = records.read(spread(records.num_records, count), flipped=False)
+    order = np.argsort(batch["label"], kind="stable")
+    batch = {key: values[order] for key, values in batch.items()}
+    pictures, how = to_images(batch, vae)
+    shown, total = len(pictures), f"{records.num_records:,} ({records.split})"
+    title = f"{shown} of {total}, by label, of {records.num_classes} classes; {how}"
+    names = class_names(root)
+    labels = [f"{y} {names[y]}" if names else str(y) for y in batch["label"].tolist()]
+    images.save_png(path, sheet(pictures, labels, title))
+    print(f"preview: {title} -> {path}", flush=True)
+
+
+def first_split(root):
+    """`train`, or where there is none the first split of the dataset at `root`."""
+    try:
+        found = json.loads(Path(root, "dataset_info.json").read_text())["splits"]
+        names = [split["name"] for split in found]
+    except (OSError, ValueError, LookupError, TypeError):  # open_records tells what is wrong
+        names = []
+    return "train" if "train" in names or not names else names[0]
+
+
+def class_names(root):
+    """The names of the classes in the order of their labels; () where they are their numbers."""
+    try:
+        names = Path(root, "label.labels.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        names = []
+    return () if names == [str(i) for i in range(len(names))] else names
+
+
+def spread(total, count):
+    """`count` places below `total`, or all, ascending: one by chance, always the same, in each of
+    as many equal parts. Equal steps would meet the same few classes where these come in turn."""
+    if total <= count:
+        return np.arange(total)
+    edges = np.linspace(0, total, count + 1).astype(np.int64)
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
+
+
+def to_images(batch, vae_name):
+    """Records -> (uint8 (N, h, w, 1 or 3), a few words on what is shown)."""
+    if "image" in batch:
+        pixels = batch["image"]
+        n, h, w, c = pixels.shape
+        said = f"pixels {h}x{w}x{c}, {pixels.min()} to {pixels.max()}"
+        if c in (1, 3):
+            return pixels, said
+        return pixels[..., : 3 if c > 3 else 1], f"{said}, the first {3 if c > 3 else 1} shown"
+    mean = np.split(batch["moments"].astype(np.float32), 2, axis=-1)[0]
+    x = mean * SD_SCALE
+    _, h, w, c = x.shape
+    said = f"latents {h}x{w}x{c}, deviation {x.std():.2f} after times {SD_SCALE} (about 1 is right)"
+    if name := _autoencoder(vae_name, c):
+        return _decode(name, x), f"{said}, decoded by {name}"
+    shown = 3 if c >= 3 else 1
+    levels = images.to_uint8((x[..., :shown] / STAND_IN).clip(-1, 1))
+    which = f"channels 1-{shown}" if shown > 1 else "channel 1"
+    return levels, f"{said}, not decoded: {which} from -{STAND_IN:g} to {STAND_IN:g}"
+
+
+def _autoencoder(name, channels):
+    """The name of the autoencoder that is to decode; None for none."""
+    if name != "auto":
+        return None if name == "none" else name
+    if channels != 4:
+        return None
+    import jax
+
+    from models import vae
+
+    try:
+        vae.find("mse")
+    except FileNotFoundError:
+        return None
+    return "mse" if jax.default_backend() != "cpu" else None  # minutes on one
+
+
+def _decode(name, x):
+    import jax
+
+    from models import vae
+
+    autoencoder = vae.load(name)
+    expected = jax.eval_shape(autoencoder.encode, autoencoder.params, _image_of(autoencoder, x))[0]
+    if expected.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"dataset.vae={name} has latents of {expected.shape[-1]} channels, the records have "
+            f"{x.shape[-1]}: --vae names another, or none"
+        )
+    decode = jax.jit(lambda params, part: images.to_uint8(autoencoder.decode(params, part)))
+    params = jax.device_put(autoencoder.params)
+    size = DECODED_AT_ONCE
+    padded = np.concatenate([x, np.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
+    starts = processes.progress(
+        range(0, len(padded), size), len(padded) // size, "batches", "decoding"
+    )
+    parts = [np.asarray(decode(params, padded[start : start + size])) for start in starts]
+    return np.concatenate(parts)[: len(x)]
+
+
+def _image_of(autoencoder, x):
+    import jax
+
+    sides = [side * autoencoder.downscale for side in x.shape[1:3]]
+    return jax.ShapeDtypeStruct((1, *sides, 3), np.float32)
+
+
+# The sheet
+
+
+def sheet(pictures, labels, title):
+    """Images uint8 (N, h, w, 1 or 3) in a square with a label under each -> uint8 (H, W, 3)."""
+    scaled = [_fit(picture) for picture in pictures]
+    width, height = scaled[0].size
+    cell = width + GAP
+    columns = int(np.ceil(np.sqrt(len(scaled))))
+    rows = -(-len(scaled) // columns)
+    font = ImageFont.load_default(FONT)
+    total = max(columns * cell + GAP, 4 * CELL)
+    lines = _wrapped(title, font, total - 2 * GAP)
+    top = len(lines) * TEXT + 2 * GAP
+    canvas = Image.new("RGB", (total, top + rows * (height + TEXT + GAP)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, line in enumerate(lines):
+        pen.text((GAP, GAP + i * TEXT), line, "black", font)
+    for i, (picture, label) in enumerate(zip(scaled, labels, strict=True)):
+        left, upper = GAP + i % columns * cell, top + i // columns * (height + TEXT + GAP)
+        canvas.paste(picture, (left, upper))
+        pen.text((left, upper + height + 1), _short(label, font, cell - GAP), "black", font)
+    return np.asarray(canvas)
+
+
+def _fit(picture):
+    """One image as a PIL image about as large as a cell: small ones by whole factors."""
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).convert("RGB")
+    longest = max(image.size)
+    if longest > CELL:
+        size = tuple(max(round(side * CELL / longest), 1) for side in image.size)
+        return image.resize(size, Image.Resampling.BOX)
+    times = CELL // longest
+    if times < 2:
+        size = tuple(max(round(side * CELL / longest), 1) for side in image.size)
+        return image.resize(size, Image.Resampling.BICUBIC)
+    return image.resize(tuple(side * times for side in image.size), Image.Resampling.NEAREST)
+
+
+def _short(text, font, width):
+    """The text, or as much of it as fits, with three dots."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _wrapped(text, font, width):
+    """The text in lines that fit."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

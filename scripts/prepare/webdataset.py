@@ -1,0 +1,193 @@
+"""WebDataset's shards, `.tar` files of images or latents with labels -> records.
+
+Files whose path is the same up to the first dot of the name are a record: `0001.jpg` and `0001.cls`
+or `0001.json`; `0001.npy` and `0001.cls`. The shards are read where they lie with the standard
+library's tarfile: once through headers and labels, then record by record.
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from scripts.prepare import images, labels, latents
+from utils import files, pictures, processes
+
+ARRAY = "npy"
+PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
+
+
+def run(args):
+    """The job behind `prepare_dataset webdataset`; returns whether the records are complete."""
+    listing = pictures.Listing()
+    root, names = list_shards(Path(args.input), listing)
+    index = Index(root, args.label_key, listing)
+    records = {}
+    for split, of_split in labels.by_split(names, args.splits).items():
+        bar = processes.progress(of_split, len(of_split), "shards", f"labels ({split})")
+        records[split] = [record for name in bar for record in index.scan(name)]
+        if not records[split]:
+            raise ValueError(f"{root / of_split[0]}: no images or .npy in it; {listing}")
+    counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in records.items())
+    left = f"; {listing}" if str(listing) else ""
+    print(f"{args.input}: {counts} {index.kind}{left}", flush=True)
+    classes, numbers = labels.settle(
+        {split: [label for _, label in of_split] for split, of_split in records.items()},
+        lambda split, i: root / records[split][i][0],
+        args.num_classes,
+    )
+    items = {
+        split: [(name, y) for (name, _), y in zip(of_split, numbers[split], strict=True)]
+        for split, of_split in records.items()
+    }
+    settings = {"source": "webdataset", "labels": labels.digest(numbers)}
+    if index.kind == "latents":
+        args.vae = args.vae or "auto"
+        return write_latents(args, classes, items, index, settings)
+    args.vae = args.vae or "mse"
+    find = lambda name: (root / name, io.BytesIO(index.content(name)))  # noqa: E731
+    return images.convert(args, classes, items, find, settings)
+
+
+def write_latents(args, classes, items, index, settings):
+    """Records of latents from the `.npy` members of shards."""
+    names = {split: [name for name, _ in of_split] for split, of_split in items.items()}
+    first = next(iter(names.values()))
+    look = [index.array(name) for name in first[:: -(-len(first) // latents.LOOKED_AT)]]
+    form = latents.form(args, look, index.root / first[0], first[0])
+
+    def read(item):
+        name, label = item
+        return index.root / name, form(index.array(name)), label
+
+    settings |= form.settings()
+    return latents.write(args, classes, items, names, read, settings)
+
+
+def list_shards(root, listing):
+    """(folder, names of the shards below it); `root` may be one shard itself."""
+    if root.is_file():
+        return root.parent, [root.name]
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of shards, and no file, at {root}")
+    names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, (".tar",))]
+    if not names:
+        raise ValueError(f"no .tar files below {root}{f'; {listing}' if str(listing) else ''}")
+    return root, names
+
+
+class Index:
+    """Where in the shards below `root` the records lie.
+
+    label_key: of JSON; None: a `.cls` file, or where there is none "label" of JSON.
+    kind: "images" or "latents", as in the first record.
+    """
+
+    def __init__(self, root, label_key, listing):
+        self.root, self.kind = root, None
+        self._label_key, self._listing, self._places = label_key, listing, {}
+
+    def scan(self, shard):
+        """The records of a shard: [("SHARD:MEMBER", label as `labels.read` gives it)].
+
+        Raises:
+          ValueError: damaged, cut, or a record is none; names the shard and the member.
+        """
+        path, records = self.root / shard, []
+        with files.reading(path, "not a .tar, or compressed, damaged or cut"):
+            archive = tarfile.open(path, "r:")
+        with archive:
+            for stem, members in self._groups(path, archive):
+                if found := self._record(path, stem, members, archive):
+                    member, label = found
+                    name = f"{shard}:{member.name}"
+                    self._places[name] = (shard, member.offset_data, member.size)
+                    records.append((name, label))
+        return records
+
+    def _groups(self, path, archive):
+        """(path up to the first dot, {ending: member}) of files that follow each other."""
+        stem, members = None, {}
+        while (member := self._next(path, archive)) is not None:
+            folder, slash, name = member.name.rpartition("/")
+            first, dot, ending = name.partition(".")
+            if not member.isfile():
+                continue
+            if not first or not dot:
+                self._listing.leave_out("without an ending", f"{path}:{member.name}")
+                continue
+            pictures.check_name(path, member.name)
+            if f"{folder}{slash}{first}" != stem:
+                if members:
+                    yield stem, members
+                stem, members = f"{folder}{slash}{first}", {}
+            if ending.lower() in members:
+                raise ValueError(f"{path}:{member.name} is there twice")
+            members[ending.lower()] = member
+        if members:
+            yield stem, members
+
+    def _next(self, path, archive):
+        with files.reading(path, "damaged or cut"):
+            member = archive.next()
+            archive.members.clear()  # it keeps them all
+            if member is None:  # also where a header is damaged: the end is a block of zeros
+                archive.fileobj.seek(archive.offset)
+                end = archive.fileobj.read(tarfile.BLOCKSIZE)
+                if len(end) < tarfile.BLOCKSIZE or any(end):
+                    raise ValueError(f"no record and no end at byte {archive.offset}")
+        return member
+
+    def _record(self, path, stem, members, archive):
+        """(member that holds the image or array, label); None where there is none."""
+        found = [end for end in members if end == ARRAY or end in PICTURES]
+        found = found or [end for end in members if end.endswith(f".{ARRAY}")]
+        if len(found) > 1:
+            raise ValueError(f"{path}:{stem} has {' and '.join(found)}: which one is the record?")
+        label, where = self._label(path, members, archive)
+        if not found:
+            if label is not None:
+                raise ValueError(f"{where} has a label, and no image or .npy beside it")
+            for member in members.values():
+                self._listing.leave_out("that are no records", f"{path}:{member.name}")
+            return None
+        member = members[found[0]]
+        if label is None:
+            raise ValueError(f"{path}:{member.name} has no label: {where}")
+        kind = "images" if found[0] in PICTURES else "latents"
+        self.kind = self.kind or kind
+        if kind != self.kind:
+            raise ValueError(f"{path}:{member.name}: of {kind}, others are of {self.kind}")
+        return member, label
+
+    def _label(self, path, members, archive):
+        """(label or None, where it is or why it is none)."""
+        if "cls" in members and self._label_key is None:
+            where = f"{path}:{members['cls'].name}"
+            with files.reading(where, "not a label"):
+                text = archive.extractfile(members["cls"]).read().decode()
+                return labels.read(where, text), where
+        if "json" not in members:
+            return None, f"there is no .{'json' if self._label_key else 'cls and no .json'}"
+        where, key = f"{path}:{members['json'].name}", self._label_key or "label"
+        with files.reading(where, "not JSON"):
+            content = json.loads(archive.extractfile(members["json"]).read())
+        if not isinstance(content, dict) or key not in content:
+            keys = f"the keys {', '.join(content)}" if isinstance(content, dict) else "no keys"
+            return None, f"{where} has {keys}; --label_key names the one of the label"
+        return labels.read(where, content[key]), where
+
+    def content(self, name):
+        """The bytes of a record's member."""
+        shard, offset, size = self._places[name]
+        with open(self.root / shard, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def array(self, name):
+        """The array of a record."""
+        with files.reading(self.root / name, "not an array of numbers, or damaged"):
+            array = np.load(io.BytesIO(self.content(name)), allow_pickle=False)
+        return latents.checked(self.root / name, array)
