@@ -10,6 +10,7 @@ alone unless --host says otherwise (0.0.0.0: to the whole network, without a pas
 import argparse
 import logging
 import os
+import socket
 import sys
 import time
 from typing import NamedTuple
@@ -99,6 +100,16 @@ def label_of(choice):
     return None if choice in (None, EVERY) else int(choice)
 
 
+def check_address(host, port):
+    """Raises OSError in a line where a page cannot be served at an address of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"--host {host} --port {port}: {reason}; choose another") from None
+
+
 # With gradio, which is asked for here alone -----------------------------------------------------
 
 
@@ -143,11 +154,7 @@ def page(gradio, model, offered, title):
 
 
 def serve(gradio, blocks, host, port):
-    """Serves the page until it is interrupted.
-
-    Raises:
-      OSError: the port is taken, or there is no such address.
-    """
+    """Serves the page until it is interrupted."""
     from starlette.middleware import Middleware
 
     theme = gradio.themes.Default(primary_hue="blue", **FONTS)
@@ -199,6 +206,7 @@ def main(argv=None):
         print("error: no gradio here: pip install -r requirements-demo.txt", file=sys.stderr)
         return 1
     try:
+        check_address(args.host, args.port)
         import generator
 
         model = generator.load(args.source)
