@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 import evaluate
+import grids
 import parts
 import sample
 import startup
 from configs import load_config
 from metrics import evaluators, results
 from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
-from utils import images as image_utils
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -40,24 +40,22 @@ class Observer:
         if total >= 2**31:
             raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
         self.rows = model.method.rows
-        self.sampler = self.evaluation = self.writer = None
+        self.grids = self.evaluation = self.writer = None
         self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
         self.times = sample.times_of(config.sampling)
-        self.labels = sample.grid_labels(config.dataset.num_classes)
         self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
             autoencoder = parts.load_autoencoder(config)
             self.autoencoder = dict(autoencoder.identity)
             identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if config.training.sample_on_training:
-            self.sampler = sample.Sampler(
-                model, autoencoder, config.sampling, config.fid.device_batch_size
-            )
+            self.grids = grids.Grids(config, workdir, model, autoencoder, records)
         if config.fid.on_training:
             self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
         self.model, self.records = model, records
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
+        self._told = set()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
         self._last_result = None
@@ -69,10 +67,11 @@ class Observer:
           init: pure function key -> a fresh state.
         """
         state = jax.eval_shape(init, jax.random.key(0))
-        loaded = {"autoencoder": self.sampler.vae_params} if self.sampler else {}
+        loaded = {"autoencoder": self.grids.sampler.vae_params} if self.grids else {}
         lengths = self.steps_per_epoch, self.total
         rows = startup.training(self.config, self.model, self.records, state, lengths, loaded)
-        startup.tell(rows)
+        pictures = [("pictures", self.grids.describe())] if self.grids else []
+        startup.tell(rows + pictures)
 
     def compiling(self, step):
         """Says that the first step is compiled, in which nothing is heard of the run."""
@@ -95,6 +94,8 @@ class Observer:
         about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times[0]) - 1}
         fid = evaluators.tag("fid", self.config.fid.num_samples)
         self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
+        if self.grids and self.grids.draw_real(step, self.writer):
+            self._tell_first("picture, real images", self.grids.folder / "real.png")
 
     def due(self, step, steps, epochs):
         """Whether something is due that is done every `steps` steps, or where that is 0 every
@@ -117,7 +118,7 @@ class Observer:
     def _grid_due(self, step):
         training = self.config.training
         due = self.due(step, training.sample_per_step, training.sample_per_epoch)
-        return bool(self.sampler) and due
+        return bool(self.grids) and due
 
     def open_snapshots(self, stack, step, state):
         """Begins to keep snapshots, where there is something to keep, until `stack` is closed.
@@ -169,7 +170,7 @@ class Observer:
 
     def catch_up(self, step, state):
         """Looks at a step that an interrupted run had saved, and not yet looked at."""
-        grid = self._grid_due(step) and not self._grid_path(step).exists()
+        grid = self._grid_due(step) and not self.grids.path(step).exists()
         evaluation = self.evaluation_due(step) and not self._is_evaluated(step)
         self._look(step, state, *processes.from_writer([grid, evaluation]))
 
@@ -191,9 +192,6 @@ class Observer:
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         names = [name for line in lines if line["step"] == step for name in line]
         return any(map(results.is_score, names))
-
-    def _grid_path(self, step, steps=""):
-        return self.workdir / "samples" / f"grid_{step:08d}{steps}.png"
 
     def _write_metrics(self, step, sums):
         sums = jax.device_get(sums)  # waits for the step, so that the clock is the device's
@@ -227,14 +225,15 @@ class Observer:
             logging.info("profile of steps %d to %d: %s", first, last, self.workdir / "profile")
 
     def _draw_grid(self, step, params):
-        guidance = sample.guidances(self.config.sampling)[0]
-        for i, times in enumerate(self.times):
-            picture = sample.grid(self.sampler, params, self.labels, times, guidance)
-            steps = f"_{len(times) - 1}step" if i else ""
-            self.writer.image(step, f"samples{steps}", picture)
-            if processes.is_writer():
-                self._grid_path(step).parent.mkdir(exist_ok=True)
-                image_utils.save_png(self._grid_path(step, steps), picture)
+        self.grids.draw(step, params, self.writer)
+        self._tell_first("samples", self.grids.path(step))
+
+    def _tell_first(self, what, path):
+        """Says when the first of something is there to be looked at."""
+        if what not in self._told:
+            seconds = time.perf_counter() - self._begun
+            logging.info("first %s, %.1f s after the start: %s", what, seconds, path)
+        self._told.add(what)
 
     def _evaluate(self, step, state):
         weights = {"step": step, "params": state.params, "ema_params": state.ema_params}

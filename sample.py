@@ -104,21 +104,32 @@ class Sampler:
             x = generate(model, options.seed, options.method[0], params, *arguments)
             return image_utils.to_uint8(autoencoder.decode(vae_params, x))
 
+        def decoded(vae_params, x):
+            return image_utils.to_uint8(autoencoder.decode(vae_params, x))
+
         self._generate = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
+        self._decode = jax.jit(decoded, out_shardings=sharding.replicated(self.mesh))
 
     def __call__(self, params, labels, times, guidance=None):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
-        labels = np.asarray(labels, np.int32)
-        rows = sharding.by_row(self.mesh)
+        index, labels = np.arange(len(labels), dtype=np.int32), np.asarray(labels, np.int32)
         for start in range(0, len(labels), self.batch_size):
-            count = min(self.batch_size, len(labels) - start)
-            padded = -(-count // self.mesh.size) * self.mesh.size
-            index = start + np.arange(padded, dtype=np.int32)
-            batch = sharding.place(
-                (index, np.resize(labels[start : start + count], padded)), (rows, rows)
-            )
+            rows = slice(start, start + self.batch_size)
+            batch = self._place(index[rows]), self._place(labels[rows])
             images = self._generate(params, self.vae_params, *batch, times, guidance)
-            yield np.asarray(images)[:count]
+            yield np.asarray(images)[: len(labels[rows])]
+
+    def decode(self, x):
+        """x float32 (N, h, w, c), the same in all processes -> images uint8 (N, H, W, C)."""
+        batches = [x[i : i + self.batch_size] for i in range(0, len(x), self.batch_size)]
+        images = [self._decode(self.vae_params, self._place(batch)) for batch in batches]
+        pairs = zip(images, batches, strict=True)
+        return np.concatenate([np.asarray(image)[: len(batch)] for image, batch in pairs])
+
+    def _place(self, rows):
+        """Rows on the devices, the first ones again where their number cannot be divided."""
+        count = -(-len(rows) // self.mesh.size) * self.mesh.size
+        return sharding.place(np.resize(rows, (count, *rows.shape[1:])), sharding.by_row(self.mesh))
 
 
 def grid_labels(num_classes):

@@ -18,7 +18,7 @@ from configs import default, load_config
 from utils import environment, files, sharding
 
 WIDTH, INDENT = 100, 14  # of the lines, and of what stands behind the names
-MOST_PARTS = 8  # of a network, before those of one first word are put together
+MOST_PARTS = 12  # of a network, before those of one first word are put together
 NOT_TOLD = ("dataset.root",)  # stands with the records
 
 
@@ -164,17 +164,18 @@ def training(config, model, records, state, lengths, loaded=None):
         *network(config, model),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
         ("length", length(config.training, *lengths)),
-        ("each", cadences(config, *lengths)),
+        ("cadence", cadences(config, *lengths)),
         ("memory", f"{text}; activations and what is compiled come on top"),
     ]
 
 
 def length(options, steps_per_epoch, total):
     """How long a run is, in steps, epochs and images."""
-    epochs = f"{total / steps_per_epoch:,.4g} epochs of {steps_per_epoch:,} steps"
+    epochs = f"{total / steps_per_epoch:,.4g}"
+    asked = "num_steps" if options.num_steps else "num_epochs"
     return (
-        f"{total:,} steps = {epochs}, {options.batch_size:,} images a step "
-        f"(training.{'num_steps' if options.num_steps else 'num_epochs'})"
+        f"{total:,} steps = {epochs} epoch{'s' * (epochs != '1')} of {steps_per_epoch:,}, "
+        f"{options.batch_size:,} images a step (training.{asked})"
     )
 
 

@@ -105,6 +105,11 @@ def _validate_training(training):
     )
     for path in ("training.adam_b1", "training.adam_b2"):
         _require(_get({"training": training}, path) < 1, path, "must be below 1")
+    _require(
+        all(1 <= steps <= LARGEST_STEPS for steps in training.sample_steps),
+        "training.sample_steps",
+        f"are numbers from 1 to {LARGEST_STEPS}, got {list(training.sample_steps)}",
+    )
     profile = training.profile_steps
     _require(
         not profile or (len(profile) == 2 and 2 <= profile[0] <= profile[1]),

@@ -140,6 +140,7 @@ def _training(training):
     training.log_per_step = 100  # steps between two lines of metrics
     training.sample_on_training = True  # draw a grid of samples during training
     training.sample_per_epoch = 10  # epochs between two grids
+    training.sample_steps = (1, 2, 4)  # of one noise, a row for each beside the grid; empty: none
     training.checkpoint_per_epoch = 10  # epochs between two checkpoints; the newest three are kept
     training.fid_per_epoch = 10  # epochs between two evaluations
     training.sample_per_step = 0  # steps between two grids; 0: sample_per_epoch decides

@@ -30,6 +30,7 @@ OPTIONS = {
     "training.log_per_step": 3,
     "training.checkpoint_per_epoch": 2,
     "training.sample_per_epoch": 4,
+    "training.sample_steps": "",  # one more function to compile; tests/test_monitoring.py has it
     "training.fid_per_epoch": 4,
     "fid.num_samples": 32,
     "fid.device_batch_size": 4,

@@ -298,7 +298,7 @@ def cifar10(tmp_path_factory):
 SMALL = """
     model.cls=DiT model.depth=1 model.hidden_size=32 model.num_heads=2 model.patch_size=8
     training.batch_size=8 training.num_steps=2 training.warmup_steps=0 training.log_per_step=1
-    dataset.num_workers=1 fid.device_batch_size=50 fid.on_training=false
+    training.sample_steps= dataset.num_workers=1 fid.device_batch_size=50 fid.on_training=false
 """
 
 

@@ -65,7 +65,8 @@ def test_a_backbone_trains_and_samples(chosen, tmp_path, method):
         dataset.root={root} dataset.image_size=4 dataset.num_classes=3 dataset.num_workers=1
         model.cls=ConvNet model.depth=1 model.hidden_size=8 model.num_heads=0 model.patch_size=0
         method.name={method} method.guidance_eq=none training.batch_size=8 training.num_steps=2
-        training.log_per_step=1 fid.on_training=true fid.num_samples=8 fid.device_batch_size=30
+        training.log_per_step=1 training.sample_steps= fid.on_training=true
+        fid.num_samples=8 fid.device_batch_size=30
     """.split()
     config = make.config(*words, name="digits")
     parts.check(config)

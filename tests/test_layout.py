@@ -15,7 +15,7 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "weights"),
-    ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup"),
+    ("train", "sample", "evaluate", "observe", "resume", "inherit", "startup", "grids"),
     ("generator",),
     ("main", "scripts"),
 )

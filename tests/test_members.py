@@ -224,6 +224,7 @@ def finished(records, tmp_path_factory):
     words |= {"training.fid_per_step": 2, "training.keep_best": "fid"}
     words |= {"training.checkpoint_per_step": 3, "sampling.num_steps": "1,2"}
     words |= {"training.sample_on_training": True, "training.sample_per_step": 4}
+    words |= {"training.sample_steps": ""}
     config = config_of(records, **words)
     return config, train.train_job(config, folder), folder
 
@@ -231,7 +232,7 @@ def finished(records, tmp_path_factory):
 def test_cadences_in_steps(finished):
     _, _, folder = finished
     assert checkpoint.steps(folder) == [3, 4, 6]  # the newest three of 2, 3, 4 and 6
-    grids = sorted(path.name for path in (folder / "samples").iterdir())
+    grids = sorted(path.name for path in (folder / "samples").glob("grid_*"))
     assert grids == [f"grid_0000000{n}{steps}.png" for n in (4, 6) for steps in ("", "_2step")]
     results = json.loads((folder / "results.json").read_text())
     assert [r["checkpoint_step"] for r in results] == [2, 2, 4, 4, 6, 6]

@@ -137,10 +137,31 @@ def test_grids_have_fixed_noise_and_labels(run, events):
     for step, picture in shown.items():
         file = Image.open(workdir / "samples" / f"grid_{step:08d}.png").convert("L")
         np.testing.assert_array_equal(np.asarray(file), picture)
+    names = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert names == {"samples": [3, 6, 7], "samples_by_steps": [3, 6, 7], "real": [0]}
     # Little changes in one step: the same noise as before.
     change = np.abs(shown[7].astype(int) - shown[6]).mean()
     rows = np.abs(shown[7].astype(int) - np.roll(shown[7], shown[7].shape[1] // 10, axis=1)).mean()
     assert change < rows / 3
+
+
+def test_the_real_images_are_those_of_the_classes(run):
+    config, workdir, _ = run
+    read = dataset.open_records(config.dataset.root).read(np.arange(RECORDS))
+    picture = np.asarray(Image.open(workdir / "samples" / "real.png").convert("L"))
+    factor = 32 // 4
+    cells = picture.reshape(3, 36, 10, 36).swapaxes(1, 2)[..., 2:34:factor, 2:34:factor]
+    for label in range(3):
+        of_class = read["image"][read["label"] == label][..., 0]  # 8 of each class
+        np.testing.assert_array_equal(cells[label, :8], of_class)
+    assert not cells[:, 8:].any()
+
+
+def test_the_folder_tells_its_options(run):
+    config, workdir, _ = run
+    again, _ = load_config.from_command_line([f"--config={workdir / 'config.yml'}"])
+    assert load_config.options(again) == load_config.options(config)
+    assert f"jax=={jax.__version__}\n" in (workdir / "requirements.lock").read_text()
 
 
 def test_the_config_as_text_and_in_the_table_of_runs(run, events):

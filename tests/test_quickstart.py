@@ -20,6 +20,7 @@ TINY = [
     "--config.training.batch_size=32",
     "--config.training.num_steps=30",
     "--config.training.log_per_step=10",
+    "--config.training.sample_steps=",
     "--config.training.learning_rate=0.01",
     "--config.fid.num_samples=100",
     "--config.fid.device_batch_size=24",

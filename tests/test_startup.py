@@ -152,13 +152,13 @@ def test_the_summary_of_a_run():
     [
         (
             "training.num_steps=0 training.num_epochs=10", (7, 70),
-            "70 steps = 10 epochs of 7 steps, 128 images a step (training.num_epochs)",
+            "70 steps = 10 epochs of 7, 128 images a step (training.num_epochs)",
             "metrics every 50 steps, checkpoint at the end, grid every 7",
         ),
         (
             "training.num_steps=5004 training.sample_on_training=false "
             "training.checkpoint_per_step=1250", (1251, 5004),
-            "5,004 steps = 4 epochs of 1,251 steps, 128 images a step (training.num_steps)",
+            "5,004 steps = 4 epochs of 1,251, 128 images a step (training.num_steps)",
             "metrics every 50 steps, checkpoint every 1,250",
         ),
     ],
@@ -215,9 +215,9 @@ def test_what_any_job_says(tmp_path):
 
 
 def test_many_parts_are_put_together():
-    names = "dec_1 dec_2 enc_1 enc_2 enc_3 map_layer0 map_layer1 x y2".split()
+    names = "dec_1 dec_2 enc_1 enc_2 enc_3 map_layer0 map_layer1 x y2 z z1 z2 z3".split()
     tree = {name: np.zeros(n) for n, name in enumerate(names)}
-    assert startup.parts_of(tree) == {"dec": 1, "enc": 9, "map": 11, "x": 7, "y": 8}
+    assert startup.parts_of(tree) == {"dec": 1, "enc": 9, "map": 11, "x": 7, "y": 8, "z": 42}
     assert [startup.count(n) for n in (0, 999, 1000, 1_316_732)] == ["0", "999", "1 k", "1.32 M"]
     assert [startup.size(n) for n in (12, 5_280_000)] == ["12 bytes", "5.28 MB"]
 

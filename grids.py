@@ -1,0 +1,163 @@
+"""The pictures of a run while it trains: samples by class, steps and guidance, and real images.
+
+`real.png` shows records of the classes of the grid, decoded, once in a run: what a network is to
+come near to, and whether scale, channels and labels are right. `grid_STEP.png` has a row for each
+class. `steps_STEP.png` has a row for each of `training.sample_steps`, of the same noise, and where
+guidance is an input of the network, `guidance_STEP.png` has one for each of a few scales.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sample
+from methods import path
+from utils import images as image_utils
+from utils import processes
+
+SCALES = 4  # rows by guidance
+SEARCHED = 20_000  # records, at most, that are read to find some of each class
+SEARCHED_BYTES = 2**30
+CHUNK = 500  # records that are read at a time
+
+
+class Grids:
+    """Draws the pictures, into WORKDIR/samples and into the log.
+
+    Args:
+      config: the whole config.
+      workdir: folder of the run.
+      model: `parts.Parts`.
+      autoencoder: from `models.vae.load`.
+      records: the training records.
+    """
+
+    def __init__(self, config, workdir, model, autoencoder, records):
+        options = config.sampling
+        self.folder, self.model, self.records = workdir / "samples", model, records
+        self.sampler = sample.Sampler(model, autoencoder, options, config.fid.device_batch_size)
+        self.times, self.method = sample.times_of(options), options.method[0]
+        self.labels = sample.grid_labels(model.num_classes)
+        self.row = np.resize(self.labels[:: sample.GRID_COLUMNS], sample.GRID_COLUMNS)
+        self.guidance = sample.guidances(options)[0]
+        self.steps = tuple(config.training.sample_steps)
+        self.scales = scales(model.method)
+        interval = options.t_min[0], options.t_max[0], options.channels
+        self.guidances = [
+            path.Guidance(np.float32(scale), *map(np.float32, interval[:2]), np.int32(interval[2]))
+            for scale in self.scales
+        ]
+
+    def describe(self):
+        """What is drawn, in a line for people."""
+        rows = ["by class"]
+        if self.steps:
+            rows.append(f"of the same noise by steps {', '.join(map(str, self.steps))}")
+        if self.scales:
+            rows.append(f"by guidance {', '.join(f'{scale:.3g}' for scale in self.scales)}")
+        return f"rows {'; '.join(rows)}: {self.folder}"
+
+    def path(self, step, name="grid", suffix=""):
+        """The file of a picture."""
+        return self.folder / f"{name}_{step:08d}{suffix}.png"
+
+    def draw(self, step, params, writer):
+        """Draws all pictures of the weights `params`; that of the classes last, which says so."""
+        pad = partial(padded, steps=max(self.steps, default=1), sampler=self.method)
+        if self.steps:
+            times = [pad(path.sample_times(steps)) for steps in self.steps]
+            self._save(
+                step, writer, "steps", self._rows(params, [(t, self.guidance) for t in times])
+            )
+        if self.guidances:
+            times = pad(self.times[0])
+            rows = self._rows(params, [(times, guidance) for guidance in self.guidances])
+            self._save(step, writer, "guidance", rows)
+        for i, times in reversed(list(enumerate(self.times))):
+            picture = sample.grid(self.sampler, params, self.labels, times, self.guidance)
+            self._save(step, writer, "grid", picture, f"_{len(times) - 1}step" if i else "")
+
+    def draw_real(self, step, writer):
+        """Draws the real images, where the run has no picture of them. Returns whether it did."""
+        file = self.folder / "real.png"
+        if processes.from_writer(file.exists()):
+            return False
+        batch, found = of_classes(self.records, self.labels, bool(self.model.num_classes))
+        codec = self.model.codec._replace(flip=False, augment_prob=0.0)
+        x, _ = jax.jit(codec.encode)(batch, jax.random.key(0))
+        images = self.sampler.decode(np.asarray(x))
+        images[~found] = 0
+        picture = sample.picture(images, sample.GRID_COLUMNS)
+        writer.image(step, "real", picture)
+        self._write(file, picture)
+        return True
+
+    def _rows(self, params, settings):
+        """A row of the same noise and labels for each (times, guidance)."""
+        rows = [
+            image for times, guidance in settings
+            for image in self.sampler(params, self.row, times, guidance)
+        ]  # fmt: skip
+        return sample.picture(np.concatenate(rows), len(self.row))
+
+    def _save(self, step, writer, name, picture, suffix=""):
+        tag = f"samples{suffix}" if name == "grid" else f"samples_by_{name}"
+        writer.image(step, tag, picture)
+        self._write(self.path(step, name, suffix), picture)
+
+    def _write(self, file, picture):
+        if processes.is_writer():
+            self.folder.mkdir(exist_ok=True)
+            image_utils.save_png(file, picture)
+
+
+def scales(method):
+    """Guidance scales from 1 to the largest that is trained, each by the same factor above the
+    last; () where guidance is no input of the network, or there is but one."""
+    largest = getattr(method, "omega_max", 1) if "omega" in method.conditions else 1
+    return tuple(largest ** (i / (SCALES - 1)) for i in range(SCALES)) if largest > 1 else ()
+
+
+def padded(times, steps, sampler):
+    """Times of fewer steps as those of `steps`, float32 (steps + 1,): the rest have no length.
+
+    So that pictures of several numbers of steps are one compiled function, and the same images:
+    `heun` has a rule of its own for the last step, `consistency` draws anew before each.
+    """
+    more = max(steps + 1 - len(times), 0)
+    if sampler == "heun":
+        return jnp.pad(times, (more, 0), constant_values=1)
+    return jnp.pad(times, (0, more))
+
+
+def of_classes(records, labels, labelled=True):
+    """Records of given classes: a raw batch, and which of its rows are of their class.
+
+    Args:
+      records: from `utils.dataset.open_records`.
+      labels: the class of each row, int (N,).
+      labelled: whether classes matter; else the first records are taken.
+
+    Returns:
+      ({key: (N, ...), "label": int32 (N,)}, bool (N,)); zeros where none was found in the part
+      of the records that is read, which is spread over all of them.
+    """
+    size = int(np.prod(records.shape)) * records.dtype.itemsize
+    most = min(records.num_records, SEARCHED, max(SEARCHED_BYTES // size, CHUNK))
+    places = np.arange(most) * records.num_records // most
+    found = np.zeros(len(labels), bool)
+    batch = {
+        records.key: np.zeros((len(labels), *records.shape), records.dtype),
+        "label": np.asarray(labels, np.int32),
+    }
+    for start in range(0, most, CHUNK):
+        read = records.read(places[start : start + CHUNK], flipped=False)
+        for image, label in zip(read[records.key], read["label"], strict=True):
+            free = np.flatnonzero(~found & ((labels == label) | (not labelled)))
+            if free.size:
+                batch[records.key][free[0]], found[free[0]] = image, True
+        if found.all():
+            break
+    return batch, found
