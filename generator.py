@@ -243,7 +243,7 @@ def _shown(labels):
 
 def _config(name, options, source):
     """The config `name` with `options`, and with those of the weights of `source`."""
-    file = name if name.endswith(".yml") else f"configs/load_config.py:{name}"
+    file = name if str(name).endswith(".yml") else f"configs/load_config.py:{name}"
     argv = [f"--config={file}", "--config.sample_only=True"]
     argv += ["--config.dataset.root=none", *(f"--config.{option}" for option in options)]
     config, rest = load_config.from_command_line(argv)

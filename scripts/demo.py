@@ -46,7 +46,8 @@ def controls(model, columns):
     config, omega = model.config, None
     largest = config.method.omega_max
     if parts.objective(config).guided_at_sampling and model.num_classes and largest > 1:
-        omega = (float(next(iter(config.sampling.omega), 1.0)), float(largest))
+        start = float(next(iter(config.sampling.omega), 1.0))
+        omega = (start, max(start, float(largest)))
     rows = min(model.num_classes or sample.GRID_CLASSES, sample.GRID_CLASSES)
     num_steps = min(config.sampling.num_steps[0], MOST_STEPS)
     return Controls(model.num_classes, rows, columns, num_steps, omega)

@@ -46,6 +46,7 @@ def cells(picture, rows, columns):
         (1000, ["sampling.num_steps=2,1"], (1000, 10, 4, 2, None)),
         (0, ["method.name=flow", "sampling.num_steps=250"], (0, 10, 4, 32, None)),
         (3, ["method.name=flow"], (3, 3, 4, 1, (1.0, 8.0))),
+        (3, ["method.name=flow", "sampling.omega=9"], (3, 3, 4, 1, (9.0, 9.0))),
         (3, [*IMPROVED, "method.omega_max=6", "sampling.omega=2.5"], (3, 3, 4, 1, (2.5, 6.0))),
         (3, [*IMPROVED, "method.omega_max=1"], (3, 3, 4, 1, None)),
     ],
