@@ -15,11 +15,11 @@ import numpy as np
 import sample
 from methods import path
 from utils import images as image_utils
-from utils import processes
+from utils import order, processes
 
 SCALES = 4  # rows by guidance
-SEARCHED = 20_000  # records, at most, that are read to find some of each class
-SEARCHED_BYTES = 2**30
+SEARCHED = 4_000  # records, at most, that each process reads to find some of each class
+SEARCHED_BYTES = 2**28
 CHUNK = 500  # records that are read at a time
 
 
@@ -146,7 +146,7 @@ def of_classes(records, labels, labelled=True):
     """
     size = int(np.prod(records.shape)) * records.dtype.itemsize
     most = min(records.num_records, SEARCHED, max(SEARCHED_BYTES // size, CHUNK))
-    places = np.arange(most) * records.num_records // most
+    places = order.spread(records.num_records, most)
     found = np.zeros(len(labels), bool)
     batch = {
         records.key: np.zeros((len(labels), *records.shape), records.dtype),

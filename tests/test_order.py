@@ -70,3 +70,12 @@ def test_a_run_goes_on_in_the_order_it_began_with(monkeypatch):
     assert "keyed" not in again.get_state()
     again.set_state(place | {"position": 8})
     np.testing.assert_array_equal([next(again) for _ in range(4)], new[2:])
+
+
+def test_the_places_are_spread_and_always_the_same():
+    places = order.spread(1_000_000, 64)
+    np.testing.assert_array_equal(places, order.spread(1_000_000, 64))
+    assert (np.diff(places) > 0).all() and (places // 15_625 == np.arange(64)).all()
+    # Classes in turn: equal steps of 100 would meet one of 10.
+    assert len(set((order.spread(6400, 64) % 10).tolist())) == 10
+    np.testing.assert_array_equal(order.spread(5, 64), np.arange(5))

@@ -46,15 +46,6 @@ def test_records_are_shown_by_label_and_enlarged(tmp_path):
     assert {path.name for path in root.iterdir() if "unfinished" in path.name} == set()
 
 
-def test_the_places_are_spread_and_always_the_same():
-    places = preview.spread(1_000_000, 64)
-    np.testing.assert_array_equal(places, preview.spread(1_000_000, 64))
-    assert (np.diff(places) > 0).all() and (places // 15_625 == np.arange(64)).all()
-    # Classes in turn: equal steps of 100 would meet one of 10.
-    assert len(set((preview.spread(6400, 64) % 10).tolist())) == 10
-    np.testing.assert_array_equal(preview.spread(5, 64), np.arange(5))
-
-
 def test_latents_that_nothing_decodes(tmp_path, capsys):
     mean = np.zeros((4, 5, 5, 4), np.float32)
     mean[1, ..., 0], mean[2, ..., 1], mean[3, ..., 2] = 3 / 0.18215, -3 / 0.18215, 99

@@ -1,6 +1,7 @@
 """The order in which the records of a set are drawn: every one once per epoch, each epoch anew.
 
 It follows from the seed alone, so all processes know it, and a run goes on anywhere in it at once.
+`spread` draws a few from all over a set.
 """
 
 import functools
@@ -23,6 +24,15 @@ def shuffled_indices(start, stop, num_records, seed, keyed=False):
         begin, end = max(start - first, 0), min(stop - first, num_records)
         parts.append(permutation(begin, end, num_records, _epoch_key(seed, epoch)))
     return np.concatenate(parts)
+
+
+def spread(total, count):
+    """`count` places below `total`, or all, ascending: one by chance, always the same, in each of
+    as many equal parts. Equal steps would meet the same few classes where these come in turn."""
+    if total <= count:
+        return np.arange(total)
+    edges = np.linspace(0, total, count + 1).astype(np.int64)
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.codec import SD_SCALE
 from scripts.prepare import shards
-from utils import dataset, images, processes
+from utils import dataset, images, order, processes
 
 COUNT = 64
 CELL = 112  # pixels of the long side of an image in the picture
@@ -47,9 +47,9 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
     root = Path(root)
     path = Path(path or root / shards.PREVIEW)
     records = dataset.open_records(root, split or first_split(root))
-    batch = records.read(spread(records.num_records, count), flipped=False)
-    order = np.argsort(batch["label"], kind="stable")
-    batch = {key: values[order] for key, values in batch.items()}
+    batch = records.read(order.spread(records.num_records, count), flipped=False)
+    by_label = np.argsort(batch["label"], kind="stable")
+    batch = {key: values[by_label] for key, values in batch.items()}
     pictures, how = to_images(batch, vae)
     shown, total = len(pictures), f"{records.num_records:,} ({records.split})"
     title = f"{shown} of {total}, by label, of {records.num_classes} classes; {how}"
@@ -76,15 +76,6 @@ def class_names(root):
     except OSError:
         names = []
     return () if names == [str(i) for i in range(len(names))] else names
-
-
-def spread(total, count):
-    """`count` places below `total`, or all, ascending: one by chance, always the same, in each of
-    as many equal parts. Equal steps would meet the same few classes where these come in turn."""
-    if total <= count:
-        return np.arange(total)
-    edges = np.linspace(0, total, count + 1).astype(np.int64)
-    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
 def to_images(batch, vae_name):
