@@ -54,7 +54,8 @@ def write(folder, fids=(), options=(), lines=20, text=None, grids=(), **result):
 
 @pytest.fixture
 def two(tmp_path):
-    grids = ["grid_00000100.png", "grid_00000200.png", "grid_00000200_2step.png"]
+    grids = ["grid_00000100.png", "grid_00000200.png", "grid_00000200_2step.png",
+             "steps_00000200.png", "real.png"]  # fmt: skip
     a = write(tmp_path / "a", [9.0, 3.0, 5.0], grids=grids)
     b = write(tmp_path / "b", [8.0, 4.0], {"training.batch_size": 64, "method.kappa": 0.25})
     return [a, b]
@@ -216,6 +217,7 @@ def test_the_page_stands_alone(two, tmp_path, capsys):
     assert a["curves"]["raw_loss/r=t"][:2] == [100, 50] and a["steps"][:2] == [10, 20]
     assert (a["batch"], b["batch"]) == (256, 64)
     assert list(a["grids"][""]) == ["100", "200"] and list(a["grids"]["2step"]) == ["200"]
+    assert a["grids"].keys() == {"", "2step", "by steps"}
     assert a["grids"][""]["100"].startswith("data:image/png;base64,")
 
 

@@ -6,7 +6,7 @@ import re
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
 JSONL = "metrics.jsonl"
-GRID = re.compile(r"grid_(\d{8,10})(?:_(.+))?\.png")  # its step, and what is special about it
+GRID = re.compile(r"(grid|steps|guidance)_(\d{8,10})(?:_(.+))?\.png")  # see grids.py
 
 
 def folder(workdir):
@@ -68,7 +68,9 @@ def metric_lines(workdir):
 def grids(workdir):
     """The sample grids of a run: {what is special about them, mostly "": {step: path}}."""
     found = {}
-    for path in sorted((pathlib.Path(workdir) / "samples").glob("grid_*.png")):
+    for path in sorted((pathlib.Path(workdir) / "samples").glob("*.png")):
         if match := GRID.fullmatch(path.name):
-            found.setdefault(match[2] or "", {})[int(match[1])] = path
+            name, step, suffix = match.groups()
+            kind = suffix or ("" if name == "grid" else f"by {name}")
+            found.setdefault(kind, {})[int(step)] = path
     return found
