@@ -123,6 +123,8 @@ class Generator:
             autoencoder that turns latents into images.
         """
         y = self._labels(labels)
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed: a whole number from 0 to 2^31 - 1, got {seed}")
         if output not in OUTPUTS:
             raise ValueError(f"output: {output!r} is not one of {', '.join(OUTPUTS)}")
         if sampler not in path.SAMPLERS:

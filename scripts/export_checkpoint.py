@@ -104,7 +104,7 @@ def measured(source, checksum):
     """What results.json beside a run says of the weights with this checksum, as lines."""
     folder = Path(source)
     folders = [folder, folder.parent] if folder.name == "best" else [folder]
-    known = [found for place in folders for found in results.load(place)]
+    known = [r for place in folders for r in results.load(place) if isinstance(r, dict)]
     return [results.report(found) for found in known if found.get("weights_checksum") == checksum]
 
 

@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_one_line(runs, model, tmp_path):
         (lambda: model.sample([0], omega=2), "omega: the guidance of method.name meanflow is"),
         (lambda: model.sample([0], output="png"), "output: 'png'"),
         (lambda: model.sample([0], sampler="rk4"), "sampler: 'rk4'"),
+        (lambda: model.sample([0], seed=2**31), "seed: a whole number from 0"),
         (lambda: generator.load(runs["DiT"][0], "model.depth=2"), "model.depth 1, not 2"),
         (lambda: generator.load(runs["DiT"][0], "modell.depth=2"), "unknown option modell.depth"),
     ):
