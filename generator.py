@@ -35,8 +35,9 @@ def load(source, *options, config=None, step=None, average="ema"):
       source: a run's folder (WORKDIR, or the `best` in it); a published checkpoint of MeanFlow or
         improved MeanFlow; what scripts/export_checkpoint.py wrote.
       options: as on the command line without `--config.`: "dataset.vae=/path/to/vae".
-      config: name of a file of configs/; None: the options that the weights bring along, and for
-        published checkpoints, which bring none, the config whose network has their shapes.
+      config: name of a file of configs/, or a path of one that ends in .yml; None: the options
+        that the weights bring along, and for published checkpoints, which bring none, the config
+        whose network has their shapes.
       step: which checkpoint of a run; None: the newest that is whole.
       average: which weights, as `fid.weights` names them: ema | ema_DECAY | ema_sigmaS | params.
 
@@ -242,7 +243,8 @@ def _shown(labels):
 
 def _config(name, options, source):
     """The config `name` with `options`, and with those of the weights of `source`."""
-    argv = [f"--config=configs/load_config.py:{name}", "--config.sample_only=True"]
+    file = name if str(name).endswith(".yml") else f"configs/load_config.py:{name}"
+    argv = [f"--config={file}", "--config.sample_only=True"]
     argv += ["--config.dataset.root=none", *(f"--config.{option}" for option in options)]
     config, rest = load_config.from_command_line(argv)
     if rest:

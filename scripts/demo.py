@@ -10,6 +10,7 @@ alone unless --host says otherwise (0.0.0.0: to the whole network, without a pas
 import argparse
 import logging
 import os
+import socket
 import sys
 import time
 from typing import NamedTuple
@@ -45,7 +46,8 @@ def controls(model, columns):
     config, omega = model.config, None
     largest = config.method.omega_max
     if parts.objective(config).guided_at_sampling and model.num_classes and largest > 1:
-        omega = (float(next(iter(config.sampling.omega), 1.0)), float(largest))
+        start = float(next(iter(config.sampling.omega), 1.0))
+        omega = (start, max(start, float(largest)))
     rows = min(model.num_classes or sample.GRID_CLASSES, sample.GRID_CLASSES)
     num_steps = min(config.sampling.num_steps[0], MOST_STEPS)
     return Controls(model.num_classes, rows, columns, num_steps, omega)
@@ -99,6 +101,16 @@ def label_of(choice):
     return None if choice in (None, EVERY) else int(choice)
 
 
+def check_address(host, port):
+    """Raises OSError in a line where a page cannot be served at an address of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"--host {host} --port {port}: {reason}; choose another") from None
+
+
 # With gradio, which is asked for here alone -----------------------------------------------------
 
 
@@ -143,11 +155,7 @@ def page(gradio, model, offered, title):
 
 
 def serve(gradio, blocks, host, port):
-    """Serves the page until it is interrupted.
-
-    Raises:
-      OSError: the port is taken, or there is no such address.
-    """
+    """Serves the page until it is interrupted."""
     from starlette.middleware import Middleware
 
     theme = gradio.themes.Default(primary_hue="blue", **FONTS)
@@ -199,6 +207,7 @@ def main(argv=None):
         print("error: no gradio here: pip install -r requirements-demo.txt", file=sys.stderr)
         return 1
     try:
+        check_address(args.host, args.port)
         import generator
 
         model = generator.load(args.source)

@@ -1,5 +1,6 @@
 """The demo (scripts/demo.py) without gradio: what is offered, what is drawn, what is refused."""
 
+import socket
 import sys
 import types
 from pathlib import Path
@@ -45,6 +46,7 @@ def cells(picture, rows, columns):
         (1000, ["sampling.num_steps=2,1"], (1000, 10, 4, 2, None)),
         (0, ["method.name=flow", "sampling.num_steps=250"], (0, 10, 4, 32, None)),
         (3, ["method.name=flow"], (3, 3, 4, 1, (1.0, 8.0))),
+        (3, ["method.name=flow", "sampling.omega=9"], (3, 3, 4, 1, (9.0, 9.0))),
         (3, [*IMPROVED, "method.omega_max=6", "sampling.omega=2.5"], (3, 3, 4, 1, (2.5, 6.0))),
         (3, [*IMPROVED, "method.omega_max=1"], (3, 3, 4, 1, None)),
     ],
@@ -113,6 +115,16 @@ def test_without_gradio_a_line_says_what_to_install(monkeypatch, capsys):
     assert "gradio" in (ROOT / "requirements-demo.txt").read_text()
 
 
+def test_where_it_cannot_be_served_is_told_in_a_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        for host, port in (("127.0.0.1", taken), ("127.0.0.1", 70000), ("203.0.113.7", 0)):
+            with pytest.raises(OSError, match=f"--host {host} --port {port}: .*; choose") as error:
+                demo.check_address(host, port)
+            assert len(str(error.value).splitlines()) == 1
+    demo.check_address("127.0.0.1", taken)  # it is free again
+
+
 @pytest.fixture
 def gradio(monkeypatch):
     """A stand-in that keeps what the page is made of and how it is served."""
@@ -164,6 +176,7 @@ def gradio(monkeypatch):
     fake.Error, fake.on, fake.made = Error, on, made
     fake.themes = types.SimpleNamespace(Default=lambda **options: options)
     monkeypatch.setitem(sys.modules, "gradio", fake)
+    monkeypatch.setattr(demo, "check_address", lambda host, port: None)
     starlette = types.ModuleType("starlette.middleware")
     starlette.Middleware = lambda cls: cls
     monkeypatch.setitem(sys.modules, "starlette", types.ModuleType("starlette"))

@@ -8,8 +8,10 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
+import resume
 import train
 from models import codec, dit, network
+from utils import checkpoint, sharding
 
 STEPS, BATCH, SHAPE = 150, 64, (8, 8, 1)
 METHOD = make.method(num_classes=10)
@@ -70,3 +72,30 @@ def test_gradients_in_bfloat16_point_the_same_way(trained, options):
         assert cosine >= 0.9998, cosine
         assert abs(np.linalg.norm(half[2]) / np.linalg.norm(full[2]) - 1) < 0.01
         assert not np.array_equal(full[2], half[2])  # it was another precision
+
+
+def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
+    """Two steps, and two more from their checkpoint, are the four of a run without a stop."""
+    net = dit.DiT(1, 32, 1, 2, num_classes=10, dtype=jnp.bfloat16, half_residual=True)
+    optimizer = optax.adamw(2e-3, b2=0.95)
+    method = make.method(num_classes=10, guidance_eq="none")
+    recipe = train.Recipe(network.function(net), method, codec.Codec(), optimizer, (0.9,))
+    step = jax.jit(lambda *args: train.train_step(recipe, jax.random.key(1), *args))
+    pixels = np.random.RandomState(0).randint(0, 256, (4, 8, *SHAPE)).astype(np.uint8)
+    batches = [{"image": image, "label": np.arange(8, dtype=np.int32)} for image in pixels]
+    state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
+    for batch in batches[:2]:
+        state = step(state, batch)
+
+    config = make.config("training.half_precision=true", name="digits")
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        resume.save(checkpointer, state, {"position": 2}, config)
+    shapes = jax.eval_shape(lambda: state)
+    targets = sharding.with_shardings(shapes, sharding.by_parameter(sharding.make_mesh(1), shapes))
+    again, place = resume.restore(config, tmp_path, targets)
+    assert place == {"position": 2}
+    for batch in batches[2:]:
+        state, again = step(state, batch), step(again, batch)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(again)}
+    assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}  # nothing is kept rounded

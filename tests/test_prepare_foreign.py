@@ -73,6 +73,13 @@ def pairs_of_npy(folder):
     return MOMENTS, 0
 
 
+def a_pair_in_a_folder_that_is_called_so(folder):
+    (folder / "latents").mkdir()
+    np.save(folder / "latents" / "moments.npy", MOMENTS)
+    np.save(folder / "latents" / "labels.npy", LABELS)
+    return MOMENTS, 0
+
+
 def one_npy_for_each(folder):
     for name in ("imagenet256_features", "imagenet256_labels"):
         (folder / name).mkdir()
@@ -92,7 +99,10 @@ def an_index(folder):
     return MOMENTS, 0
 
 
-MAKERS = (npz, npz_of_moments, pairs_of_npy, one_npy_for_each, an_index)
+MAKERS = (
+    npz, npz_of_moments, pairs_of_npy, a_pair_in_a_folder_that_is_called_so, one_npy_for_each,
+    an_index,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -247,6 +257,14 @@ REFUSED_TARS = {
 def test_tars_that_are_refused(tmp_path, line, capsys):
     tar(tmp_path / "a.tar", *REFUSED_TARS[line])
     assert line in refused("webdataset", tmp_path, tmp_path / "set", capsys)
+
+
+def test_a_name_that_comes_again_is_refused(tmp_path, capsys):
+    record = {"png": png(0), "cls": b"0"}
+    tar(tmp_path / "a.tar", record, {"png": png(1), "cls": b"0"})
+    tar(tmp_path / "a.tar", record, mode="a")
+    line = refused("webdataset", tmp_path, tmp_path / "set", capsys)
+    assert line.endswith("a.tar:./000.png is there twice")
 
 
 @pytest.mark.parametrize("kind", ["cut", "cut between", "header", "compressed", "npy"])

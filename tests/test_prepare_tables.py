@@ -206,6 +206,8 @@ def test_labels_of_names():
         ({"train": [0, 1], "val": [2]}, None, "1 of the labels 0..2 have no record in 'train': 2"),
         ({"train": [0], "val": [0, -1]}, None, "val 1: label -1; .*--splits leaves it out"),
         ({"train": [0, 2]}, 2, "train 1: label 2; labels are 0..1"),
+        ({"train": []}, None, "no records in the split 'train'"),
+        ({"train": [0], "val": []}, None, "no records in the split 'val'"),
     ],
 )
 def test_labels_with_holes_or_out_of_range(found, count, line):

@@ -4,6 +4,7 @@
 const RUNS = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const shown = RUNS.map(() => true);
+const BEST = "best of each run";
 const OF_ROWS = { "r=t": "rows with r = t", "r<t": "rows with r < t" };
 
 function make(tag, attributes = {}, ...children) {
@@ -40,6 +41,14 @@ function score(run, name) {
     : [];
 }
 
+function bestScore(metric, higher) {  // of each run the setting (weights, steps, guidance) that got best
+  const sign = higher ? -1 : 1;
+  const low = (points) => Math.min(...points.map((p) => sign * p[1]));
+  return (run) => Object.keys(run.scores).filter((name) => name.split("/")[0] === metric)
+    .map((name) => score(run, name)).filter((points) => points.length)
+    .sort((a, b) => low(a) - low(b))[0] || [];
+}
+
 function smoothed(points, keep) {
   let mean = null;
   return points.map(([x, y]) => [x, mean = mean == null ? y : keep * mean + (1 - keep) * y]);
@@ -62,8 +71,13 @@ function chartList() {
     const higher = RUNS.some((run) => run.scores[variants[0]]?.higher);
     const count = (name) => RUNS.filter((run) => run.scores[name]).length;
     variants.sort((a, b) => count(b) - count(a));  // first what most runs have
+    const best = bestScore(metric, higher);
+    if (variants.length > 1) {  // the first is shown at the start
+      variants.splice(count(variants[0]) === RUNS.length ? variants.length : 0, 0, BEST);
+    }
     charts.push({ title: metric, note: higher ? "higher is better" : "lower is better",
-      names: variants, of: score, higher, score: true });
+      names: variants, of: (run, name) => (name === BEST ? best(run) : score(run, name)), higher,
+      score: true });
   }
   const others = names.filter((name) => !losses.includes(name));
   if (others.length) {

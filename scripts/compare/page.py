@@ -153,7 +153,7 @@ def _options(runs):
     rows = [
         _row(
             _code(name),
-            [_value(tables.shown(run.options[name]) if run.options else None) for run in runs],
+            [_value(tables.shown(run.options.get(name)) if run.options else None) for run in runs],
         )
         for name in names
     ]

@@ -102,8 +102,14 @@ def list_records(root, listing, chosen=(), only=None):
     return {split: [row for name in n for row in read(root, name)] for split, n in found.items()}
 
 
+def _word(name):
+    """What the latents are called in a path, the last of such words; "" in that of labels."""
+    word = max((LABELS, *WORDS), key=name.rfind)
+    return word if word != LABELS else ""
+
+
 def _is_latents(root, name, listing):
-    if name.endswith(".npz") or any(word in name for word in WORDS):
+    if name.endswith(".npz") or _word(name):
         return True
     if LABELS not in name:
         listing.leave_out(f"with none of {', '.join(WORDS)} in their name", root / name)
@@ -115,7 +121,7 @@ def _of_file(root, name, there):
     path = root / name
     if name.endswith(".npz"):
         return _rows(name, *_read_npz(path), path)
-    word = next((word for word in WORDS if word in name), name)
+    word = _word(name) or name
     beside = LABELS.join(name.rsplit(word, 1))
     if word == name or beside not in there:
         place = root / (f"{LABELS}.npy" if word == name else beside)

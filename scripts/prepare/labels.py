@@ -72,8 +72,10 @@ def settle(found, where, num_classes=None, names=()):
       classes: their names, or their number; see `shards.Job`.
 
     Raises:
-      ValueError: labels of both kinds, out of range, or with holes; names the record.
+      ValueError: no records; labels of both kinds, out of range, or with holes; names the record.
     """
+    if empty := [split for split, of_split in found.items() if not of_split]:
+        raise ValueError(f"no records in the split '{empty[0]}'; --splits chooses others")
     kind, words = type(next(iter(found.values()))[0]), {int: "a number", str: "a name"}
     for split, i, label in _each(found):
         if type(label) is not kind:

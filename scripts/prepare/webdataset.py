@@ -103,6 +103,8 @@ class Index:
                 if found := self._record(path, stem, members, archive):
                     member, label = found
                     name = f"{shard}:{member.name}"
+                    if name in self._places:  # as `tar -r` leaves it
+                        raise ValueError(f"{path}:{member.name} is there twice")
                     self._places[name] = (shard, member.offset_data, member.size)
                     records.append((name, label))
         return records
