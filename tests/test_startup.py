@@ -236,9 +236,10 @@ def test_every_config_is_described_in_its_first_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     names = sorted(path.stem for path in load_config.FOLDER.glob("*.yml"))
     assert [line.split()[0] for line in lines] == names
-    for name in names:
+    for name, line in zip(names, lines, strict=True):
         first, second, *_ = (load_config.FOLDER / f"{name}.yml").read_text().splitlines()
         assert first.startswith("# ") and first.endswith("."), name
+        assert line.split(maxsplit=1)[1] == first.removeprefix("# ")
         assert len(first) < 110 and second.startswith("#"), name
 
 
