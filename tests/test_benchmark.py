@@ -136,6 +136,7 @@ def test_train_beside_the_plain_step(tmp_path, capsys):
     assert all(name in printed for name in (*results, *ours))
 
 
+@pytest.mark.slow
 def test_the_plain_step_learns_the_same():
     """Both candidates move the parameters alike, so that a comparison means something."""
     options = ["--config.training.learning_rate=1", "--config.training.warmup_steps=0"]

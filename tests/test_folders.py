@@ -61,7 +61,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path, capsys):
     save(root / "train" / "loose.png")
     folder(root, test=1)
     assert prepare(root, tmp_path / "out") == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "classes;" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "left out" in x]
     assert "3 train images; left out 5: " in line
     for words in (
         f"2 in deeper folders ({root}/train/dog/golden/im0.png)",

@@ -74,6 +74,7 @@ def test_gradients_in_bfloat16_point_the_same_way(trained, options):
         assert not np.array_equal(full[2], half[2])  # it was another precision
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
     """Two steps, and two more from their checkpoint, are the four of a run without a stop."""
     net = dit.DiT(1, 32, 1, 2, num_classes=10, dtype=jnp.bfloat16, half_residual=True)

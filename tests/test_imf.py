@@ -168,6 +168,7 @@ def test_what_does_not_fit_is_refused(words, named):
         model_of(*words)
 
 
+@pytest.mark.slow
 def test_any_size():
     """Patches of 4, three channels, and 1024 tokens as for latents of 128 x 128."""
     words = ["dataset.image_size=128", "dataset.image_channels=3", "model.patch_size=4"]
@@ -180,6 +181,7 @@ def test_any_size():
     assert np.all(np.isfinite(found.u))
 
 
+@pytest.mark.slow
 def test_half_precision_points_the_same_way_and_remat_changes_nothing():
     full = model_of()
     params, x, y = batch_of(full)
@@ -241,6 +243,7 @@ def test_eight_devices_equal_one(tmp_path, run_python):
 # A run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_a_sweep_of_guidance(tmp_path):
     """Bit-identical after a kill; every combination of guidance is a result of its own."""
     jobs = Jobs(tmp_path)

@@ -112,6 +112,7 @@ def test_the_number_of_devices_does_not_change_the_result(
         assert a["fid"] == pytest.approx(b["fid"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_cpu_devices_never_wait_for_each_other_for_ever(data_root, tmp_path, run_python):
     """In long rows of steps and of batches, of which the host asks for no result."""
     options = ["--config.training.num_steps=400", "--config.training.log_per_step=400"]
