@@ -127,7 +127,7 @@ def test_a_sweep_goes_on_with_what_is_missing(run, config, tmp_path, caplog):
     assert len(measured) == 2
     again = {(r["weights"], r["num_steps"]): r["fid"] for r in results(tmp_path)}
     assert again == {(r["weights"], r["num_steps"]): r["fid"] for r in kept}
-    (table,) = [m for m in caplog.messages if m.lstrip().startswith("weights")]
+    (table,) = [m for m in caplog.messages if m.split()[:1] == ["weights"] and " fid" in m]
     distances = [float(line.split()[-1]) for line in table.splitlines()[1:]]
     assert distances == sorted(distances) and 1.5 in distances
 
