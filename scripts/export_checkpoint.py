@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 import generator
-import resume
 import weights as weights_of
 from configs import default
+from configs.saved import flat, of_run
 from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
 from metrics import results
 from models import dit
@@ -83,7 +83,7 @@ def export_safetensors(source, folder, step=None, *, weights="ema", license="unk
 def all_options(saved):
     """All options of a run, nested: one that it does not name had its default."""
     nested = {}
-    for name, value in resume.of_run(saved).items():
+    for name, value in of_run(saved).items():
         section, _, key = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[key] = value
     return nested
@@ -91,9 +91,9 @@ def all_options(saved):
 
 def command(saved):
     """The command that trains a run with these options, without what belongs to one machine."""
-    usual = resume.flat(default.get_config())
+    usual = flat(default.get_config())
     words = ["python main.py --workdir=WORKDIR --config=configs/load_config.py:default"]
-    for name, value in resume.of_run(hugging_face.portable(all_options(saved))).items():
+    for name, value in of_run(hugging_face.portable(all_options(saved))).items():
         if value != usual[name]:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--config.{name}={shlex.quote(text)}")
