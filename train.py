@@ -85,8 +85,12 @@ class Recipe:
 
 
 def init_state(recipe, module, image_shape, key):
-    """A fresh state; the averages begin as copies of the weights. Pure, for `jit`."""
-    params = network.init_params(module, key, image_shape)
+    """A fresh state of fresh weights. Pure, for `jit`."""
+    return fresh_state(recipe, network.init_params(module, key, image_shape))
+
+
+def fresh_state(recipe, params):
+    """The state of a run that begins with these weights; the averages begin as their copies."""
     ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)

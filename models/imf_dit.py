@@ -21,6 +21,7 @@ from models import card
 from models.attention import attention
 from models.dit import (
     FREQUENCIES,
+    KERNEL_OPTIONS,
     MAX_PERIOD,
     TimeEmbedder,
     guidance_numbers,
@@ -170,8 +171,12 @@ class Block(nn.Module):
         return tuple(map(self.one, xs, tangents)), None
 
     def one(self, x, tangent):
-        x = x + self.attn_scale * self.attn(rms_norm(x, self.norm1), tangent)
-        return x + self.mlp_scale * self.mlp(rms_norm(x, self.norm2))
+        x = self.add(x, self.attn_scale, self.attn(rms_norm(x, self.norm1), tangent))
+        return self.add(x, self.mlp_scale, self.mlp(rms_norm(x, self.norm2)))
+
+    def add(self, x, scale, branch):
+        """x + scale * branch in float32, kept in the type of x."""
+        return (x.astype(jnp.float32) + scale * branch.astype(jnp.float32)).astype(x.dtype)
 
 
 class FinalLayer(nn.Module):
@@ -198,7 +203,7 @@ class ImfDiT(Network):
       aux_head_depth: blocks of each head.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       predicts_v: whether fresh parameters have a head of v.
-      dtype, unroll, remat, fused_attention: as in models/dit.py.
+      dtype, unroll, remat, fused_attention, half_residual: as in models/dit.py.
     """
 
     depth: int
@@ -212,6 +217,7 @@ class ImfDiT(Network):
     unroll: int = 1
     remat: bool = False
     fused_attention: bool | None = False
+    half_residual: bool = False
 
     conditions = tuple(CONSTANTS)
     only_for_training = ("v_blocks", "v_final_layer")
@@ -247,7 +253,8 @@ class ImfDiT(Network):
             outs = [final_layer(x[:, NUM_PREFIX:]) for x in xs]
             return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
 
-        xs = tuple(embed(*batch) for batch in batches)
+        residual = self.dtype if self.half_residual else jnp.float32
+        xs = tuple(embed(*batch).astype(residual) for batch in batches)
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
         us, vs = head("u", xs), [None] * len(xs)
         if self.predicts_v and self.is_initializing() or self.has_variable("params", "v_blocks"):
@@ -290,7 +297,7 @@ NAMES = {
 }
 NAMES["imfDiT"] = {}  # all five sizes are options
 SIZE_OPTIONS = ("depth", "hidden_size", "num_heads", "patch_size", "aux_head_depth")
-OPTIONS = (*SIZE_OPTIONS, "unroll", "remat", "fused_attention")
+OPTIONS = (*SIZE_OPTIONS, *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, **options):
@@ -315,4 +322,6 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
             f"model.aux_head_depth ({head_depth}) must be below model.depth ({depth}), which "
             "counts the blocks of the trunk and of one head"
         )
+    if options["half_residual"] is None:
+        options["half_residual"] = dtype == jnp.bfloat16
     return ImfDiT(**options, num_classes=num_classes, dtype=dtype)

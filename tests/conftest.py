@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # The tests run on one CPU device, whatever the machine and the user's settings: their golden
@@ -10,11 +11,29 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 # Tests compile much and compute little: without LLVM's optimisations they take half the time.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+flags = ["--xla_backend_optimization_level=0"]
+if version("jaxlib") < "0.11":  # later ones have lost this form of loops, which is sooner compiled
+    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """What one test has compiled, the next ones and the programs that they start find again."""
+    import jax
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

@@ -56,20 +56,13 @@ class Jobs:
     """Starts jobs in a folder of their own, on the same records.
 
     Args:
-      folder: an empty one, for the records and the runs; beside it lies a cache of compiled
-        functions, which the jobs of several tests share.
+      folder: an empty one, for the records and the runs.
     """
 
     def __init__(self, folder):
         self.folder = folder
         self.records = write_records(folder / "records")
-        self.env = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        self.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
     def command(self, workdir, options=None):
         """The command line of a job; `options` beside or instead of OPTIONS."""

@@ -49,24 +49,28 @@ def as_net(function):
     return net
 
 
+def params(module, image_shape, scale=0.1):
+    """Random parameters none of which is zero, as some of fresh ones are."""
+    shapes = network.param_shapes(module, image_shape)
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda p: scale * draw.standard_normal(p.shape, np.float32), shapes)
+
+
 def run(workdir, *words, steps=(20,)):
     """Writes a run without training, its parameters random; (config, params of the average)."""
     options = config(*PIXELS, *words)
-    module = parts.make_module(options)
-    shapes = network.param_shapes(module, parts.image_shape(options))
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: 0.2 * draw.standard_normal(leaf.shape, np.float32), shapes)
+    weights = params(parts.make_module(options), parts.image_shape(options), 0.2)
     with checkpoint.Checkpointer(workdir) as checkpointer:
         for step in steps:
             checkpointer.save(
                 step,
-                params=jax.tree.map(lambda a, step=step: a + np.float32(step / 1000), params),
-                ema_params=(params,) * len(options.training.ema_val),
+                params=jax.tree.map(lambda a, step=step: a + np.float32(step / 1000), weights),
+                ema_params=(weights,) * len(options.training.ema_val),
                 progress={"step": np.int32(step)},
                 data={},
                 config=options.to_dict(),
             )
-    return options, params
+    return options, weights
 
 
 class State(NamedTuple):

@@ -15,6 +15,8 @@ print("hits", hits.count("/jax/compilation_cache/cache_hits"))
 raise SystemExit(status)
 """
 
+NONE = {"JAX_COMPILATION_CACHE_DIR": ""}
+
 
 def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
     records = jobs.write_records(tmp_path / "records")
@@ -24,7 +26,7 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
         options = jobs.OPTIONS | looks | {"dataset.root": records, "training.num_steps": steps}
         argv = [f"--config.{name}={value}" for name, value in options.items()]
         argv += [f"--workdir={tmp_path / 'run'}", "--config=configs/load_config.py:digits"]
-        done = run_python(RUN.format(argv=argv), devices=1)
+        done = run_python(RUN.format(argv=argv), devices=1, env=NONE)
         kept = {path.name for path in (tmp_path / "run" / "compiled").glob("*-cache")}
         return int(done.stdout.split("hits")[1]), kept
 
@@ -50,6 +52,6 @@ def test_nothing_is_kept_on_a_cpu(run_python):
     code = """
 import jax, main, pathlib
 main.keep_compiled(pathlib.Path("elsewhere"))
-assert jax.config.jax_compilation_cache_dir is None
+assert not jax.config.jax_compilation_cache_dir
 """
-    run_python(code, devices=1)
+    run_python(code, devices=1, env=NONE)

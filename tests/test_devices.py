@@ -29,9 +29,7 @@ def numbers(fsdp):
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
     method = make.method(num_classes=CLASSES)
     recipe = train.Recipe(function, method, codec.Codec(), optimizer, (0.9,))
-    state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
-    # Fresh weights predict zero: all are moved, so that everything counts.
-    state = jax.device_get(state._replace(params=moved(state.params)))
+    state = jax.device_get(train.fresh_state(recipe, make.params(net, SHAPE)))
     shardings = sharding.by_parameter(mesh, state)
     state = sharding.place(state, shardings)
     rng = np.random.RandomState(0)
@@ -58,11 +56,6 @@ def numbers(fsdp):
     times = path.sample_times(2)
     images = np.concatenate(list(sampler(state.params, np.arange(20) % CLASSES, times)))
     return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
-
-
-def moved(params):
-    keys = iter(jax.random.split(jax.random.key(9), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), params)
 
 
 def flatten(tree):
@@ -109,7 +102,7 @@ def test_gradient_accumulation_changes_nothing():
     y = jax.random.randint(jax.random.key(1), (BATCH,), 0, CLASSES)
     method = make.method(num_classes=CLASSES)
     draws = method.draw(jax.random.key(2), x.shape)
-    params = moved(network.init_params(net, jax.random.key(0), SHAPE))
+    params = make.params(net, SHAPE)
 
     def gradients(count):
         parts.check_parts_of_batch(method, BATCH, count)

@@ -22,8 +22,7 @@ def test_two_batches_side_by_side_are_equal_to_the_plain_transcription(share, gu
     """With the DiT itself, also where one of the two batches is empty."""
     method = make.method(data_proportion=share, **guidance)
     net = dit.DiT(depth=2, hidden_size=16, num_heads=2, patch_size=2, num_classes=CLASSES)
-    params = network.init_params(net, jax.random.key(0), SHAPE)
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    params = make.params(net, SHAPE)
     x = jax.random.normal(jax.random.key(2), (8, *SHAPE))
     y = jnp.arange(8) % CLASSES
     draws = method.draw(jax.random.key(3), x.shape)
@@ -68,10 +67,7 @@ def test_training_with_an_attention_that_has_no_jvp(monkeypatch, share):
 
     def gradient(dtype, **options):
         net = dit.DiT(2, 16, 2, patch_size=2, num_classes=CLASSES, dtype=dtype, **options)
-        params = network.init_params(net, jax.random.key(0), SHAPE)
-        params = jax.tree.map(
-            lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), params
-        )
+        params = make.params(net, SHAPE)
         given = {"y": jnp.arange(8) % CLASSES}
         loss = lambda p: method.loss(network.function(net), p, x, given, draws, {})[0]  # noqa: E731
         grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))

@@ -36,7 +36,8 @@ def trained():
         return images[rows], {"y": labels[rows]}, draws
 
     net, recipe = make_recipe(jnp.float32)
-    state = train.init_state(recipe, net, SHAPE, jax.random.key(0))
+    init = jax.jit(lambda key: train.init_state(recipe, net, SHAPE, key))
+    state = init(jax.random.key(0))
     key = jax.random.key(0)
     step = jax.jit(lambda state, *batch: train.update(recipe, state, *batch, key))
     errors = []

@@ -12,12 +12,12 @@ import optax
 import pytest
 from jobs import Jobs, assert_equal_runs, results, wait
 from test_benchmark import count
-from test_devices import flatten, moved
+from test_devices import flatten
 from test_faults import until
 
 import parts
 import train
-from models import codec, network
+from models import codec
 from scripts.measure import plain_improved
 from utils import checkpoint, sharding
 
@@ -42,9 +42,7 @@ def model_of(*words, backbone="imfDiT", mesh=None):
 
 def batch_of(model):
     """Parameters of which none is zero, and a batch."""
-    params = jax.jit(lambda key: moved(network.init_params(model.module, key, model.image_shape)))(
-        jax.random.key(0)
-    )
+    params = make.params(model.module, model.image_shape)
     x = jax.random.normal(jax.random.key(1), (BATCH, *model.image_shape))
     return params, x, jnp.arange(BATCH) % model.num_classes
 
@@ -209,8 +207,7 @@ def numbers(fsdp):
     params, x, _ = batch_of(model)
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
     recipe = train.Recipe(model.net, model.method, codec.Codec(), optimizer, (0.9,))
-    state = train.init_state(recipe, model.module, model.image_shape, jax.random.key(0))
-    state = jax.device_get(state._replace(params=params))
+    state = jax.device_get(train.fresh_state(recipe, params))
     shardings = sharding.by_parameter(model.mesh, state)
     image = np.asarray(jnp.clip(x * 60 + 128, 0, 255), np.uint8)
     batch = {"image": image, "label": np.arange(BATCH, dtype=np.int32) % model.num_classes}

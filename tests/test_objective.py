@@ -52,7 +52,7 @@ def value_and_grad(method, x, y, draws, net=toy_net):
     return jax.value_and_grad(loss, has_aux=True)(toy_params(), x, {"y": y}, draws, {})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     batch_size=sizes,
     seed=st.integers(0, 2**16),

@@ -61,7 +61,7 @@ def build(**options):
     """The network of the json."""
     size = dict(INFO["model"])
     sizes = {name: size[name] for name in imf_dit.SIZE_OPTIONS}
-    off = dict(unroll=1, remat=False, fused_attention=False)
+    off = dict(unroll=1, remat=False, fused_attention=False, half_residual=False)
     shape = (size["input_size"], size["input_size"], size["in_channels"])
     return imf_dit.build(
         "imfDiT", image_shape=shape, num_classes=size["num_classes"], dtype=jnp.float32,
@@ -276,8 +276,7 @@ def test_trajectory(data):
         ema_vals=(info["ema_val"],),
         log_per_step=1,
     )
-    state = train.init_state(recipe, data.net, x.shape[1:], jax.random.key(0))
-    state = state._replace(params=data.params, ema_params=(data.params,))
+    state = train.fresh_state(recipe, data.params)
     step = jax.jit(functools.partial(train.update, recipe))
     for i, (x, y, draws, _, _) in enumerate(batches):
         np.testing.assert_allclose(schedule(i), data.arrays["trajectory/lr"][i], rtol=1e-6)

@@ -101,9 +101,7 @@ def test_trajectory(data):
     method = data.method(info, num_equal, size)
     net = network.function(data.net)
     recipe = train.Recipe(net, method, codec.Codec(), adam, (info["ema_val"],))
-    image_shape = batches[0][0].shape[1:]
-    state = train.init_state(recipe, data.net, image_shape, jax.random.key(0))
-    state = state._replace(params=data.params, ema_params=(data.params,))
+    state = train.fresh_state(recipe, data.params)
     key = jax.random.key(0)
     step = jax.jit(lambda state, x, y, draws: train.update(recipe, state, x, {"y": y}, draws, key))
     before = {"loss": 0.0, "v_loss": 0.0}
