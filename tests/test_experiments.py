@@ -19,7 +19,6 @@ import train
 from configs import load_config
 from models import dit, network
 from scripts import prepare_dataset
-from utils import train_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text()
@@ -334,9 +333,7 @@ def test_without_classes_the_network_is_given_the_null_label(num_classes):
     config = load("cifar10", "--config.dataset.image_size=4", "--config.model.patch_size=2", *words)
     recipe, _ = train.make_recipe(config, parts.make(config), 10)
     recipe = dataclasses.replace(recipe, net=make.as_net(net))
-    params = {"w": jnp.ones(())}
-    sums, opt_state = train_metrics.zero_sums(recipe.method.rows), recipe.optimizer.init(params)
-    state = train.TrainState(jnp.int32(0), params, (params,), opt_state, sums)
+    state = train.fresh_state(recipe, {"w": jnp.ones(())})
     image = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3)).astype(np.uint8)
     step = jax.jit(lambda batch: train.train_step(recipe, jax.random.key(1), state, batch).sums)
     first = step({"image": image, "label": np.arange(8, dtype=np.int32)})

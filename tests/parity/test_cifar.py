@@ -249,8 +249,7 @@ def test_trajectory(net):
         function, method(info), codec.Codec(), optimizer, (info["ema_decay"],),
         ema_period=info["ema_period"],
     )  # fmt: skip
-    sums = train.train_metrics.zero_sums(recipe.method.rows)
-    state = train.TrainState(jnp.int32(0), params, (params,), optimizer.init(params), sums)
+    state = train.fresh_state(recipe, params)
     step = jax.jit(functools.partial(train.update, recipe), static_argnames="key")
     total = 0.0
     for i in range(info["steps"]):
