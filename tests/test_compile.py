@@ -169,6 +169,27 @@ def test_kernels_of_a_program_are_counted_with_its_loops():
     assert table["all"]["ms"] == pytest.approx(sum(row["ms"] for row in table.values()) / 2)
 
 
+def test_convolutions_and_their_derivatives_are_products():
+    """A kernel of 3 x 3, stride 2, 64 to 128 channels, 8 images of 16 x 32: each costs as much."""
+    call = """ENTRY %main (x: f32[8,16,32,64], w: f32[128,3,3,64], y: f32[8,8,16,128]) -> f32[8] {{
+  %x = f32[8,16,32,64]{{3,2,1,0}} parameter(0)
+  %w = f32[128,3,3,64]{{3,2,1,0}} parameter(1)
+  %y = f32[8,8,16,128]{{3,2,1,0}} parameter(2)
+  ROOT %c = ({}{{3,2,1,0}}, u8[0]{{0}}) custom-call({}), window={{size=3x3 stride=2x2}}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{}"
+}}
+"""
+    kinds = [
+        ("f32[8,8,16,128]", "%x, %w", "Forward"),
+        ("f32[8,16,32,64]", "%y, %w", "BackwardInput"),
+        ("f32[128,3,3,64]", "%x, %y", "BackwardFilter"),
+    ]
+    for kind in kinds:
+        (kernel,) = program.kernels(call.format(*kind))
+        assert kernel.kind == "products"
+        assert kernel.flops == 2 * 8 * 8 * 16 * 128 * 3 * 3 * 64, kind
+
+
 def test_change_against_earlier_figures(capsys):
     before = {"train": {"needed": 2e9, "kernels": {"all": {"ms": 10.0}}, "fits": True}}
     now = {"train": {"needed": 2e9, "kernels": {"all": {"ms": 8.0}}, "fits": True}}

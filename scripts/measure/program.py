@@ -18,7 +18,8 @@ MOVES = {"copy", "transpose", "slice", "concatenate", "reshape", "convert", "pad
          "dynamic-slice", "dynamic-update-slice", "broadcast"}  # fmt: skip
 
 # Measured on one H200 (jax 0.11.2, 2026-11-26): an 8192^3 product in bfloat16, a copy of 8 GB. The
-# factors make the programs of that day come out as they ran; others may be off by a tenth.
+# factors make the programs of that day come out as they ran; others may be off by a tenth. Neither
+# convolutions nor float32 were among them.
 PRODUCTS, ATTENTION, MEMORY = 790e12, 350e12, 4.3e12  # FLOP/s, FLOP/s, bytes/s
 FACTORS = {"products": 1.12, "attention": 1.0, "copies": 1.6, "sums": 1.35, "elementwise": 1.4}
 
@@ -156,7 +157,9 @@ def shapes(text):
 
 
 def product_flops(i, defined):
-    """FLOPs of a matrix product, 0 for anything else."""
+    """FLOPs of a matrix product or a convolution, 0 for anything else."""
+    if "__cudnn$conv" in i.text:
+        return convolution_flops(i, defined)
     is_call = i.operation == "custom-call" and re.search("matmul|gemm", i.text)
     if i.operation != "dot" and not is_call:
         return 0
@@ -164,6 +167,19 @@ def product_flops(i, defined):
     left = shapes(defined[i.operands[0]].result)[0]
     summed = [int(n) for n in re.findall(r"\d+", summed.group(1))] if summed else []
     return 2 * math.prod(left[n] for n in summed) * math.prod(shapes(i.result)[0])
+
+
+def convolution_flops(i, defined):
+    """FLOPs of one of cuDNN's convolutions y = w * x, or of its derivative by x or w."""
+    arrays = [shapes(defined[name].result)[0] for name in i.operands[:2]]
+    result = shapes(i.result)[0]
+    y, w = result, arrays[1]
+    if "BackwardInput" in i.text:
+        y = arrays[0]
+    elif "BackwardFilter" in i.text:
+        y, w = arrays[1], result
+    labels = re.search(r"dim_labels=\w+->(\w+)", i.text).group(1)
+    return 2 * math.prod(y) // y[labels.index("f")] * math.prod(w)
 
 
 def fusion_bytes(inside):
