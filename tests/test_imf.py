@@ -179,6 +179,16 @@ def test_any_size():
     assert np.all(np.isfinite(found.u))
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_between_blocks_is_the_type_of_the_products(half):
+    model = model_of(f"training.half_precision={half}")
+    params, x, y = batch_of(model)
+    c = {"y": y} | dict.fromkeys(("t", "h", "omega", "t_min", "t_max"), jnp.full(BATCH, 0.5))
+    equations = jax.make_jaxpr(model.net)(params, (x, c)).eqns
+    stacks = [e.outvars[0].aval.dtype for e in equations if e.primitive.name == "scan"]
+    assert stacks == [jnp.bfloat16 if half else jnp.float32] * 3  # the trunk and two heads
+
+
 @pytest.mark.slow
 def test_half_precision_points_the_same_way_and_remat_changes_nothing():
     full = model_of()
