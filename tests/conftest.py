@@ -1,6 +1,7 @@
 """Fixtures that all tests share; runs before any test imports jax."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,6 +16,9 @@ flags = ["--xla_backend_optimization_level=0"]
 if version("jaxlib") < "0.11":  # later ones have lost this form of loops, which is sooner compiled
     flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(flags)
+# Programs inherit which signals are ignored: as in a terminal, whatever has started the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 
