@@ -120,7 +120,7 @@ def rows(file):
 
 
 def test_pictures_by_steps_and_by_guidance(drawn, tmp_path):
-    config = make.config("sampling.num_steps=1,2", name="digits_imf")
+    config = make.config("sampling.num_steps=1,2", "sampling.omega=1.5", name="digits_imf")
     found, shown = drawn(config)
     names = ["samples_by_steps", "samples_by_guidance", "samples_2step", "samples"]
     assert shown == [(7, name) for name in names]
