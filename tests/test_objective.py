@@ -256,7 +256,7 @@ def test_share_and_order_of_times(batch_size, share, seed):
     assert np.all((t == r)[dropped]) or dropped.sum() > num_equal
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch_size=st.integers(1, 200), share=st.floats(0, 1))
 def test_rows_split_and_merge(batch_size, share):
     num_equal = path.equal_count(batch_size, share)
