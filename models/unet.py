@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from models.augment import LABELS
 from models.filters import double, half
@@ -21,6 +22,7 @@ from models.network import Network, Velocity, embed_labels
 
 MAX_PERIOD = 10000.0
 HALF = np.sqrt(0.5)  # keeps the variance of a sum of two
+MASK = "dropout mask"  # its name among what a block keeps for its backward pass
 
 
 def scaled_xavier(factor):
@@ -108,6 +110,24 @@ def attention(q, k, v):
     return jnp.einsum("bnm,bmd->bnd", nn.softmax(logits).astype(v.dtype), v)
 
 
+class Dropout(nn.Module):
+    """Each activation left out with a probability, the others scaled; needs the stream "dropout".
+
+    The mask is an array of its own, which a block keeps: compilers would draw its numbers anew
+    inside of every convolution that reads the product, and take minutes for each of them.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.rate or not self.has_rng("dropout"):
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        kept = checkpoint_name(jax.lax.optimization_barrier(kept), MASK)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
 class Block(nn.Module):
     """A residual block, (B, H, W, C), (B, E) -> (B, H', W', width); float32 between blocks."""
 
@@ -123,7 +143,7 @@ class Block(nn.Module):
         self.norm0, self.norm1 = group_norm(layer.width_in), group_norm(width)
         self.conv0 = nn.Conv(**conv, kernel_init=xavier)
         self.affine = nn.Dense(width, **dense)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
         self.conv1 = nn.Conv(**conv, kernel_init=nearly_zero)
         if layer.has_skip:
             self.skip = nn.Dense(width, **dense)
@@ -137,7 +157,7 @@ class Block(nn.Module):
         resampled = {"": lambda x, _: x, "down": half, "up": double}[layer.resample]
         y = self.conv0(resampled(nn.silu(self.norm0(x)), self.taps))
         y = nn.silu(self.norm1(y + self.affine(e)[:, None, None]))
-        y = self.conv1(self.drop(y, deterministic=not self.has_rng("dropout")))
+        y = self.conv1(self.drop(y))
         if layer.has_skip:
             x = self.skip(resampled(x, self.taps))
         x = (y + x).astype(jnp.float32) * HALF
@@ -149,10 +169,11 @@ class Block(nn.Module):
         return x
 
 
-def _is_product(primitive, *_, **params):
-    """What a block keeps for its backward pass: convolutions, and products with parameters."""
+def _is_kept(primitive, *_, **params):
+    """What a block keeps for its backward pass: convolutions, products with parameters, masks."""
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or keep(primitive, *_, **params)
+    kept = primitive.name == "conv_general_dilated" or params.get("name") == MASK
+    return kept or keep(primitive, *_, **params)
 
 
 class UNet(Network):
@@ -202,7 +223,7 @@ class UNet(Network):
         e = nn.silu(self.embedding(c))  # (B, E)
         encoder, decoder = self.layers(z.shape[1])
         conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
-        block = nn.remat(Block, policy=None if self.remat else _is_product)
+        block = nn.remat(Block, policy=None if self.remat else _is_kept)
 
         def apply(layer, x):
             options = (self.dropout, self.resample_filter, self.dtype)

@@ -22,6 +22,7 @@ OPTIONS = {
     "model.depth": 1,
     "model.hidden_size": 32,
     "model.num_heads": 2,
+    "method.guidance_eq": "none",  # fewer passes to trace
     "training.batch_size": 16,
     "training.num_steps": 24,
     "training.learning_rate": 0.002,
