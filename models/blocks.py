@@ -37,8 +37,8 @@ def modulate(x, shift, scale):
 class Qkv(nn.Module):
     """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
 
-    So none of them has to be copied out of a product of all three. The parameters are those of
-    `nn.Dense(3 * D)`.
+    So none of them has to be copied out of a product of all three for the kernels of a card. A TPU
+    reads the kernel fewer times in one product. The parameters are those of `nn.Dense(3 * D)`.
     """
 
     dtype: jnp.dtype
@@ -64,12 +64,13 @@ class Attention(nn.Module):
     def __call__(self, x, tangent):
         B, N, D = x.shape
         H = self.num_heads
-        if self.dtype == jnp.float32:
-            qkv = nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-            q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, D // H), 2, 0)  # (B, N, H, d)
-            tangent = False  # plain differentiation
+        if self.fused:
+            qkv = Qkv(self.dtype, name="qkv")(x)
         else:
-            q, k, v = (a.reshape(B, N, H, D // H) for a in Qkv(self.dtype, name="qkv")(x))
+            qkv = keep(nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x))
+            qkv = jnp.split(qkv, 3, axis=-1)
+        q, k, v = (a.reshape(B, N, H, D // H) for a in qkv)
+        tangent = tangent and self.dtype != jnp.float32  # else plain differentiation
         x = attention(q, k, v, fused=self.fused, tangent=tangent)
         x = x.reshape(B, N, D)
         return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))

@@ -45,9 +45,10 @@ def lives(jobs, name, count):
     folder.mkdir()
     run, per_device = folder / "run", {"fid.device_batch_size": 16 // count}
     look = {"load_from": run, "sampling.num_images": 6, "sampling.format": "npz", **per_device}
+    quietly = {"fid.on_training": False, "training.sample_on_training": False}
     commands = [
         jobs.command(run, {"training.num_steps": 10, **per_device}),
-        jobs.command(run, per_device),
+        jobs.command(run, quietly),
         jobs.command(folder / "evaluation", {"eval_only": True, "fid.weights": "params", **look}),
         jobs.command(folder / "samples", {"sample_only": True, **look}),
     ]
@@ -107,6 +108,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
     workdir = jobs.folder / "preempted"
     # Nothing but the steps themselves can notice.
     alone = {"training.checkpoint_per_epoch": 10**6, "fid.on_training": False}
+    alone |= {"training.sample_on_training": False}
     started = jobs.start(workdir, {**ENDLESS, **alone}, count=2)
     until(lambda: "step 5/" in outputs(workdir)[0], started)
     asked = time.monotonic()
@@ -119,8 +121,8 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
     assert "Traceback" not in "".join(outputs(workdir, 2))
     # The step is by chance: without a break, one process does as many.
     same = {"training.num_steps": step + 2, "training.log_per_step": 1, **alone}
-    jobs.train(workdir, same)
-    jobs.train(jobs.folder / "unbroken", same)
+    jobs.train_here(workdir, same)
+    jobs.train_here(jobs.folder / "unbroken", same)
     pairs = [
         [line for line in metrics(jobs.folder / name) if "loss" in line]
         for name in ("preempted", "unbroken")

@@ -1,5 +1,7 @@
 """The U-Net, its augmentation and the published checkpoints, beside the golden numbers."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,29 @@ def test_dropout_is_one_mask_for_u_and_its_derivative():
     difference = (ends[0] - ends[1]) / (2 * step)
     assert np.linalg.norm(rate - difference) <= 2e-2 * np.linalg.norm(rate)
     assert np.abs(u(*point, one) - u(*point, other)).max() > 1e-2
+
+
+def names(jaxpr):
+    """The operations of a program and of all that it calls, as often as it calls them."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in equation.params.values():
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from names(getattr(value, "jaxpr", value))
+
+
+def test_a_mask_is_drawn_once():
+    """The backward pass keeps it, and a barrier keeps it apart from the convolution behind it."""
+    module = make()
+    (z, c), net = inputs(), network.function(module)
+
+    def loss(params, key):
+        return jnp.sum(net(params, (z, c), key=key)[0].u ** 2)
+
+    program = jax.make_jaxpr(jax.grad(loss))(perturbed(module), jax.random.key(1))
+    found = collections.Counter(names(program.jaxpr))
+    blocks = sum(map(len, module.layers(SHAPE[0])))
+    assert found["random_bits"] == found["optimization_barrier"] == blocks
 
 
 def test_half_precision():
