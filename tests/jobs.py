@@ -107,8 +107,8 @@ class Jobs:
         assert statuses == [0] * count, "\n".join(texts)
         return texts
 
-    def train_here(self, workdir, options=None):
-        """The same in this process, which need not start."""
+    def run_here(self, workdir, options=None):
+        """Runs a job that has to succeed in this process, which need not start."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(processes, "join", lambda *args: None)  # jax is already in use here
             assert main.main(self.command(workdir, options)[2:]) == 0

@@ -31,7 +31,7 @@ def jobs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(jobs):
     """The run to compare with."""
-    jobs.train(jobs.folder / "unbroken")
+    jobs.run_here(jobs.folder / "unbroken")
     return jobs.folder / "unbroken"
 
 
@@ -83,7 +83,7 @@ def test_the_life_of_a_run(jobs, unbroken):
 def test_killed_between_two_results_of_an_evaluation(jobs):
     options = {"fid.weights": "ema,params", "fid.num_samples": 4000, "training.num_steps": 8}
     whole, killed = jobs.folder / "evaluated", jobs.folder / "killed_in_evaluation"
-    jobs.train(whole, options)
+    jobs.run_here(whole, options)
     (process,) = jobs.start(killed, options)
     until(lambda: (killed / "results.json").exists(), process)
     process.kill()

@@ -19,22 +19,22 @@ OPTIONS = {
 
 def test_it_trains_resumes_evaluates_and_samples(tmp_path):
     runs, evaluation = jobs.Jobs(tmp_path), tmp_path / "evaluation"
-    runs.train_here(tmp_path / "whole", OPTIONS)
+    runs.run_here(tmp_path / "whole", OPTIONS)
     alone = OPTIONS | {"training.sample_on_training": False, "fid.on_training": False}
     for steps in (4, 8):
-        runs.train_here(tmp_path / "stopped", alone | {"training.num_steps": steps})
+        runs.run_here(tmp_path / "stopped", alone | {"training.num_steps": steps})
     found, expected = jobs.checkpoints(tmp_path / "stopped"), jobs.checkpoints(tmp_path / "whole")
     for key in (key for key in expected if key[0] == 8 and not isinstance(expected[key], dict)):
         np.testing.assert_array_equal(found[key], expected[key], err_msg=str(key))
     sweep = {"eval_only": True, "load_from": tmp_path / "whole", "sampling.omega": "1,300"}
-    runs.train_here(evaluation, OPTIONS | sweep)  # so few steps have learned little of the classes
+    runs.run_here(evaluation, OPTIONS | sweep)  # so few steps have learned little of the classes
     results = jobs.results(evaluation)
     assert [result["omega"] for result in results] == [1, 300]
     assert results[0]["fid"] != results[1]["fid"]
     assert {result["sampling_method"] for result in results} == {"heun"}
     assert results[0]["fid"] == pytest.approx(jobs.results(tmp_path / "whole")[-1]["fid"], rel=1e-4)
     sampled = {"sample_only": True, "sampling.num_images": 4, "sampling.omega": 2}
-    runs.train_here(tmp_path / "whole", OPTIONS | sampled)
+    runs.run_here(tmp_path / "whole", OPTIONS | sampled)
     assert len(list((tmp_path / "whole" / "samples" / "step_8").glob("*_class*.png"))) == 4
 
 

@@ -46,13 +46,17 @@ def lives(jobs, name, count):
     run, per_device = folder / "run", {"fid.device_batch_size": 16 // count}
     look = {"load_from": run, "sampling.num_images": 6, "sampling.format": "npz", **per_device}
     quietly = {"fid.on_training": False, "training.sample_on_training": False}
-    commands = [
-        jobs.command(run, {"training.num_steps": 10, **per_device}),
-        jobs.command(run, quietly),
-        jobs.command(folder / "evaluation", {"eval_only": True, "fid.weights": "params", **look}),
-        jobs.command(folder / "samples", {"sample_only": True, **look}),
+    all_jobs = [
+        (run, {"training.num_steps": 10, **per_device}),
+        (run, quietly),
+        (folder / "evaluation", {"eval_only": True, "fid.weights": "params", **look}),
+        (folder / "samples", {"sample_only": True, **look}),
     ]
-    code = json.dumps([command[2:] for command in commands])
+    if count == 1:
+        for job in all_jobs:
+            jobs.run_here(*job)
+        return folder
+    code = json.dumps([jobs.command(*job)[2:] for job in all_jobs])
     started = jobs.start(folder / "pair", count=count, words=["-c", PAIR, code])
     statuses = wait(started, 300)
     assert statuses == [0] * count, "\n".join(outputs(folder / "pair", count))
@@ -121,8 +125,8 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
     assert "Traceback" not in "".join(outputs(workdir, 2))
     # The step is by chance: without a break, one process does as many.
     same = {"training.num_steps": step + 2, "training.log_per_step": 1, **alone}
-    jobs.train_here(workdir, same)
-    jobs.train_here(jobs.folder / "unbroken", same)
+    jobs.run_here(workdir, same)
+    jobs.run_here(jobs.folder / "unbroken", same)
     pairs = [
         [line for line in metrics(jobs.folder / name) if "loss" in line]
         for name in ("preempted", "unbroken")

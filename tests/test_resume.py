@@ -324,7 +324,7 @@ def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path):
     jobs = Jobs(tmp_path)
     workdir = tmp_path / "run"
     steps_alone = {"fid.on_training": False, "training.sample_on_training": False}
-    jobs.train_here(workdir, steps_alone | {"training.num_steps": 8})
+    jobs.run_here(workdir, steps_alone | {"training.num_steps": 8})
     whole = checkpoint.restore_weights(workdir)
     assert whole["step"] == 8
     shutil.move(workdir, tmp_path / "good")
@@ -338,7 +338,7 @@ def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path):
     assert checkpoint.steps(workdir) == []
     assert all(step["step"] < 9 for step in metrics(workdir))
     skipping = {**other, "training.skip_nonfinite": True, "training.num_steps": 12}
-    jobs.train_here(workdir, skipping)
+    jobs.run_here(workdir, skipping)
     found = checkpoint.restore_weights(workdir)
     jax.tree.map(np.testing.assert_array_equal, found["params"], whole["params"])
     assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 3]

@@ -33,7 +33,7 @@ def jobs(tmp_path_factory):
 def run(jobs):
     """A run that tracked two profiles, from its beginning to its end."""
     workdir = jobs.folder / "run"
-    jobs.train_here(workdir, OPTIONS)
+    jobs.run_here(workdir, OPTIONS)
     return workdir
 
 
@@ -67,7 +67,7 @@ def test_an_interrupted_run_leaves_the_same_snapshots(jobs, run):
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= 16]
     (broken / "metrics.jsonl").write_text("".join(kept))
-    jobs.train_here(broken, OPTIONS)
+    jobs.run_here(broken, OPTIONS)
     assert_equal_runs(run, broken)
     assert checkpoint.steps(snapshots.folder(broken)) == checkpoint.steps(snapshots.folder(run))
     for step in checkpoint.steps(snapshots.folder(run)):
@@ -134,7 +134,7 @@ def test_a_sweep_goes_on_with_what_is_missing(run, config, tmp_path, caplog):
 
 def test_a_sweep_over_samplers_and_guidance(jobs, config, tmp_path):
     run, flow = jobs.folder / "flow", {"method.name": "flow", "training.learning_rate": 0.01}
-    jobs.train_here(run, OPTIONS | flow)
+    jobs.run_here(run, OPTIONS | flow)
     words = ["method.name=flow", "sampling.method=euler,heun", "sampling.omega=1,300"]
     evaluate.evaluate_job(config(f"load_from={run}", *words, "sampling.num_steps=2"), tmp_path)
     found = results(tmp_path)
