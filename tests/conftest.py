@@ -1,5 +1,6 @@
 """Fixtures that all tests share; runs before any test imports jax."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -25,6 +26,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: the collector of cycles need not search it while jax traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ import train
 from models import codec, dit, network
 from utils import checkpoint, sharding
 
-STEPS, BATCH, SHAPE = 90, 64, (8, 8, 1)
+STEPS, BATCH, SHAPE = 60, 64, (8, 8, 1)
 METHOD = make.method(num_classes=10)
 
 
