@@ -37,8 +37,9 @@ def modulate(x, shift, scale):
 class Qkv(nn.Module):
     """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
 
-    So none of them has to be copied out of a product of all three for the kernels of a card. On
-    a TPU one product moves fewer bytes (docs/speed.md). The parameters are those of `nn.Dense(3 * D)`.
+    So none of them has to be copied out of a product of all three for the kernels of a card. On a
+    TPU one product moves fewer bytes (docs/speed.md). The parameters are those of
+    `nn.Dense(3 * D)`.
     """
 
     dtype: jnp.dtype
