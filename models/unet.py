@@ -113,8 +113,8 @@ def attention(q, k, v):
 class Dropout(nn.Module):
     """Each activation left out with a probability, the others scaled; needs the stream "dropout".
 
-    The mask is an array of its own, which a block keeps: compilers would draw its numbers anew
-    inside of every convolution that reads the product, and take minutes for each of them.
+    The mask is an array of its own, which a block keeps: the compiler for TPUs would draw its
+    numbers anew inside of every convolution that reads the product, and take minutes for each.
     """
 
     rate: float
