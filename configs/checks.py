@@ -21,7 +21,7 @@ POSITIVE = (
     "model.model_channels model.channel_mult_emb model.channel_mult_noise model.num_blocks "
     "training.batch_size training.learning_rate training.grad_accum_steps training.log_per_step "
     "training.checkpoint_per_epoch training.ema_snapshot_per_epoch training.ema_period "
-    "sampling.num_images fid.device_batch_size mesh.fsdp"
+    "sampling.num_images fid.device_batch_size"
 ).split()
 
 NOT_NEGATIVE = (
@@ -30,7 +30,7 @@ NOT_NEGATIVE = (
     "training.num_steps training.warmup_steps training.warmup_epochs training.warmup_init "
     "training.weight_decay training.grad_clip training.sample_per_epoch training.fid_per_epoch "
     "training.sample_per_step training.checkpoint_per_step training.fid_per_step sampling.seed "
-    "sampling.channels"
+    "sampling.channels mesh.fsdp"
 ).split()
 
 LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**32 - 1, 3e38

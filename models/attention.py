@@ -92,6 +92,7 @@ def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
 def _block_of_tangent(q, dq, k, v, dk, dv):
     """dO of some queries: q, dq (B, n, H, d); the others (B, N, H, d)."""
     p = weights(q, k)  # (B, H, n, N)
-    ds = _scores(dq, k) + _scores(q, dk)
+    both = jnp.concatenate([dq, q], axis=-1), jnp.concatenate([k, dk], axis=-1)
+    ds = _products(*both) * q.shape[-1] ** -0.5  # of dq k' + q dk', summed in one product
     dp = p * (ds - jnp.sum(p * ds, axis=-1, keepdims=True))
     return sum(jnp.einsum("bhnm,bmhd->bnhd", a.astype(b.dtype), b) for a, b in ((dp, v), (p, dv)))

@@ -81,12 +81,13 @@ class Mlp(nn.Module):
     """(B, N, D) -> (B, N, D) through 4 D features."""
 
     dtype: jnp.dtype
+    fused: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, tangent):
         D = x.shape[-1]
         x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
-        x = nn.gelu(x, approximate=True) if self.dtype == jnp.float32 else layers.gelu(x)
+        x = nn.gelu(x) if self.dtype == jnp.float32 else layers.gelu(x, self.fused, tangent)
         return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
 
 
@@ -102,7 +103,7 @@ class Block(nn.Module):
     def setup(self):
         self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
         self.attn = Attention(self.num_heads, self.dtype, self.fused)
-        self.mlp = Mlp(self.dtype)
+        self.mlp = Mlp(self.dtype, self.fused)
 
     def __call__(self, xs, cs):
         """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
@@ -113,7 +114,7 @@ class Block(nn.Module):
         modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
-        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent)))
+        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent), tangent))
 
     def norm(self, x, shift, scale, tangent):
         if self.dtype == jnp.float32:

@@ -49,7 +49,12 @@ def memory():
 def compiler_options(mesh):
     """For `jax.jit` of a train step on the devices of a mesh."""
     if mesh.devices.flat[0].platform in ("gpu", "cuda"):
-        # XLA would leave out the rounding to bfloat16 between two operations, and so keep in
-        # float32, at twice the bytes, what is meant to be kept in bfloat16.
-        return {"xla_allow_excess_precision": False}
+        return {
+            # XLA would leave out the rounding to bfloat16 between two operations, and so keep in
+            # float32, at twice the bytes, what is meant to be kept in bfloat16.
+            "xla_allow_excess_precision": False,
+            # cuBLAS adds the bias and takes the GELU at the end of a product; Triton's products
+            # leave both to kernels of their own, and take three times as long to compile.
+            "xla_gpu_enable_triton_gemm": False,
+        }
     return {}

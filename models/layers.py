@@ -14,23 +14,55 @@ EPS = 1e-6
 _C, _CUBIC = 2 * (2 / jnp.pi) ** 0.5, 0.044715
 
 
-@jax.custom_jvp
-def gelu(x):
+def gelu(x, in_product=False, tangent=False):
     """GELU in its tanh form (arXiv 1606.08415), as x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
 
     The backward pass needs x alone.
+
+    Args:
+      in_product: write it as the compiler for NVIDIA cards knows it: at the end of the product that
+        gives x, before x is rounded (with the options of models/card.py).
+      tangent: as of `norm_modulate`.
     """
+    return (_gelu_with_tangent if tangent else _gelu)(x, in_product)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gelu(x, in_product):
+    if in_product:
+        return jax.nn.gelu(x)
     y = x.astype(jnp.float32)
-    return (y * jax.nn.sigmoid(_C * (y + _CUBIC * y**3))).astype(x.dtype)
+    return (y * _sigmoid(y)).astype(x.dtype)
 
 
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
+def _sigmoid(y):
+    return jax.nn.sigmoid(_C * (y + _CUBIC * y**3))
+
+
+def _slope(x):
+    """The derivative of GELU, float32."""
+    y = x.astype(jnp.float32)
+    s = _sigmoid(y)
+    return s + y * s * (1 - s) * _C * (1 + 3 * _CUBIC * y**2)
+
+
+@_gelu.defjvp
+def _gelu_jvp(in_product, primals, tangents):
     (x,), (dx,) = primals, tangents
-    y = x.astype(jnp.float32)
-    s = jax.nn.sigmoid(_C * (y + _CUBIC * y**3))
-    slope = s + y * s * (1 - s) * _C * (1 + 3 * _CUBIC * y**2)
-    return (y * s).astype(x.dtype), (slope * dx).astype(x.dtype)
+    return _gelu(x, in_product), (_slope(x) * dx).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gelu_with_tangent(x, in_product):
+    return _gelu(x, in_product)
+
+
+@_gelu_with_tangent.defjvp
+def _gelu_with_tangent_jvp(in_product, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    # Its slope is not that of the backward pass to XLA, which would write it in float32 for both.
+    slope = _slope(jax.lax.optimization_barrier(stop_gradient(x)))
+    return _gelu(x, in_product), (slope * stop_gradient(dx)).astype(x.dtype)
 
 
 def norm_modulate(x, shift, scale, dtype, tangent=False):
@@ -46,10 +78,10 @@ def norm_modulate(x, shift, scale, dtype, tangent=False):
 
 
 def _statistics(x):
-    """Mean and 1 / standard deviation over the last axis, float32 (B, N, 1)."""
+    """Mean and 1 / standard deviation over the last axis, float32 (B, N, 1): one reading of x."""
     x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    return mean, jax.lax.rsqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + EPS)
+    mean, square = (jnp.mean(a, axis=-1, keepdims=True) for a in (x, x * x))
+    return mean, jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPS)
 
 
 def _normalised(x, mean, rstd):
@@ -68,13 +100,19 @@ def _float32(*arrays):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _norm_modulate(x, shift, scale, dtype):
-    n = _normalised(x, *_statistics(x))
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.mean((y - mean) ** 2, axis=-1, keepdims=True) + EPS)
+    return _modulated(x, mean, rstd, shift, scale, dtype)
+
+
+def _modulated(x, mean, rstd, shift, scale, dtype):
     shift, scale = _float32(shift[:, None], scale[:, None])
-    return (n * (1 + scale) + shift).astype(dtype)
+    return (_normalised(x, mean, rstd) * (1 + scale) + shift).astype(dtype)
 
 
 def _forward(x, shift, scale, dtype):
-    return _norm_modulate(x, shift, scale, dtype), (x, shift, scale)
+    return _modulated(x, *_statistics(x), shift, scale, dtype), (x, shift, scale)
 
 
 def _backward(dtype, kept, g):

@@ -91,7 +91,7 @@ def objective(tangent, of=None):
             y = layers.norm_modulate(x, w["shift"], w["scale"], x.dtype, tangent)
             q, k, v = (jnp.tanh(y @ w[name]).reshape(SHAPE) for name in "qkv")
             y = attention.attention(q, k, v, tangent=tangent).reshape(x.shape)
-            return x + layers.gelu(y), None
+            return x + layers.gelu(y, tangent=tangent), None
 
         return jax.lax.scan(jax.checkpoint(block), x, None, length=2)[0]
 
@@ -116,7 +116,7 @@ def test_gradient_of_an_objective_with_a_tangent(monkeypatch):
         return n * (1 + scale[:, None]) + shift[:, None]
 
     monkeypatch.setattr(layers, "norm_modulate", plain)
-    monkeypatch.setattr(layers, "gelu", jax.nn.gelu)
+    monkeypatch.setattr(layers, "gelu", lambda x, tangent: jax.nn.gelu(x))
     expected, expected_grads = objective(tangent=False)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for name, expected_grad in expected_grads.items():
@@ -124,12 +124,16 @@ def test_gradient_of_an_objective_with_a_tangent(monkeypatch):
 
 
 def test_gelu_keeps_its_input_alone():
-    x = jnp.linspace(-6, 6, 101)
+    x, dx = jnp.linspace(-6, 6, 101), jnp.linspace(1, 2, 101)
     np.testing.assert_allclose(layers.gelu(x), jax.nn.gelu(x), atol=1e-6)
-    slopes = jax.vmap(jax.grad(layers.gelu))(x)
-    np.testing.assert_allclose(slopes, jax.vmap(jax.grad(jax.nn.gelu))(x), atol=6e-6)
-    half = layers.gelu(x.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16 and distance(half, jax.nn.gelu(x)) < 4e-3
+    slopes = jax.vmap(jax.grad(jax.nn.gelu))(x)
+    for options in ({}, {"in_product": True}):
+        found = jax.vmap(jax.grad(lambda x, options=options: layers.gelu(x, **options)))(x)
+        np.testing.assert_allclose(found, slopes, atol=6e-6)
+        half = layers.gelu(x.astype(jnp.bfloat16), **options)
+        assert half.dtype == jnp.bfloat16 and distance(half, jax.nn.gelu(x)) < 4e-3
+    _, tangent = jax.jvp(lambda x: layers.gelu(x, tangent=True), (x,), (dx,))
+    np.testing.assert_allclose(tangent, slopes * dx, atol=2e-5)
 
 
 def test_norm_keeps_the_types_it_was_given():

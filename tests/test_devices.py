@@ -1,5 +1,7 @@
 """One device and eight give the same numbers, however the parameters are sharded."""
 
+from types import SimpleNamespace
+
 import jax
 import make
 import numpy as np
@@ -120,7 +122,17 @@ def test_gradient_accumulation_changes_nothing():
         gradients(3)
 
 
+@pytest.mark.parametrize(
+    "platform, count, fsdp",
+    [("tpu", 16, 16), ("tpu", 256, 16), ("tpu", 12, 4), ("gpu", 8, 8), ("gpu", 1, 1), ("cpu", 8, 1)],
+)
+def test_accelerators_split_the_parameters_over_their_neighbours(platform, count, fsdp):
+    devices = [SimpleNamespace(platform=platform)] * count
+    assert sharding.best_fsdp(devices) == fsdp
+
+
 def test_devices_that_do_not_fit_are_refused():
+    assert sharding.make_mesh(0).shape == {"data": 1, "fsdp": 1}
     with pytest.raises(ValueError, match="mesh.fsdp"):
         sharding.make_mesh(2)
     mesh = sharding.make_mesh(1)

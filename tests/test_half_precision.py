@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 import resume
 import train
-from models import codec, dit, network
+from models import attention, codec, dit, network
 from utils import checkpoint, sharding
 
 STEPS, BATCH, SHAPE = 60, 64, (8, 8, 1)
@@ -72,13 +72,44 @@ def in_float32(trained):
 )
 def test_gradients_in_bfloat16_point_the_same_way(trained, in_float32, options):
     for full, half in zip(in_float32, numbers(trained, jnp.bfloat16, **options), strict=True):
-        assert abs(half[0] / full[0] - 1) < 1e-4  # the loss, nearly one by construction
-        assert abs(half[1] / full[1] - 1) < 1e-2  # the error before the adaptive weight
-        norms = np.linalg.norm(full[2]) * np.linalg.norm(half[2])
-        cosine = full[2] @ half[2] / norms
-        assert cosine >= 0.9998, cosine
-        assert abs(np.linalg.norm(half[2]) / np.linalg.norm(full[2]) - 1) < 0.01
-        assert not np.array_equal(full[2], half[2])  # it was another precision
+        check_gradients(full, half)
+
+
+def check_gradients(full, half):
+    """The `numbers` of a batch in both precisions, beside each other."""
+    assert abs(half[0] / full[0] - 1) < 1e-4  # the loss, nearly one by construction
+    assert abs(half[1] / full[1] - 1) < 1e-2  # the error before the adaptive weight
+    norms = np.linalg.norm(full[2]) * np.linalg.norm(half[2])
+    cosine = full[2] @ half[2] / norms
+    assert cosine >= 0.9998, cosine
+    assert abs(np.linalg.norm(half[2]) / np.linalg.norm(full[2]) - 1) < 0.01
+    assert not np.array_equal(full[2], half[2])  # it was another precision
+
+
+def test_gradients_as_a_card_computes_them(trained, in_float32, monkeypatch):
+    """Without a loop, and q, k, v and GELU as an NVIDIA card is to take them; but its attention."""
+    plain = attention._values
+    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
+    as_on_a_card = {"half_residual": True, "fused_attention": True, "unroll": 2}
+    found = numbers(trained, jnp.bfloat16, **as_on_a_card)
+    for full, half in zip(in_float32[:2], found, strict=False):
+        check_gradients(full, half)
+
+
+def test_nothing_stands_between_a_product_and_its_gelu_on_a_card(trained, monkeypatch):
+    """XLA knows a GELU behind a product by the operations alone; `remat` puts one more between."""
+    plain = attention._values
+    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
+    params, batches = trained
+    for unroll, found in ((1, True), (2, False)):
+        options = {"half_residual": True, "fused_attention": True, "unroll": unroll}
+        _, recipe = make_recipe(jnp.bfloat16, **options)
+
+        def gradients(*args, recipe=recipe):
+            return train.gradients(recipe, params, *args, {}, jax.random.key(0))
+
+        text = str(jax.make_jaxpr(gradients)(*batches[0]))
+        assert ("reduce_precision" in text) == found
 
 
 @pytest.mark.slow

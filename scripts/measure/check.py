@@ -15,6 +15,7 @@ import numpy as np
 import parts
 from models import attention, attention_kernel, card, network
 from scripts.measure import costs
+from utils import sharding
 
 SHAPES = ((16, 64, 12, 64), (8, 256, 16, 72), (2, 1024, 12, 64))  # (B, N, H, d): B/4, XL/2, 512 px
 TIMED = ((64, 64, 12, 64), (64, 256, 16, 72), (16, 1024, 16, 72))
@@ -130,6 +131,7 @@ def gradient(config, batch_size=64):
     given = {"y": jnp.arange(batch_size) % config.dataset.num_classes}
     method = parts.make_method(config)
     draws = method.draw(jax.random.key(2), x.shape, 0)
+    options = card.compiler_options(sharding.make_mesh(1, jax.devices()[:1]))
 
     def of(dtype):
         module = parts.make_module(config).clone(dtype=dtype, half_residual=dtype == jnp.bfloat16)
@@ -138,7 +140,8 @@ def gradient(config, batch_size=64):
         params = jax.tree.map(
             lambda p: p + 0.03 * jax.random.normal(jax.random.key(p.size), p.shape), params
         )
-        grads = jax.jit(jax.grad(lambda p: method.loss(net, p, x, given, draws, {})[0]))(params)
+        gradient = jax.grad(lambda p: method.loss(net, p, x, given, draws, {})[0])
+        grads = jax.jit(gradient, compiler_options=options)(params)
         leaves = [np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)]
         return np.concatenate(leaves)
 
