@@ -4,14 +4,35 @@ Asked only while a function is traced: by then the processes of a run have found
 asking for a device harms nobody.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 # The own kernel for the tangent of attention (models/attention_kernel.py) compiles for cards and is
 # right where it is interpreted, but has not run on one: `python -m scripts.measure check` does.
 TANGENT_KERNEL = False
-ROOMY = 100e9  # bytes of a card on which the largest networks are unrolled too
-NARROW = 24 * 1024  # blocks times width of those that are unrolled on any card
+ROOMY = 100e9  # bytes of a card on which the largest networks keep all that a block computes
+NARROW = 24 * 1024  # blocks times width of those that do so on any card
+
+_absent = None  # platform and memory of a device that is compiled for
+
+
+def compile_for(platform, memory):
+    """From here on everything is as is best for a device that is not there, of so many bytes."""
+    global _absent
+    _absent = platform, memory
+
+
+def platform():
+    """`gpu`, `tpu` or `cpu`."""
+    return _absent[0] if _absent else jax.default_backend()
+
+
+def memory():
+    """Bytes of the first device that this process may use."""
+    if _absent:
+        return _absent[1]
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def fused_attention(wanted, dtype):
@@ -21,29 +42,35 @@ def fused_attention(wanted, dtype):
       wanted: True, or None where it is left open.
     """
     if wanted is None:
-        wanted = jax.default_backend() == "gpu"
+        wanted = platform() == "gpu"
     return wanted and dtype == jnp.bfloat16
 
 
-def unroll(depth, hidden_size, differentiated):
+def unroll(depth, differentiated):
     """Blocks per iteration of the loop over them: all, or one.
 
     On a GPU the loop copies what the backward pass needs into stacks and out again, a tenth of a
-    step. Unrolled, a step takes half as much memory again and three times as long to compile.
+    step. Unrolled, a step takes twice as long to compile.
     """
-    if not differentiated or jax.default_backend() != "gpu":
-        return 1
-    return blocks_at_once(depth, hidden_size, memory())
+    return depth if differentiated and platform() == "gpu" else 1
 
 
-def blocks_at_once(depth, hidden_size, memory):
-    """The same on a GPU of so many bytes."""
-    return depth if depth * hidden_size <= NARROW or memory >= ROOMY else 1
+def remat(block, kept, depth, hidden_size, unroll):
+    """The class of a block, as `nn.scan` is to take it `depth` times.
 
+    In a loop the backward pass computes again what it does not find. Without one XLA sees that it
+    has computed it before, and keeps that: on a card of which there is enough, which is fastest,
+    the block is left as it is (what `nn.remat` marks as kept would stand between a product and the
+    GELU that a card's products can take along); where there is not, XLA is kept from it.
 
-def memory():
-    """Bytes of the first device that this process may use."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    Args:
+      kept: a policy of `jax.checkpoint`, what the backward pass is to find; None: nothing.
+    """
+    if platform() != "gpu" or unroll < depth:
+        return nn.remat(block, prevent_cse=False, policy=kept)
+    if kept and (depth * hidden_size <= NARROW or memory() >= ROOMY):
+        return block
+    return nn.remat(block, prevent_cse=True, policy=kept)
 
 
 def compiler_options(mesh):
@@ -56,5 +83,7 @@ def compiler_options(mesh):
             # cuBLAS adds the bias and takes the GELU at the end of a product; Triton's products
             # leave both to kernels of their own, and take three times as long to compile.
             "xla_gpu_enable_triton_gemm": False,
+            # Nor are the products of q, k and v made one, to be copied apart for the attention.
+            "xla_gpu_dot_merger_threshold_mb": 0,
         }
     return {}

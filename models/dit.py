@@ -173,18 +173,13 @@ class DiT(Network):
         # Only the products with parameters are kept for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, D, differentiated=jvp is not None)
+        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
         policies = jax.checkpoint_policies
         kept = policies.dots_with_no_batch_dims_saveable
         if self.dtype != jnp.float32:
             kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
-        block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept)
-        if fused and unroll == self.depth and not self.remat:
-            # Without a loop XLA keeps what it likes in any case, and `remat` marks what is kept so
-            # that a card's products do not take the GELU behind them along.
-            block = Block
         blocks = nn.scan(
-            block,
+            card.remat(Block, None if self.remat else kept, self.depth, D, unroll),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -232,15 +232,16 @@ class ImfDiT(Network):
         C = batches[0][0].shape[-1]
         p = self.patch_size
         fused = card.fused_attention(self.fused_attention, self.dtype)
-        size = (self.depth, self.hidden_size)
-        unroll = self.unroll or card.unroll(*size, differentiated=jvp is not None)
+        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
         embed = Embedding(self.hidden_size, p, self.num_classes, self.dtype, name="embedding")
         # see models/dit.py
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
         def stack(length, name):
             return nn.scan(
-                nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept),
+                card.remat(
+                    Block, None if self.remat else kept, self.depth, self.hidden_size, unroll
+                ),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=length,

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import make
 import numpy as np
 import optax
@@ -13,7 +14,7 @@ import sample
 import train
 from configs import default
 from methods import path
-from models import codec, dit, network, vae
+from models import card, codec, dit, network, vae
 from utils import sharding
 
 BATCH, SHAPE, CLASSES, STEPS = 32, (8, 8, 4), 10, 3
@@ -124,11 +125,25 @@ def test_gradient_accumulation_changes_nothing():
 
 @pytest.mark.parametrize(
     "platform, count, fsdp",
-    [("tpu", 16, 16), ("tpu", 256, 16), ("tpu", 12, 4), ("gpu", 8, 8), ("gpu", 1, 1), ("cpu", 8, 1)],
+    [
+        ("tpu", 16, 16),
+        ("tpu", 256, 16),
+        ("tpu", 12, 4),
+        ("gpu", 8, 8),
+        ("gpu", 1, 1),
+        ("cpu", 8, 1),
+    ],
 )
 def test_accelerators_split_the_parameters_over_their_neighbours(platform, count, fsdp):
     devices = [SimpleNamespace(platform=platform)] * count
     assert sharding.best_fsdp(devices) == fsdp
+
+
+def test_xla_knows_the_options_of_a_card():
+    card_mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    options = card.compiler_options(card_mesh)
+    assert options and not card.compiler_options(sharding.make_mesh(1))
+    jax.jit(jnp.sin, compiler_options=options)(1.0)  # raises where one is unknown
 
 
 def test_devices_that_do_not_fit_are_refused():

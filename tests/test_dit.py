@@ -83,20 +83,26 @@ def test_training_with_an_attention_that_has_no_jvp(monkeypatch, share):
 
 
 def test_what_is_best_for_a_card(monkeypatch):
-    """Kernels for half precision on a GPU; no loop there where the memory allows it."""
+    """Kernels for half precision on a GPU; no loop there, and all kept where the memory allows."""
+    policy = jax.checkpoint_policies.everything_saveable
     for backend, dtype in (("gpu", jnp.bfloat16), ("gpu", jnp.float32), ("tpu", jnp.bfloat16)):
         monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
         assert card.fused_attention(None, dtype) == (backend == "gpu" and dtype == jnp.bfloat16)
         assert not card.fused_attention(False, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for memory, depth, width, expected in (
-        (60e9, 12, 768, 12), (60e9, 28, 1152, 1), (110e9, 28, 1152, 28),
+    assert card.unroll(28, differentiated=True) == 28
+    assert card.unroll(28, differentiated=False) == 1
+    for memory, depth, width, kept in (
+        (60e9, 12, 768, "all"), (60e9, 28, 1152, "products"), (110e9, 28, 1152, "all"),
     ):  # fmt: skip
         monkeypatch.setattr(card, "memory", lambda memory=memory: memory)
-        assert card.unroll(depth, width, differentiated=True) == expected
-        assert card.unroll(depth, width, differentiated=False) == 1
+        found = card.remat(blocks.Block, policy, depth, width, unroll=depth)
+        assert (found is blocks.Block) == (kept == "all")
+        assert card.remat(blocks.Block, policy, depth, width, unroll=1) is not blocks.Block
+        assert card.remat(blocks.Block, None, depth, width, unroll=depth) is not blocks.Block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert card.unroll(12, 768, differentiated=True) == 1
+    assert card.unroll(12, differentiated=True) == 1
+    assert card.remat(blocks.Block, policy, 12, 768, unroll=12) is not blocks.Block
 
 
 def test_three_products_have_the_parameters_of_one():

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 import resume
 import train
-from models import attention, codec, dit, network
+from models import attention, card, codec, dit, network
 from utils import checkpoint, sharding
 
 STEPS, BATCH, SHAPE = 60, 64, (8, 8, 1)
@@ -86,24 +86,29 @@ def check_gradients(full, half):
     assert not np.array_equal(full[2], half[2])  # it was another precision
 
 
-def test_gradients_as_a_card_computes_them(trained, in_float32, monkeypatch):
-    """Without a loop, and q, k, v and GELU as an NVIDIA card is to take them; but its attention."""
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """Everything as an NVIDIA card is to take it, but for its attention: options of a network."""
     plain = attention._values
     monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
-    as_on_a_card = {"half_residual": True, "fused_attention": True, "unroll": 2}
+    monkeypatch.setattr(card, "platform", lambda: "gpu")
+    return {"half_residual": True, "fused_attention": True, "unroll": 0}
+
+
+@pytest.mark.parametrize("narrow", [card.NARROW, 0])
+def test_gradients_as_a_card_computes_them(trained, in_float32, as_on_a_card, monkeypatch, narrow):
+    """With memory for all that a block computes, and without."""
+    monkeypatch.setattr(card, "NARROW", narrow)
     found = numbers(trained, jnp.bfloat16, **as_on_a_card)
     for full, half in zip(in_float32[:2], found, strict=False):
         check_gradients(full, half)
 
 
-def test_nothing_stands_between_a_product_and_its_gelu_on_a_card(trained, monkeypatch):
+def test_nothing_stands_between_a_product_and_its_gelu_on_a_card(trained, as_on_a_card):
     """XLA knows a GELU behind a product by the operations alone; `remat` puts one more between."""
-    plain = attention._values
-    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
     params, batches = trained
-    for unroll, found in ((1, True), (2, False)):
-        options = {"half_residual": True, "fused_attention": True, "unroll": unroll}
-        _, recipe = make_recipe(jnp.bfloat16, **options)
+    for unroll, found in ((1, True), (0, False)):
+        _, recipe = make_recipe(jnp.bfloat16, **as_on_a_card | {"unroll": unroll})
 
         def gradients(*args, recipe=recipe):
             return train.gradients(recipe, params, *args, {}, jax.random.key(0))

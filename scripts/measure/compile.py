@@ -68,22 +68,6 @@ def devices_of(topology):
         ) from error
 
 
-def as_on(config, topology, chip):
-    """A config whose options that are left to the card (models/card.py) are chosen for this one."""
-    config, module = config.copy_and_resolve_references(), parts.make_module(config)
-    if not {"unroll", "fused_attention"} <= {field.name for field in dataclasses.fields(module)}:
-        return config  # a network that leaves nothing to the card
-    if not gpu_target.is_card(topology):
-        config.model.unroll = config.model.unroll or 1
-        return config
-    if config.model.fused_attention is None:
-        config.model.fused_attention = True
-    if not config.model.unroll:
-        size = module.depth, module.hidden_size
-        config.model.unroll = card.blocks_at_once(*size, chip.memory)
-    return config
-
-
 def train_step(config, model):
     """The compiled function of training and its arguments: function, shapes, FLOPs per chip."""
     mesh, key = model.mesh, jax.random.key(config.training.seed)
@@ -179,7 +163,7 @@ def run(config, args):
     if not is_gpu:
         share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
         chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
-    config = as_on(config, topology, chip)
+    card.compile_for("gpu" if is_gpu else "tpu", chip.memory)
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     model = parts.make(config, mesh)
     hosts = 1 if is_gpu else len({device.process_index for device in devices})
