@@ -11,16 +11,16 @@ import jax.numpy as jnp
 # The own kernel for the tangent of attention (models/attention_kernel.py) compiles for cards and is
 # right where it is interpreted, but has not run on one: `python -m scripts.measure check` does.
 TANGENT_KERNEL = False
-ROOMY = 100e9  # bytes of a card on which the largest networks keep all that a block computes
-NARROW = 24 * 1024  # blocks times width of those that do so on any card
+COMPUTED = 19  # what a block of DiT computes, in the size of its input
+SHARE = 0.75  # of a card's memory that this may take, in all blocks, so that all of it is kept
 
-_absent = None  # platform and memory of a device that is compiled for
+_absent = None  # platform, memory and number of devices that are compiled for
 
 
-def compile_for(platform, memory):
-    """From here on everything is as is best for a device that is not there, of so many bytes."""
+def compile_for(platform, memory, count):
+    """From here on all is as is best for so many devices of so many bytes, which are not there."""
     global _absent
-    _absent = platform, memory
+    _absent = platform, memory, count
 
 
 def platform():
@@ -33,6 +33,11 @@ def memory():
     if _absent:
         return _absent[1]
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def count():
+    """Devices of all processes."""
+    return _absent[2] if _absent else jax.device_count()
 
 
 def fused_attention(wanted, dtype):
@@ -55,20 +60,22 @@ def unroll(depth, differentiated):
     return depth if differentiated and platform() == "gpu" else 1
 
 
-def remat(block, kept, depth, hidden_size, unroll):
+def remat(block, kept, xs, depth, unroll):
     """The class of a block, as `nn.scan` is to take it `depth` times.
 
     In a loop the backward pass computes again what it does not find. Without one XLA sees that it
-    has computed it before, and keeps that: on a card of which there is enough, which is fastest,
-    the block is left as it is (what `nn.remat` marks as kept would stand between a product and the
-    GELU that a card's products can take along); where there is not, XLA is kept from it.
+    has computed it before, and keeps that. On a card with memory for it, this is fastest, and the
+    block is left as it is (what `nn.remat` marks as kept would stand between a product and the
+    GELU that a card's products can take along); without, XLA is kept from it.
 
     Args:
       kept: a policy of `jax.checkpoint`, what the backward pass is to find; None: nothing.
+      xs: the inputs of the first block, (B, N, D) each.
     """
     if platform() != "gpu" or unroll < depth:
         return nn.remat(block, prevent_cse=False, policy=kept)
-    if kept and (depth * hidden_size <= NARROW or memory() >= ROOMY):
+    computed = COMPUTED * depth * sum(x.size * x.dtype.itemsize for x in xs) / count()
+    if kept and computed <= SHARE * memory():
         return block
     return nn.remat(block, prevent_cse=True, policy=kept)
 

@@ -170,22 +170,6 @@ class DiT(Network):
         embedded = (*self.time_cond, *self.conditions)
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
-        # Only the products with parameters are kept for the backward pass; what lies between them
-        # (norms, activations, attention weights) takes more memory than time to compute again.
-        fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
-        policies = jax.checkpoint_policies
-        kept = policies.dots_with_no_batch_dims_saveable
-        if self.dtype != jnp.float32:
-            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
-        blocks = nn.scan(
-            card.remat(Block, None if self.remat else kept, self.depth, D, unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=unroll,
-        )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
         residual = self.dtype if self.half_residual else jnp.float32
 
         def embed(z, c):
@@ -198,6 +182,22 @@ class DiT(Network):
             return x.astype(residual), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
+        fused = card.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
+        # Only the products with parameters are kept for the backward pass; what lies between them
+        # (norms, activations, attention weights) takes more memory than time to compute again.
+        policies = jax.checkpoint_policies
+        kept = policies.dots_with_no_batch_dims_saveable
+        if self.dtype != jnp.float32:
+            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
+        blocks = nn.scan(
+            card.remat(Block, None if self.remat else kept, xs, self.depth, unroll),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=unroll,
+        )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
         xs, _ = blocks(xs, cs)
 
         def images(name):

@@ -237,11 +237,13 @@ class ImfDiT(Network):
         # see models/dit.py
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
+        residual = self.dtype if self.half_residual else jnp.float32
+        xs = tuple(embed(*batch).astype(residual) for batch in batches)
+        block = card.remat(Block, None if self.remat else kept, xs, self.depth, unroll)
+
         def stack(length, name):
             return nn.scan(
-                card.remat(
-                    Block, None if self.remat else kept, self.depth, self.hidden_size, unroll
-                ),
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=length,
@@ -254,8 +256,6 @@ class ImfDiT(Network):
             outs = [final_layer(x[:, NUM_PREFIX:]) for x in xs]
             return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
 
-        residual = self.dtype if self.half_residual else jnp.float32
-        xs = tuple(embed(*batch).astype(residual) for batch in batches)
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
         us, vs = head("u", xs), [None] * len(xs)
         if self.predicts_v and self.is_initializing() or self.has_variable("params", "v_blocks"):

@@ -12,5 +12,6 @@ esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(bash install.sh --dev)
-# Two processes, as most of the time goes into compiling, on one core; a file stays with one.
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# Most of the time goes into compiling, on one core, and some into waiting: one process more than
+# the two cores of the machines that this runs on. A file stays with one.
+exec "$python" -m pytest -n 3 --dist loadfile "$@"

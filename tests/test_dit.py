@@ -92,17 +92,20 @@ def test_what_is_best_for_a_card(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert card.unroll(28, differentiated=True) == 28
     assert card.unroll(28, differentiated=False) == 1
-    for memory, depth, width, kept in (
-        (60e9, 12, 768, "all"), (60e9, 28, 1152, "products"), (110e9, 28, 1152, "all"),
+    block = blocks.Block
+    for memory, width, tokens, kept in (
+        (60e9, 768, 256, "all"), (60e9, 1152, 256, "products"), (115e9, 1152, 256, "all"),
+        (115e9, 1152, 1024, "products"), (0, 768, 64, "products"),
     ):  # fmt: skip
         monkeypatch.setattr(card, "memory", lambda memory=memory: memory)
-        found = card.remat(blocks.Block, policy, depth, width, unroll=depth)
-        assert (found is blocks.Block) == (kept == "all")
-        assert card.remat(blocks.Block, policy, depth, width, unroll=1) is not blocks.Block
-        assert card.remat(blocks.Block, None, depth, width, unroll=depth) is not blocks.Block
+        xs = [jax.ShapeDtypeStruct((rows, tokens, width), jnp.bfloat16) for rows in (64, 192)]
+        depth = 12 if width == 768 else 28
+        assert (card.remat(block, policy, xs, depth, unroll=depth) is block) == (kept == "all")
+        assert card.remat(block, policy, xs, depth, unroll=1) is not block
+        assert card.remat(block, None, xs, depth, unroll=depth) is not block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert card.unroll(12, differentiated=True) == 1
-    assert card.remat(blocks.Block, policy, 12, 768, unroll=12) is not blocks.Block
+    assert card.remat(block, policy, xs, 12, unroll=12) is not block
 
 
 def test_three_products_have_the_parameters_of_one():

@@ -92,13 +92,14 @@ def as_on_a_card(monkeypatch):
     plain = attention._values
     monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
     monkeypatch.setattr(card, "platform", lambda: "gpu")
+    monkeypatch.setattr(card, "memory", lambda: 1e9)
     return {"half_residual": True, "fused_attention": True, "unroll": 0}
 
 
-@pytest.mark.parametrize("narrow", [card.NARROW, 0])
-def test_gradients_as_a_card_computes_them(trained, in_float32, as_on_a_card, monkeypatch, narrow):
+@pytest.mark.parametrize("memory", [1e9, 0])
+def test_gradients_as_a_card_computes_them(trained, in_float32, as_on_a_card, monkeypatch, memory):
     """With memory for all that a block computes, and without."""
-    monkeypatch.setattr(card, "NARROW", narrow)
+    monkeypatch.setattr(card, "memory", lambda: memory)
     found = numbers(trained, jnp.bfloat16, **as_on_a_card)
     for full, half in zip(in_float32[:2], found, strict=False):
         check_gradients(full, half)

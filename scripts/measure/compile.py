@@ -163,7 +163,7 @@ def run(config, args):
     if not is_gpu:
         share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
         chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
-    card.compile_for("gpu" if is_gpu else "tpu", chip.memory)
+    card.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     model = parts.make(config, mesh)
     hosts = 1 if is_gpu else len({device.process_index for device in devices})
