@@ -55,7 +55,7 @@ def unroll(depth, differentiated):
     """Blocks per iteration of the loop over them: all, or one.
 
     On a GPU the loop copies what the backward pass needs into stacks and out again, a tenth of a
-    step. Unrolled, a step takes twice as long to compile.
+    step. Unrolled, a step takes up to three times as long to compile.
     """
     return depth if differentiated and platform() == "gpu" else 1
 

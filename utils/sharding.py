@@ -38,9 +38,9 @@ def make_mesh(fsdp, devices=None):
 def best_fsdp(devices):
     """Devices over which to split parameters where that is left open.
 
-    All neighbours, on accelerators: what they exchange is the same (gradients summed in parts and
-    weights gathered, instead of gradients summed and copied), and each reads and keeps only its
-    part of averages and optimizer. CPU devices share one memory: 1.
+    All neighbours, on accelerators: they exchange about as much (gradients summed in parts and
+    weights gathered, instead of gradients summed for each), and each reads and keeps only its part
+    of averages and optimizer. CPU devices share one memory: 1.
     """
     return math.gcd(len(devices), NEIGHBOURS.get(devices[0].platform, 1))
 
