@@ -10,7 +10,8 @@ from scripts.measure import program
 
 TINY = (
     "--config=configs/load_config.py:digits --config.model.depth=2 --config.model.hidden_size=128 "
-    "--config.training.batch_size=32 --config.fid.device_batch_size=4"
+    "--config.training.batch_size=32 --config.fid.device_batch_size=4 "
+    "--config.method.guidance_eq=none"
 ).split()
 
 

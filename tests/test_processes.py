@@ -9,7 +9,8 @@ from jobs import Jobs, assert_equal_runs, metrics, outputs, results, wait
 
 from utils import checkpoint, processes
 
-ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1}
+STEPS_ALONE = {"fid.on_training": False, "training.sample_on_training": False}
+ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1, **STEPS_ALONE}
 
 # Runs several jobs in one set of processes, as starting them takes longest. The last arguments
 # are those that join, the first is a JSON list of the command lines.
@@ -45,10 +46,9 @@ def lives(jobs, name, count):
     folder.mkdir()
     run, per_device = folder / "run", {"fid.device_batch_size": 16 // count}
     look = {"load_from": run, "sampling.num_images": 6, "sampling.format": "npz", **per_device}
-    quietly = {"fid.on_training": False, "training.sample_on_training": False}
     all_jobs = [
         (run, {"training.num_steps": 10, **per_device}),
-        (run, quietly),
+        (run, STEPS_ALONE),
         (folder / "evaluation", {"eval_only": True, "fid.weights": "params", **look}),
         (folder / "samples", {"sample_only": True, **look}),
     ]
@@ -111,8 +111,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
     """And another number of processes goes on from there."""
     workdir = jobs.folder / "preempted"
     # Nothing but the steps themselves can notice.
-    alone = {"training.checkpoint_per_epoch": 10**6, "fid.on_training": False}
-    alone |= {"training.sample_on_training": False}
+    alone = {"training.checkpoint_per_epoch": 10**6, **STEPS_ALONE}
     started = jobs.start(workdir, {**ENDLESS, **alone}, count=2)
     until(lambda: "step 5/" in outputs(workdir)[0], started)
     asked = time.monotonic()
@@ -140,7 +139,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
 def test_a_signal_that_comes_twice_at_once_counts_once(jobs):
     """A scheduler sends it to every process, and launch.sh passes it on. Later it would kill."""
     workdir = jobs.folder / "twice"
-    started = jobs.start(workdir, {**ENDLESS, "fid.on_training": False})
+    started = jobs.start(workdir, ENDLESS)
     until(lambda: "step 5/" in outputs(workdir)[0], started)
     for _ in range(20):  # while the job saves and leaves
         started[0].terminate()

@@ -97,6 +97,8 @@ def gather(mesh):
 
     @jax.custom_vjp
     def whole(tree):
+        # Split where they are rounded too: on GPUs XLA would gather them in float32 and then round.
+        tree = jax.lax.with_sharding_constraint(tree, by_parameter(mesh, tree))
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
     def forward(tree):
