@@ -80,6 +80,7 @@ class Recipe:
     ema_sigmas: tuple[float, ...] = ()
     ema_period: int = 1
     grad_accum_steps: int = 1
+    gather: Callable = lambda params: params  # once for all passes of a step, before `net`
     skip_nonfinite: bool = False
     log_per_step: int = 100
 
@@ -102,6 +103,7 @@ def gradients(recipe, params, x, given, draws, held, key):
 
     @partial(jax.value_and_grad, argnums=0, has_aux=True)
     def loss(params, x, given, draws, key):
+        params = recipe.gather(params)
         return recipe.method.loss(partial(recipe.net, key=key), params, x, given, draws, held)
 
     count = recipe.grad_accum_steps
@@ -179,7 +181,7 @@ def update(recipe, state, x, given, draws, key):
       given: what comes with x, see `methods.path.Objective.loss`.
       key: of the network's dropout, where it has one.
     """
-    held = {"ema_params": state.ema_params[0]}
+    held = {"ema_params": recipe.gather(state.ema_params[0])}
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -217,8 +219,9 @@ def update(recipe, state, x, given, draws, key):
 def make_recipe(config, model, total_steps, steps_per_epoch=0):
     """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
     optimizer, schedule = make_optimizer(config.training, total_steps, steps_per_epoch)
+    gather = sharding.gather(model.mesh)
     recipe = Recipe(
-        net=model.net,
+        net=network.function(model.module),
         method=model.method,
         codec=model.codec,
         optimizer=optimizer,
@@ -226,6 +229,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         ema_sigmas=tuple(config.training.ema_sigma),
         ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
+        gather=lambda params: gather(model.module.cast(params)),
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
     )

@@ -1,6 +1,5 @@
 """The benchmark, and the cost of a step that it counts."""
 
-import dataclasses
 import json
 from functools import partial
 
@@ -31,7 +30,7 @@ def count(config, plain):
     """FLOPs of a step by XLA."""
     model, key = parts.make(config), jax.random.key(0)
     recipe, _ = train.make_recipe(config, model, 1)
-    recipe = dataclasses.replace(recipe, net=costs.countable(model))
+    recipe = costs.countable(recipe, model)
     step = partial(plain_step if plain else train.train_step, recipe, key)
     state = costs.state_shapes(model, recipe)
     return costs.counted_flops(step, state, costs.batch_shapes(config))

@@ -12,7 +12,6 @@ change from figures that `--json FILE` wrote. Exit status: 0 all fits, 1 it does
 options.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from jax.experimental import topologies
 
 import parts
 import train
-from models import card, network
+from models import card
 from scripts.measure import costs, gpu_target, program, stand_ins
 from utils import chips, sharding
 
@@ -76,9 +75,8 @@ def train_step(config, model):
     state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
     step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
     # Counted on this machine's CPU, so without the slice's mesh.
-    unrolled = model.module.unrolled()
-    recipe = dataclasses.replace(recipe, net=network.function(unrolled))
-    flops = costs.counted_flops(partial(train.train_step, recipe, key), state, batch)
+    counted = partial(train.train_step, costs.countable(recipe, model), key)
+    flops = costs.counted_flops(counted, state, batch)
     return step, (state, batch), flops / mesh.size
 
 

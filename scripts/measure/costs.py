@@ -1,5 +1,6 @@
 """What a train step costs: FLOPs by XLA, collectives, memory."""
 
+import dataclasses
 import json
 import os
 import re
@@ -69,9 +70,10 @@ def unrolled(model):
     return model._replace(module=module, net=net)
 
 
-def countable(model):
-    """The network of `parts.Parts` as a function for `counted_flops`."""
-    return network.function(model.module.unrolled())
+def countable(recipe, model):
+    """A recipe for `counted_flops`: its network without loops, its parameters where they are."""
+    net = network.function(model.module.unrolled())
+    return dataclasses.replace(recipe, net=net, gather=train.Recipe.gather)
 
 
 # Compiled programs ----------------------------------------------------------------------------

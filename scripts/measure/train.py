@@ -1,6 +1,5 @@
 """Speed, FLOPs and memory of the train step, with made-up data."""
 
-import dataclasses
 import tempfile
 import time
 from functools import partial
@@ -30,7 +29,7 @@ def plain_step(recipe, key, state, batch):
     draws = recipe.method.draw(key_draw, x.shape, state.step)
 
     def of_params(params):
-        return plain.loss(recipe.net, params, x, given["y"], draws, recipe.method)
+        return plain.loss(recipe.net, recipe.gather(params), x, given["y"], draws, recipe.method)
 
     grads, _ = jax.grad(of_params, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
@@ -60,7 +59,7 @@ class Candidate:
         self.shardings = sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh)
         self.flops = None
         if count:
-            counted = dataclasses.replace(self.recipe, net=costs.countable(model))
+            counted = costs.countable(self.recipe, model)
             step = plain_step if is_plain else train.train_step
             self.flops = costs.counted_flops(partial(step, counted, key), *shapes)
         if is_plain:
