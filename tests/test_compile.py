@@ -97,9 +97,9 @@ def test_the_step_of_b4_on_a_card_stays_as_small_as_it_is(run_python, tmp_path):
     options = ["--topology=h200", "--steps", "train"]
     run_python([*command, *options, f"--json={file}"], devices=1, timeout=900)
     found = json.loads(file.read_text())["train"]
-    assert found["needed"] < 6.8e9
+    assert found["needed"] < 8.5e9  # 8.1e9, 2,130 and 74.8 measured
     kernels = found["kernels"]["all"]
-    assert kernels["kernels"] < 2500 and kernels["GB"] < 95
+    assert kernels["kernels"] < 2300 and kernels["GB"] < 78
     assert 12.5 < kernels["TFLOP"] < 13.2
 
 
