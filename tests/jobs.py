@@ -38,6 +38,7 @@ OPTIONS = {
     "fid.num_samples": 32,
     "fid.device_batch_size": 4,
 }
+STEPS_ALONE = {"fid.on_training": False, "training.sample_on_training": False}
 TIMINGS = ("images_per_second",)
 
 

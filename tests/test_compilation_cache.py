@@ -20,10 +20,11 @@ NONE = {"JAX_COMPILATION_CACHE_DIR": ""}
 
 def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
     records = jobs.write_records(tmp_path / "records")
-    looks = {"training.sample_on_training": False, "fid.on_training": False}
 
     def run(steps):
-        options = jobs.OPTIONS | looks | {"dataset.root": records, "training.num_steps": steps}
+        options = (
+            jobs.OPTIONS | jobs.STEPS_ALONE | {"dataset.root": records, "training.num_steps": steps}
+        )
         argv = [f"--config.{name}={value}" for name, value in options.items()]
         argv += [f"--workdir={tmp_path / 'run'}", "--config=configs/load_config.py:digits"]
         done = run_python(RUN.format(argv=argv), devices=1, env=NONE)

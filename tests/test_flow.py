@@ -20,7 +20,7 @@ OPTIONS = {
 def test_it_trains_resumes_evaluates_and_samples(tmp_path):
     runs, evaluation = jobs.Jobs(tmp_path), tmp_path / "evaluation"
     runs.run_here(tmp_path / "whole", OPTIONS)
-    alone = OPTIONS | {"training.sample_on_training": False, "fid.on_training": False}
+    alone = OPTIONS | jobs.STEPS_ALONE
     for steps in (4, 8):
         runs.run_here(tmp_path / "stopped", alone | {"training.num_steps": steps})
     found, expected = jobs.checkpoints(tmp_path / "stopped"), jobs.checkpoints(tmp_path / "whole")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, write_records
+from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, STEPS_ALONE, write_records
 
 import main
 from metrics import provenance, reference, results
@@ -51,8 +51,7 @@ def trained(tmp_path_factory):
         **OPTIONS,
         "dataset.root": write_records(folder / "records"),
         "training.num_steps": 2,
-        "training.sample_on_training": False,
-        "fid.on_training": False,
+        **STEPS_ALONE,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "join", lambda *args: None)  # jax is already in use here
@@ -263,8 +262,7 @@ def test_records_that_are_not_finite_are_named(tmp_path, monkeypatch, capsys):
         "dataset.num_classes": 1,
         "training.batch_size": RECORDS,
         "training.log_per_step": 1,
-        "training.sample_on_training": False,
-        "fid.on_training": False,
+        **STEPS_ALONE,
     }
     assert run(tmp_path / "run", options) == 1
     line = capsys.readouterr().err

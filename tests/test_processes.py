@@ -5,11 +5,10 @@ import time
 
 import numpy as np
 import pytest
-from jobs import Jobs, assert_equal_runs, metrics, outputs, results, wait
+from jobs import STEPS_ALONE, Jobs, assert_equal_runs, metrics, outputs, results, wait
 
 from utils import checkpoint, processes
 
-STEPS_ALONE = {"fid.on_training": False, "training.sample_on_training": False}
 ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1, **STEPS_ALONE}
 
 # Runs several jobs in one set of processes, as starting them takes longest. The last arguments

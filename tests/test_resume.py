@@ -11,7 +11,7 @@ import make
 import numpy as np
 import optax
 import pytest
-from jobs import Jobs, metrics
+from jobs import STEPS_ALONE, Jobs, metrics
 
 import parts
 import resume
@@ -323,12 +323,11 @@ def test_the_decays_are_those_of_the_run(workdir):
 def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path):
     jobs = Jobs(tmp_path)
     workdir = tmp_path / "run"
-    steps_alone = {"fid.on_training": False, "training.sample_on_training": False}
-    jobs.run_here(workdir, steps_alone | {"training.num_steps": 8})
+    jobs.run_here(workdir, STEPS_ALONE | {"training.num_steps": 8})
     whole = checkpoint.restore_weights(workdir)
     assert whole["step"] == 8
     shutil.move(workdir, tmp_path / "good")
-    other = steps_alone | {"training.learning_rate": 1e30, "load_from": tmp_path / "good"}
+    other = STEPS_ALONE | {"training.learning_rate": 1e30, "load_from": tmp_path / "good"}
     statuses, (text,) = jobs.run(workdir, other)
     assert statuses == [1]
     assert "Traceback" not in text

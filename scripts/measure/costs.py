@@ -15,7 +15,6 @@ import parts
 import train
 from configs import load_config
 from models import network
-from utils import sharding
 
 
 def config_without_data(argv):
@@ -61,13 +60,6 @@ def counted_flops(step, state, batch):
     with jax.default_device(cpu):
         counted = jax.jit(step).lower(state, batch).cost_analysis()
     return counted["flops"] if counted else None
-
-
-def unrolled(model):
-    """`parts.Parts` with the blocks written one after the other instead of in a loop."""
-    module = model.module.unrolled()
-    net = network.function(module, sharding.gather(model.mesh))
-    return model._replace(module=module, net=net)
 
 
 def countable(recipe, model):

@@ -51,7 +51,7 @@ class Candidate:
             config.update({"training": {"half_precision": False}, "model": {"remat": False}})
         model = parts.make(config, mesh)
         if is_plain:
-            model = costs.unrolled(model)
+            model = model._replace(module=model.module.unrolled())  # of which the recipe is made
         self.model, self.batch_size = model, config.training.batch_size
         self.recipe, _ = train.make_recipe(config, model, 1)
         shapes = costs.state_shapes(model, self.recipe), costs.batch_shapes(config)
