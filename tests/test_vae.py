@@ -251,6 +251,31 @@ def test_flax_msgpack_and_1x1_convolutions_hold_the_same_weights(golden, autoenc
             np.testing.assert_array_equal(params[name], array, err_msg=name)
 
 
+def test_doubled_is_the_convolution_of_repeated_pixels():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 3, 6)), rng.normal(size=(3, 3, 6, 4))
+    bias = rng.normal(size=4)
+    repeated = np.pad(x.repeat(2, axis=1).repeat(2, axis=2), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(repeated, (3, 3), axis=(1, 2))
+    expected = np.einsum("bijchw,hwcd->bijd", windows, kernel) + bias
+    ours = vae.doubled(x, np.float32(kernel), np.float32(bias), jnp.float32)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    half = vae.doubled(x, np.float32(kernel), np.float32(bias), jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half, expected, rtol=0.02, atol=0.2)
+
+
+def test_the_decoder_repeats_no_pixels(autoencoders, io, monkeypatch):
+    """Its layers that upsample are known by the name of their class, which a release may change."""
+    ours, plain, sides = autoencoders[STYLES[0]], vae.doubled, []
+    monkeypatch.setattr(
+        vae, "doubled", lambda x, *rest: sides.append(x.shape[1]) or plain(x, *rest)
+    )
+    jax.eval_shape(lambda x: ours.decode(ours.params, x), io["latents"])
+    side = io["latents"].shape[1]
+    assert sides == [side * 2**i for i in range(int(np.log2(ours.downscale)))] != []
+
+
 def test_pixels_need_no_weights():
     ours = vae.load("none")
     x = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 1)).astype(np.float32)
