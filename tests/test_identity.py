@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from jobs import CLASSES, OPTIONS, RECORDS, SHAPE, STEPS_ALONE, write_records
+from jobs import ALONE, CLASSES, OPTIONS, RECORDS, SHAPE, STEPS_ALONE, write_records
 
 import main
 from metrics import provenance, reference, results
@@ -40,7 +40,8 @@ def records_of(root, change=0, per_shard=RECORDS):
 def run(workdir, options, config="digits"):
     """A job in this process; its exit status."""
     words = [f"--config.{name}={value}" for name, value in options.items()]
-    return main.main([f"--workdir={workdir}", f"--config=configs/load_config.py:{config}", *words])
+    config = f"--config=configs/load_config.py:{config}"
+    return main.main([f"--workdir={workdir}", config, *words, ALONE])
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,8 @@ def trained(tmp_path_factory):
         "training.num_steps": 2,
         **STEPS_ALONE,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "join", lambda *args: None)  # jax is already in use here
-        assert run(folder / "run", options) == 0
-        yield folder / "run", options
+    assert run(folder / "run", options) == 0
+    return folder / "run", options
 
 
 # Records and runs -------------------------------------------------------------------------------
@@ -249,7 +248,6 @@ def test_a_result_says_what_its_reference_is(tmp_path, caplog):
 
 
 def test_records_that_are_not_finite_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "join", lambda *args: None)
     moments = np.random.RandomState(0).rand(RECORDS, 4, 4, 8).astype(np.float32)
     moments[[3, 30], 0, 0, 0] = np.nan
     path = dataset.shard_path(tmp_path, "train", 0, 1)

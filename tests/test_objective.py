@@ -52,7 +52,7 @@ def value_and_grad(method, x, y, draws, net=toy_net):
     return jax.value_and_grad(loss, has_aux=True)(toy_params(), x, {"y": y}, draws, {})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     batch_size=sizes,
     seed=st.integers(0, 2**16),
@@ -72,15 +72,14 @@ def value_and_grad(method, x, y, draws, net=toy_net):
     ),
 )
 def test_equal_to_the_plain_transcription(batch_size, seed, method):
-    x, y, draws = toy_batch(batch_size, method, seed)
+    @jax.jit
+    def both(seed):
+        x, y, draws = toy_batch(batch_size, method, seed)
+        oracle = partial(plain.loss, make.as_net(toy_net))
+        oracle = jax.value_and_grad(oracle, has_aux=True)
+        return oracle(toy_params(), x, y, draws, method), value_and_grad(method, x, y, draws)
 
-    def oracle(params):
-        return plain.loss(make.as_net(toy_net), params, x, y, draws, method)
-
-    (expected, (error, v_loss)), expected_grads = jax.value_and_grad(oracle, has_aux=True)(
-        toy_params()
-    )
-    (found, rows), grads = value_and_grad(method, x, y, draws)
+    ((expected, (error, v_loss)), expected_grads), ((found, rows), grads) = both(seed)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(rows["error"], error, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(rows["v_loss"], v_loss, rtol=1e-5)
@@ -243,7 +242,7 @@ def test_gaussian_data_is_learned_and_a_wrong_tangent_does_not():
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch_size=st.sampled_from([1, 7, 64, 256]), share=shares, seed=st.integers(0, 999))
+@given(batch_size=st.sampled_from([1, 7, 64]), share=shares, seed=st.integers(0, 999))
 def test_share_and_order_of_times(batch_size, share, seed):
     method = make.method(data_proportion=share)
     t, r, noise, drop = method.draw(jax.random.key(seed), (batch_size, 1, 1, 1))
@@ -257,7 +256,7 @@ def test_share_and_order_of_times(batch_size, share, seed):
     assert np.all((t == r)[dropped]) or dropped.sum() > num_equal
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(batch_size=st.integers(1, 200), share=st.floats(0, 1))
 def test_rows_split_and_merge(batch_size, share):
     num_equal = path.equal_count(batch_size, share)

@@ -99,6 +99,7 @@ def test_loss_and_gradients(case):
         assert sha256(*parts) == expected["gradient_sha256"]
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_digits(digits, tmp_path):
     words = [f"dataset.root={digits}", "training.num_steps=20", "training.log_per_step=5"]
     config = make.config(*words, "training.sample_on_training=false", name="digits")

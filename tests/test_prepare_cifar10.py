@@ -8,11 +8,12 @@ import pickle
 import cifar_writer
 import numpy as np
 import pytest
+from jobs import ALONE
 
 import main
 from scripts import prepare_dataset
 from scripts.prepare import cifar10
-from utils import dataset, processes
+from utils import dataset
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +147,10 @@ def test_from_an_archive_to_a_result(tmp_path, data, monkeypatch):
     archive = write("bin", tmp_path, data)
     assert prepare(archive, tmp_path / "cifar10", "--check=False") == 0
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    monkeypatch.setattr(processes, "join", lambda *args: None)
 
     def job(workdir, *options):
         argv = [f"--workdir={tmp_path / workdir}", "--config=configs/load_config.py:cifar10_unet"]
-        assert main.main([*argv, *TINY, *options]) == 0
+        assert main.main([*argv, *TINY, *options, ALONE]) == 0
 
     job("run", "--config.training.num_steps=9")
     job("run", "--config.training.num_steps=20")

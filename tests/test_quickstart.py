@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from jobs import ALONE
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -12,7 +13,6 @@ import main
 from metrics import distances, reference
 from metrics import results as stored
 from scripts import evaluate_images, prepare_dataset
-from utils import processes
 
 TINY = [
     "--config.model.depth=1",
@@ -29,7 +29,8 @@ EVAL = ["--config.eval_only", "--config.fid.weights=ema,params", "--config.sampl
 
 
 def arguments(workdir, *options):
-    return [f"--workdir={workdir}", "--config=configs/load_config.py:digits", *TINY, *options]
+    config = "--config=configs/load_config.py:digits"
+    return [f"--workdir={workdir}", config, *TINY, *options, ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,6 @@ def data_root(tmp_path_factory):
     assert prepare_dataset.main(["digits", "--output", str(root / "digits")]) in (0, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_ROOT", str(root))
-        # These jobs share the process of the tests, where jax is already in use.
-        patch.setattr(processes, "join", lambda *args: None)
         yield root
 
 
@@ -100,7 +99,7 @@ def test_evaluation_gives_a_table(evaluated, finished):
     assert evaluated[0]["checkpoint_step"] == 30
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_the_number_of_devices_does_not_change_the_result(
     finished, evaluated, tmp_path, run_python, devices
 ):
