@@ -269,11 +269,7 @@ def sampling(config, model, weights, workdir):
 
 def shown(value):
     """The value of an option, as it is written on the command line."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "empty"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value) or "empty"
+    return load_config.written(value) or "empty"
 
 
 def count(number):

@@ -121,6 +121,15 @@ def options(config, prefix=""):
     return flat
 
 
+def written(value):
+    """The value of an option as it stands on the command line."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(written, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
 # YAML files ------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians, `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2)`.
 
     FID on pool features, sFID on spatial ones. The trace of the root is the sum of the singular
-    values of `S1^1/2 S2^1/2`, with symmetric roots: unlike the root of the product `S1 S2` it is
+    values of `R1^T R2`, where `R R^T = S`: unlike the root of the product `S1 S2` it is
     real, and it stays exact where a covariance is singular (fewer samples than dimensions).
     Arithmetic in float64; `mu` (D,), `sigma` (D, D). Raises ValueError if the shapes differ.
     """
@@ -109,7 +109,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def _root(sigma):
-    """A matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance."""
+    """A matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance.
+
+    Cholesky's, with the largest variance that is left first: a tenth of the time of eigenvectors.
+    Those where it is not exact, as rounding has made a singular covariance an indefinite one.
+    """
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(np.asarray_chkfinite(sigma), lower=1)
+    root = np.zeros((len(sigma), rank))
+    root[order - 1] = np.tril(factor)[:, :rank]
+    if np.abs(root @ root.T - sigma).max(initial=0) <= 1e-13 * np.abs(sigma).max(initial=0):
+        return root
     values, vectors = scipy.linalg.eigh(sigma)
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])

@@ -23,7 +23,7 @@ import numpy as np
 
 import generator
 import weights as weights_of
-from configs import default
+from configs import default, load_config
 from configs.saved import flat, of_run
 from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
 from metrics import results
@@ -95,8 +95,7 @@ def command(saved):
     words = ["python main.py --workdir=WORKDIR --config=configs/load_config.py:default"]
     for name, value in of_run(hugging_face.portable(all_options(saved))).items():
         if value != usual[name]:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words.append(f"--config.{name}={shlex.quote(text)}")
+            words.append(f"--config.{name}={shlex.quote(load_config.written(value))}")
     return " \\\n  ".join(words)
 
 

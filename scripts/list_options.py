@@ -45,12 +45,8 @@ def table(title, options, defaults):
     """The options of a section as a Markdown table."""
     lines = [f"\n## {title}\n", "| option | default | meaning |", "|---|---|---|"]
     for path, comment in options.items():
-        value = defaults[path]
-        if isinstance(value, tuple):
-            value = ",".join(map(str, value))
-        elif value is None or isinstance(value, bool):
-            value = {None: "null", True: "true", False: "false"}[value]
-        shown = "empty" if value == "" else f"`{value}`"
+        value = load_config.written(defaults[path])
+        shown = f"`{value}`" if value else "empty"
         text = comment.replace("|", "\\|")
         lines.append(f"| `{path}` | {shown} | {text} |")
     return "\n".join(lines) + "\n"

@@ -13,5 +13,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(bash install.sh --dev)
 # Most of the time goes into compiling, on one core, and some into waiting: one process more than
-# the two cores of the machines that this runs on. A file stays with one.
-exec "$python" -m pytest -n 3 --dist loadfile "$@"
+# the two cores of the machines that this runs on. A file stays with one; those of few tests, which
+# take longest, are not left for the end.
+exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

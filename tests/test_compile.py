@@ -48,6 +48,7 @@ def test_gradients_and_shards_are_exchanged(results):
     assert 5e6 < sum(size for _, size in exchanged.values()) < 2e7
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(run_python):
     options = ["--config.training.batch_size=524288", "--steps", "train"]
     done = compile_for(run_python, "v5e:2x2", *options, check=False)

@@ -249,6 +249,15 @@ def test_overrides_on_the_command_line(write, words, path, value):
     assert found == value and type(found) is type(value)
 
 
+def test_options_as_they_are_written_are_read_again(write):
+    write("")
+    expected = load_config.options(load_config.from_command_line([FLAG])[0])
+    words = [f"--config.{path}={load_config.written(value)}" for path, value in expected.items()]
+    found = load_config.options(load_config.from_command_line([FLAG, *words])[0])
+    assert found == expected
+    assert load_config.written((1, 0.5)) == "1,0.5" and load_config.written([True]) == "true"
+
+
 @pytest.mark.parametrize(
     "word, line",
     [

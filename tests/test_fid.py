@@ -76,6 +76,18 @@ def test_the_distance_agrees_with_the_root_of_the_product():
     )
 
 
+def test_a_covariance_that_rounding_made_indefinite():
+    """Directions without variance, whose entries are what float32 leaves of zero."""
+    sigma = np.diag([1.0, 1e-12, 1e-12])
+    sigma[1, 2] = sigma[2, 1] = 1e-7
+    mean = np.zeros(3)
+    expected = np.trace(sigma) + 3 - 2 * (1 + 1e-7**0.5)
+    found = distances.frechet_distance(mean, sigma, mean, np.eye(3))
+    assert found == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="infs or NaNs"):
+        distances.frechet_distance(mean, sigma * np.nan, mean, np.eye(3))
+
+
 def test_moments_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="cannot be compared"):
         distances.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))

@@ -196,12 +196,12 @@ def test_the_test_command_passes_its_arguments_on(repository):
     assert repository.installed() == [
         "-r requirements.txt jax",
         "-r requirements-dev.txt",
-        "-m|pytest|-n|3|--dist|loadfile|-k|a or b|",
+        "-m|pytest|-n|3|--dist|loadfile|--no-loadscope-reorder|-k|a or b|",
     ]
     assert repository.run(".ci/run", "-x").returncode == 0
     assert repository.installed()[3:] == [
         "-m ruff check .",
         "-m ruff format --check .",
-        "-m|pytest|-n|3|--dist|loadfile|-x|",
+        "-m|pytest|-n|3|--dist|loadfile|--no-loadscope-reorder|-x|",
     ]
     assert repository.run("scripts/test.sh", PIP_STATUS="4").returncode == 4

@@ -76,9 +76,8 @@ def on_devices(config, args, count):
     """Images per second of the whole on `count` CPU devices."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
-            f"--config.{path}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-            for path, v in load_config.options(config).items()
-            if v is not None
+            f"--config.{path}={load_config.written(value)}"
+            for path, value in load_config.options(config).items()
         ]
         done = subprocess.run(
             [sys.executable, "-m", "scripts.measure", "evaluation", f"--json={folder}/results",
