@@ -85,6 +85,7 @@ def test_the_result_says_what_it_depends_on(result, golden, reference):
     assert result["fid"] > 0 and result["sfid"] > 0 and result["inception_score"] >= 1
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_same_number(result, command, tmp_path, run_python):
     argv = ["main.py", f"--workdir={tmp_path}", *command, "--config.fid.device_batch_size=3"]
     run_python(argv, devices=2, timeout=600)

@@ -239,6 +239,7 @@ np.savez(r"{folder}/8.npz", **test_imf.numbers(fsdp=8))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path, run_python):
     run_python(CODE.format(folder=tmp_path), devices=8)
     one, eight = numbers(fsdp=1), np.load(tmp_path / "8.npz")

@@ -67,6 +67,7 @@ def test_golden_features(folder, params, extract):
         )
 
 
+@pytest.mark.slow
 def test_the_plain_port_agrees(params, weights, maker, extract):
     images = maker.random_images(5, 2, 64)
     plain = plain_inception.pool_features(plain_inception.variables(weights), images)

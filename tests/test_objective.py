@@ -1,5 +1,6 @@
 """The objective against a plain transcription of the equations, and against mathematics."""
 
+import functools
 import itertools
 from functools import partial
 
@@ -40,6 +41,7 @@ def toy_net(params, z, t, h, y):
     return (jnp.tanh(x + params["y"][y]) @ params["out"]).reshape(z.shape)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def toy_batch(batch_size, method, seed):
     key_x, key_y, key = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(key_x, (batch_size, *SHAPE))
@@ -49,7 +51,7 @@ def toy_batch(batch_size, method, seed):
 
 def value_and_grad(method, x, y, draws, net=toy_net):
     loss = partial(method.loss, make.as_net(net))
-    return jax.value_and_grad(loss, has_aux=True)(toy_params(), x, {"y": y}, draws, {})
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(toy_params(), x, {"y": y}, draws, {})
 
 
 @settings(max_examples=8, deadline=None)
@@ -83,7 +85,7 @@ def test_equal_to_the_plain_transcription(batch_size, seed, method):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(rows["error"], error, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(rows["v_loss"], v_loss, rtol=1e-5)
-    scale = optax.tree.norm(expected_grads)
+    scale = jax.jit(optax.tree.norm)(expected_grads)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * scale + 1e-7)
 
@@ -241,11 +243,16 @@ def test_gaussian_data_is_learned_and_a_wrong_tangent_does_not():
 # Draws ----------------------------------------------------------------------------------------
 
 
+@functools.cache
+def draw_of(batch_size, share):
+    method = make.method(data_proportion=share)
+    return jax.jit(lambda seed: method.draw(jax.random.key(seed), (batch_size, 1, 1, 1)))
+
+
 @settings(max_examples=40, deadline=None)
 @given(batch_size=st.sampled_from([1, 7, 64]), share=shares, seed=st.integers(0, 999))
 def test_share_and_order_of_times(batch_size, share, seed):
-    method = make.method(data_proportion=share)
-    t, r, noise, drop = method.draw(jax.random.key(seed), (batch_size, 1, 1, 1))
+    t, r, noise, drop = jax.device_get(draw_of(batch_size, share)(seed))
     num_equal = int(batch_size * share)
     assert np.sum(t == r) == num_equal
     assert np.all(r <= t) and np.all(r >= 0) and np.all(t <= 1)

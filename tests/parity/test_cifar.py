@@ -138,11 +138,12 @@ def test_objective(net, name, equal_rows):
     objective = dataclasses.replace(
         objective, P_mean=0.0, P_std=1.0, P_mean_r=None, P_std_r=None, tr_sampler="v0"
     )
-    (value, rows), grads = compiled_loss(function, objective)(params, x, given, draws)
+    found = compiled_loss(function, objective)(params, x, given, draws)
+    (value, rows), grads = jax.device_get(found)
     np.testing.assert_allclose(value, a["loss"], rtol=1e-5)
     for key in ("error", "v_loss"):
         np.testing.assert_allclose(rows[key], a[key][order], rtol=1e-5, err_msg=key)
-    norm = float(optax.tree.norm(grads))
+    norm = float(jax.jit(optax.tree.norm)(grads))
     np.testing.assert_allclose(norm, case["grad_norm"], rtol=1e-4)
     grads = published_cifar.to_published(grads)
     for key, found in grads.items():
@@ -257,7 +258,7 @@ def test_trajectory(net):
         loss = float(state.sums["loss"]) - total
         total += loss
         np.testing.assert_allclose(loss, ARRAYS["trajectory/loss"][i], rtol=1e-4, err_msg=str(i))
-    start = below("params/")
+    start, state = below("params/"), jax.device_get(state)
     for tree, kind in ((state.params, "final_params"), (state.ema_params[0], "final_ema")):
         found = published_cifar.to_published(tree)
         for key, wanted in below(f"trajectory/{kind}/").items():
