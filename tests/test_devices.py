@@ -74,6 +74,23 @@ np.savez(r"{path}", **test_devices.numbers(fsdp={fsdp}))
 """
 
 
+@pytest.mark.parametrize(
+    "shape, fsdp, axis",
+    [
+        ((12, 768, 4608), 16, 1),
+        ((3, 3, 256, 512), 16, 2),
+        ((1001, 768), 16, 1),  # 1001 rows cannot be divided
+        ((12, 3072), 4, 1),  # biases of 12 blocks, not a kernel of 12 rows
+        ((12, 768), 16, None),  # small
+        ((12, 768, 4608), 1, None),
+    ],
+)
+def test_kernels_are_split_by_rows(shape, fsdp, axis):
+    mesh = jax.sharding.AbstractMesh((2, fsdp), ("data", "fsdp"))
+    spec = sharding.by_parameter(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)).spec
+    assert [i for i, name in enumerate(spec) if name] == ([] if axis is None else [axis])
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return numbers(fsdp=1)

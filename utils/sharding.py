@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SMALLEST_SHARDED = 2**14  # elements; below, a copy costs less than gathering the shards
+SUBLANES = 8  # rows of a tile in a TPU's memory
 NEIGHBOURS = {"tpu": 16, "gpu": 8, "cuda": 8}  # devices that are quick to exchange, by platform
 
 
@@ -67,8 +68,9 @@ def by_row(mesh):
 def by_parameter(mesh, shapes):
     """Shardings for a tree of parameters (or of anything shaped like them: averages, optimizer).
 
-    Each array is split over `fsdp` along its longest axis that can be divided; small ones are
-    copied.
+    A kernel is split over `fsdp` along the axis before its last: gathered, it then lies in memory as
+    products take it, where parts of rows would have to be copied into their place. Other arrays are
+    split along their longest axis that can be divided; small ones are copied.
 
     Args:
       shapes: a tree of arrays or `ShapeDtypeStruct`.
@@ -79,9 +81,11 @@ def by_parameter(mesh, shapes):
         axes = [axis for axis, size in enumerate(x.shape) if size % fsdp == 0]
         if fsdp == 1 or not axes or np.prod(x.shape) < SMALLEST_SHARDED:
             return replicated(mesh)
-        longest = max(axes, key=lambda axis: x.shape[axis])
+        split = len(x.shape) - 2
+        if split < 0 or x.shape[split] % (SUBLANES * fsdp):
+            split = max(axes, key=lambda axis: x.shape[axis])
         spec = [None] * len(x.shape)
-        spec[longest] = "fsdp"
+        spec[split] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(sharding, shapes)
