@@ -5,6 +5,7 @@ of their own (models/attention.py, models/layers.py): the tangent of a batch tha
 `jax.jvp` is not differentiated any further.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -37,21 +38,34 @@ def modulate(x, shift, scale):
 class Qkv(nn.Module):
     """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
 
-    So none of them has to be copied out of a product of all three for the kernels of a card. On a
-    TPU one product moves fewer bytes (docs/speed.md). The parameters are those of
-    `nn.Dense(3 * D)`.
+    The parameters are those of `nn.Dense(3 * D)`.
     """
 
     dtype: jnp.dtype
+    kernel_init: Callable = xavier
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
-        kernel = self.param("kernel", xavier, (D, 3 * D)).astype(self.dtype)
-        bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (D, 3 * D)).astype(self.dtype)
         x = x.astype(self.dtype)
-        kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-        return [keep(x @ w + b) for w, b in zip(kernels, biases, strict=True)]
+        products = [x @ part for part in jnp.split(kernel, 3, axis=1)]
+        if self.use_bias:
+            bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
+            products = [y + b for y, b in zip(products, jnp.split(bias, 3), strict=True)]
+        return list(map(keep, products))
+
+
+def qkv(x, fused, **dense):
+    """x (B, N, D) -> q, k, v, each (B, N, D), by the parameters of a `nn.Dense(**dense)` named qkv.
+
+    Three products for the kernels of a card, so that none of them has to be copied out of a product
+    of all three for these; one elsewhere, which on a TPU moves fewer bytes (docs/speed.md).
+    """
+    if fused:
+        return Qkv(**dense, name="qkv")(x)
+    return jnp.split(keep(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
 
 
 class Attention(nn.Module):
@@ -65,12 +79,8 @@ class Attention(nn.Module):
     def __call__(self, x, tangent):
         B, N, D = x.shape
         H = self.num_heads
-        if self.fused:
-            qkv = Qkv(self.dtype, name="qkv")(x)
-        else:
-            qkv = keep(nn.Dense(3 * D, kernel_init=xavier, dtype=self.dtype, name="qkv")(x))
-            qkv = jnp.split(qkv, 3, axis=-1)
-        q, k, v = (a.reshape(B, N, H, D // H) for a in qkv)
+        parts = qkv(x, self.fused, kernel_init=xavier, dtype=self.dtype)
+        q, k, v = (a.reshape(B, N, H, D // H) for a in parts)
         tangent = tangent and self.dtype != jnp.float32  # else plain differentiation
         x = attention(q, k, v, fused=self.fused, tangent=tangent)
         x = x.reshape(B, N, D)

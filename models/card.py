@@ -60,8 +60,8 @@ def unroll(depth, differentiated):
     return depth if differentiated and platform() == "gpu" else 1
 
 
-def remat(block, kept, xs, depth, unroll):
-    """The class of a block, as `nn.scan` is to take it `depth` times.
+def remat(block, kept, xs, depth, loop):
+    """The class of a block, as `nn.scan` is to take it.
 
     In a loop the backward pass computes again what it does not find. Without one XLA sees that it
     has computed it before, and keeps that. On a card with memory for it, this is fastest, and the
@@ -71,8 +71,10 @@ def remat(block, kept, xs, depth, unroll):
     Args:
       kept: a policy of `jax.checkpoint`, what the backward pass is to find; None: nothing.
       xs: the inputs of the first block, (B, N, D) each.
+      depth: blocks of the network in all.
+      loop: whether they are looped over.
     """
-    if platform() != "gpu" or unroll < depth:
+    if platform() != "gpu" or loop:
         return nn.remat(block, prevent_cse=False, policy=kept)
     computed = COMPUTED * depth * sum(x.size * x.dtype.itemsize for x in xs) / count()
     if kept and computed <= SHARE * memory():

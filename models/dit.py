@@ -191,7 +191,7 @@ class DiT(Network):
         if self.dtype != jnp.float32:
             kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
         blocks = nn.scan(
-            card.remat(Block, None if self.remat else kept, xs, self.depth, unroll),
+            card.remat(Block, None if self.remat else kept, xs, self.depth, unroll < self.depth),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -4,12 +4,11 @@ The label, the guidance scale omega, its interval [t_min, t_max] and h = t - r a
 front of the patches; positions are turned into the queries and keys (RoPE, arXiv 2104.09864), norms
 are RMS (1910.07467), MLPs are gated (SwiGLU, 2002.05202). A trunk of blocks feeds two stacks of
 `aux_head_depth` blocks: one gives the average velocity u, the other the instantaneous velocity v,
-which only training needs. Images are NHWC. Builds on models/network.py; what it shares with the
-Diffusion Transformer stands in models/dit.py.
+which only training needs. Images are NHWC. The blocks of each of the three stacks are one scanned
+module, see models/dit.py.
 
-The blocks of each of the three stacks are one scanned module, see models/dit.py.
-Builds on models/attention.py
-and models/card.py.
+What it shares with the Diffusion Transformer stands in models/dit.py and models/blocks.py. Builds
+on models/network.py, models/attention.py, models/card.py and models/layers.py.
 """
 
 import flax.linen as nn
@@ -17,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import card
+from models import card, layers
 from models.attention import attention
+from models.blocks import qkv
 from models.dit import (
     FREQUENCIES,
     KERNEL_OPTIONS,
@@ -44,10 +44,16 @@ def scaled_normal(gain=1.0):
     return nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
-def rms_norm(x, scale):
-    """x / sqrt(mean of x^2 over the features) * scale, in float32."""
+def rms_norm(x, scale, apart=False):
+    """x / sqrt(mean of x^2 over the features) * scale, in float32.
+
+    Args:
+      apart: the mean is in memory before it is used, so that what follows reads x again instead of
+        a float32 product that XLA would write beside the mean.
+    """
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    rstd = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x * (jax.lax.optimization_barrier(rstd) if apart else rstd) * scale
 
 
 def rotate(x):
@@ -105,7 +111,7 @@ class Embedding(nn.Module):
         }
         prefix = [self.tokens[name] + vectors[name][:, None] for name in PREFIX]
         patches = self.x_embedder(patchify(z, self.patch_size)).astype(jnp.float32)
-        return jnp.concatenate([*prefix, patches], axis=1)
+        return layers.lying_in_order(jnp.concatenate([*prefix, patches], axis=1))
 
 
 class Attention(nn.Module):
@@ -120,10 +126,9 @@ class Attention(nn.Module):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
-        qkv = nn.Dense(3 * D, **dense, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, H, d), 2, 0)  # (B, N, H, d)
-        q = rotate(rms_norm(q, self.param("q_norm", ones, (d,)))).astype(self.dtype)
-        k = rotate(rms_norm(k, self.param("k_norm", ones, (d,)))).astype(self.dtype)
+        q, k, v = (a.reshape(B, N, H, d) for a in qkv(x, self.fused, **dense))
+        q = rotate(rms_norm(q, self.param("q_norm", ones, (d,)), apart=True)).astype(self.dtype)
+        k = rotate(rms_norm(k, self.param("k_norm", ones, (d,)), apart=True)).astype(self.dtype)
         # In float32 plain differentiation, see models/attention.py.
         tangent = tangent and self.dtype != jnp.float32
         x = attention(q, k, v, fused=self.fused, tangent=tangent)
@@ -234,12 +239,13 @@ class ImfDiT(Network):
         fused = card.fused_attention(self.fused_attention, self.dtype)
         unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
         embed = Embedding(self.hidden_size, p, self.num_classes, self.dtype, name="embedding")
-        # see models/dit.py
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-
         residual = self.dtype if self.half_residual else jnp.float32
         xs = tuple(embed(*batch).astype(residual) for batch in batches)
-        block = card.remat(Block, None if self.remat else kept, xs, self.depth, unroll)
+        fresh = self.predicts_v and self.is_initializing()
+        both = fresh or self.has_variable("params", "v_blocks")
+        in_all = self.depth + both * self.aux_head_depth
+        policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        block = card.remat(Block, policy, xs, in_all, unroll < self.depth)
 
         def stack(length, name):
             return nn.scan(
@@ -257,9 +263,8 @@ class ImfDiT(Network):
             return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
 
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
-        us, vs = head("u", xs), [None] * len(xs)
-        if self.predicts_v and self.is_initializing() or self.has_variable("params", "v_blocks"):
-            vs = head("v", xs)
+        us = head("u", xs)
+        vs = head("v", xs) if both else [None] * len(xs)
         return tuple(map(Velocity, us, vs))
 
     def serving(self, conditions, v):

@@ -8,6 +8,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import stop_gradient
 
 EPS = 1e-6
@@ -145,3 +147,14 @@ def _jvp(dtype, primals, tangents):
     d_n = _through_norm(n, rstd, d_x)
     d_y = d_n * (1 + scale[:, None].astype(jnp.float32)) + n * d_scale[:, None] + d_shift[:, None]
     return value, d_y.astype(dtype)
+
+
+def lying_in_order(x):
+    """x; its gradient lies in memory in the order of the axes, the last one innermost.
+
+    XLA lays an array out as its users would have it. A sum over the batch alone (as for the
+    gradient of learned tokens) would have the batch innermost, which turns the residual stream and
+    all gradients through the blocks, with copies before each product.
+    """
+    in_order = Layout(range(x.ndim))
+    return linear_call(lambda _, x: x, lambda _, g: with_layout_constraint(g, in_order), (), x)

@@ -100,19 +100,20 @@ def test_what_is_best_for_a_card(monkeypatch):
         monkeypatch.setattr(card, "memory", lambda memory=memory: memory)
         xs = [jax.ShapeDtypeStruct((rows, tokens, width), jnp.bfloat16) for rows in (64, 192)]
         depth = 12 if width == 768 else 28
-        assert (card.remat(block, policy, xs, depth, unroll=depth) is block) == (kept == "all")
-        assert card.remat(block, policy, xs, depth, unroll=1) is not block
-        assert card.remat(block, None, xs, depth, unroll=depth) is not block
+        assert (card.remat(block, policy, xs, depth, loop=False) is block) == (kept == "all")
+        assert card.remat(block, policy, xs, depth, loop=True) is not block
+        assert card.remat(block, None, xs, depth, loop=False) is not block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert card.unroll(12, differentiated=True) == 1
-    assert card.remat(block, policy, xs, 12, unroll=12) is not block
+    assert card.remat(block, policy, xs, 12, loop=False) is not block
 
 
-def test_three_products_have_the_parameters_of_one():
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_three_products_have_the_parameters_of_one(use_bias):
     """q, k and v by parts of one kernel: the same weights, from the same key, and numbers."""
     x = jax.random.normal(jax.random.key(0), (2, 4, 16))
-    dense = nn.Dense(48, kernel_init=blocks.xavier, name="qkv")
-    expected, params = dense.init_with_output(jax.random.key(1), x)
-    found, same = blocks.Qkv(jnp.float32, name="qkv").init_with_output(jax.random.key(1), x)
+    options = dict(dtype=jnp.float32, kernel_init=blocks.xavier, use_bias=use_bias, name="qkv")
+    expected, params = nn.Dense(48, **options).init_with_output(jax.random.key(1), x)
+    found, same = blocks.Qkv(**options).init_with_output(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, same)
     np.testing.assert_allclose(jnp.concatenate(found, axis=-1), expected, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from test_faults import until
 
 import parts
 import train
-from models import codec
+from models import card, codec, network
 from scripts.measure import plain_improved
 from utils import checkpoint, sharding
 
@@ -133,6 +133,31 @@ def test_v_is_there_where_the_parameters_hold_it():
     (alone,) = net(less, (x, c))
     assert len(less) < len(params) and alone.v is None and both.v.shape == both.u.shape
     np.testing.assert_allclose(alone.u, both.u, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("v, count", [(True, 3), (False, 2)])
+def test_all_blocks_are_counted_where_memory_is(v, count, monkeypatch):
+    """The card decides what to keep by the blocks that are crossed: those of v's head too."""
+    counted = []
+    monkeypatch.setattr(
+        card, "remat", lambda block, *arguments: counted.append(arguments[2]) or block
+    )
+    model = model_of()
+    module = model.module.clone(predicts_v=v)
+    network.param_shapes(module, model.image_shape)
+    assert set(counted) == {count}
+
+
+def test_the_gradient_of_the_tokens_turns_no_array():
+    """Its sum over the batch alone would have XLA lay out the whole backward pass by it."""
+    model = model_of()
+    params, x, y = batch_of(model)
+
+    def total(params):
+        c = {"t": jnp.ones(BATCH), "h": jnp.ones(BATCH), "y": y}
+        return model.module.apply({"params": params}, x, c).u.sum()
+
+    assert jax.jit(jax.grad(total)).lower(params).as_text().count("LayoutConstraint") == 1
 
 
 def test_imf_dit_serves_mean_flow():

@@ -68,9 +68,9 @@ def by_row(mesh):
 def by_parameter(mesh, shapes):
     """Shardings for a tree of parameters (or of anything shaped like them: averages, optimizer).
 
-    A kernel is split over `fsdp` along the axis before its last: gathered, it then lies in memory as
-    products take it, where parts of rows would have to be copied into their place. Other arrays are
-    split along their longest axis that can be divided; small ones are copied.
+    A kernel is split over `fsdp` along the axis before its last: gathered, it then lies in memory
+    as products take it, where parts of rows would have to be copied into their place. Other arrays
+    are split along their longest axis that can be divided; small ones are copied.
 
     Args:
       shapes: a tree of arrays or `ShapeDtypeStruct`.
