@@ -148,8 +148,10 @@ def test_all_blocks_are_counted_where_memory_is(v, count, monkeypatch):
     assert set(counted) == {count}
 
 
-def test_the_gradient_of_the_tokens_turns_no_array():
-    """Its sum over the batch alone would have XLA lay out the whole backward pass by it."""
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_gradient_of_the_tokens_turns_no_array(platform, monkeypatch):
+    """On a card its sum over the batch alone would have XLA lay out the whole backward pass."""
+    monkeypatch.setattr(card, "platform", lambda: platform)
     model = model_of()
     params, x, y = batch_of(model)
 
@@ -157,7 +159,8 @@ def test_the_gradient_of_the_tokens_turns_no_array():
         c = {"t": jnp.ones(BATCH), "h": jnp.ones(BATCH), "y": y}
         return model.module.apply({"params": params}, x, c).u.sum()
 
-    assert jax.jit(jax.grad(total)).lower(params).as_text().count("LayoutConstraint") == 1
+    text = jax.jit(jax.grad(total)).lower(params).as_text()
+    assert text.count("LayoutConstraint") == (platform == "gpu")
 
 
 def test_imf_dit_serves_mean_flow():
