@@ -80,6 +80,7 @@ def test_the_life_of_a_run(jobs, unbroken):
     assert_equal_runs(unbroken, workdir)
 
 
+@pytest.mark.slow
 def test_killed_between_two_results_of_an_evaluation(jobs):
     options = {"fid.weights": "ema,params", "fid.num_samples": 4000, "training.num_steps": 8}
     whole, killed = jobs.folder / "evaluated", jobs.folder / "killed_in_evaluation"

@@ -17,15 +17,9 @@ OPTIONS = {
 }
 
 
-def test_it_trains_resumes_evaluates_and_samples(tmp_path):
+def test_it_trains_evaluates_and_samples(tmp_path):
     runs, evaluation = jobs.Jobs(tmp_path), tmp_path / "evaluation"
     runs.run_here(tmp_path / "whole", OPTIONS)
-    alone = OPTIONS | jobs.STEPS_ALONE
-    for steps in (4, 8):
-        runs.run_here(tmp_path / "stopped", alone | {"training.num_steps": steps})
-    found, expected = jobs.checkpoints(tmp_path / "stopped"), jobs.checkpoints(tmp_path / "whole")
-    for key in (key for key in expected if key[0] == 8 and not isinstance(expected[key], dict)):
-        np.testing.assert_array_equal(found[key], expected[key], err_msg=str(key))
     sweep = {"eval_only": True, "load_from": tmp_path / "whole", "sampling.omega": "1,300"}
     runs.run_here(evaluation, OPTIONS | sweep)  # so few steps have learned little of the classes
     results = jobs.results(evaluation)

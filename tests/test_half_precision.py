@@ -68,7 +68,12 @@ def in_float32(trained):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"half_residual": True}, {"half_residual": True, "remat": True}]
+    "options",
+    [
+        {"half_residual": True},
+        pytest.param({"half_residual": False}, marks=pytest.mark.slow),
+        pytest.param({"half_residual": True, "remat": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_in_bfloat16_point_the_same_way(trained, in_float32, options):
     for full, half in zip(in_float32, numbers(trained, jnp.bfloat16, **options), strict=True):
