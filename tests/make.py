@@ -8,7 +8,7 @@ import numpy as np
 
 import parts
 from configs import default, load_config
-from models import network
+from models import attention, card, network
 from utils import checkpoint
 
 PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
@@ -54,6 +54,15 @@ def params(module, image_shape, scale=0.1):
     shapes = network.param_shapes(module, image_shape)
     draw = np.random.default_rng(0)
     return jax.tree.map(lambda p: scale * draw.standard_normal(p.shape, np.float32), shapes)
+
+
+def as_on_a_card(monkeypatch):
+    """From here on all is as a card takes it, but for its attention: options of a network."""
+    plain = attention._values
+    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
+    monkeypatch.setattr(card, "platform", lambda: "gpu")
+    monkeypatch.setattr(card, "memory", lambda: 1e9)
+    return {"half_residual": True, "fused_attention": True, "unroll": 0}
 
 
 def run(workdir, *words, steps=(20,)):

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 import resume
 import train
-from models import attention, card, codec, dit, network
+from models import codec, dit, network
 from utils import checkpoint, sharding
 
 STEPS, BATCH, SHAPE = 60, 64, (8, 8, 1)
@@ -93,12 +93,7 @@ def check_gradients(full, half):
 
 @pytest.fixture
 def as_on_a_card(monkeypatch):
-    """Everything as an NVIDIA card is to take it, but for its attention: options of a network."""
-    plain = attention._values
-    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
-    monkeypatch.setattr(card, "platform", lambda: "gpu")
-    monkeypatch.setattr(card, "memory", lambda: 1e9)
-    return {"half_residual": True, "fused_attention": True, "unroll": 0}
+    return make.as_on_a_card(monkeypatch)
 
 
 def test_gradients_as_a_card_computes_them(trained, in_float32, as_on_a_card):

@@ -217,19 +217,35 @@ def test_between_blocks_is_the_type_of_the_products(half):
     assert stacks == [jnp.bfloat16 if half else jnp.float32] * 3  # the trunk and two heads
 
 
-@pytest.mark.slow
-def test_half_precision_points_the_same_way_and_remat_changes_nothing():
+@pytest.fixture(scope="module")
+def gradient():
+    """The gradient of a model, or of other options of its network, on one batch."""
     full = model_of()
     params, x, y = batch_of(full)
     draws = full.method.draw(jax.random.key(2), x.shape, 0)
 
-    def gradient(model):
+    def of(model, **options):
+        net = network.function(model.module.clone(**options))
+
         def loss(params):
-            return model.method.loss(model.net, params, x, {"y": y}, draws, {})[0]
+            return model.method.loss(net, params, x, {"y": y}, draws, {})[0]
 
         return flatten(jax.jit(jax.grad(loss))(params))
 
-    a = gradient(full)
+    return of
+
+
+def test_the_gradient_as_a_card_computes_it(gradient, monkeypatch):
+    half = model_of("training.half_precision=true")
+    a = gradient(half)
+    b = gradient(half, **make.as_on_a_card(monkeypatch))
+    assert 0.9999 < a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert not np.array_equal(a, b)  # it was another way
+
+
+@pytest.mark.slow
+def test_half_precision_points_the_same_way_and_remat_changes_nothing(gradient):
+    a = gradient(model_of())
     b = gradient(model_of("model.remat=true"))
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
     b = gradient(model_of("training.half_precision=true"))
