@@ -32,6 +32,17 @@ def test_it_trains_evaluates_and_samples(tmp_path):
     assert len(list((tmp_path / "whole" / "samples" / "step_8").glob("*_class*.png"))) == 4
 
 
+@pytest.mark.slow
+def test_it_goes_on_bit_for_bit(tmp_path):
+    runs, alone = jobs.Jobs(tmp_path), OPTIONS | jobs.STEPS_ALONE
+    runs.run_here(tmp_path / "whole", OPTIONS)
+    for steps in (4, 8):
+        runs.run_here(tmp_path / "stopped", alone | {"training.num_steps": steps})
+    found, expected = jobs.checkpoints(tmp_path / "stopped"), jobs.checkpoints(tmp_path / "whole")
+    for key in (key for key in expected if key[0] == 8 and not isinstance(expected[key], dict)):
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=str(key))
+
+
 def exact(params, z, t, h, y):
     """The velocity of x ~ N(label, 0.5^2)."""
     mean, t = y[:, None, None, None], path.by_row(t)

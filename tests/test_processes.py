@@ -40,13 +40,14 @@ def jobs(tmp_path_factory):
 
 
 def lives(jobs, name, count):
-    """Trains, evaluates and samples, in `count` processes."""
+    """Trains, trains to the end after a break, evaluates and samples, in `count` processes."""
     folder = jobs.folder / name
     folder.mkdir()
     run, per_device = folder / "run", {"fid.device_batch_size": 16 // count}
     look = {"load_from": run, "sampling.num_images": 6, "sampling.format": "npz", **per_device}
     all_jobs = [
-        (run, per_device),
+        (run, {"training.num_steps": 10, **per_device}),
+        (run, STEPS_ALONE),
         (folder / "evaluation", {"eval_only": True, "fid.weights": "params", **look}),
         (folder / "samples", {"sample_only": True, **look}),
     ]
