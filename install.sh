@@ -94,8 +94,11 @@ install_packages() {
   say "installing $what into $environment; this takes some minutes"
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2 ||
     fail "$environment has no pip"
-  "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2 ||
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check "$@" >&2 ||
     fail "pip could not install $what (its message is above)"
+  # pip would compile one file after the other; this takes all cores.
+  "$python" -m compileall -qq -j 0 "$("$python" -c \
+    'import sysconfig; print(sysconfig.get_path("purelib"))')" >&2 || true
   echo "$stamp" >"$file"
 }
 

@@ -23,6 +23,7 @@ case "$*" in
     sleep "${{PIP_SECONDS:-0}}"
     echo "$*" >>"$CALLS"
     exit "${{PIP_STATUS:-0}}" ;;
+  "-m compileall -qq -j 0 /"*) echo compileall >>"$CALLS.compiled" ;;
   *ensurepip*) exit "${{ENSUREPIP_STATUS:-0}}" ;;
   --version) echo Python 3.11.0 ;;
   *) exec {sys.executable} "$@" ;;

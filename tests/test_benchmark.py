@@ -120,6 +120,7 @@ def test_forward_passes(options, passes):
     assert make.method(**options).passes(16) == passes
 
 
+@pytest.mark.slow
 def test_train_beside_the_plain_step(tmp_path, capsys):
     file = tmp_path / "results.json"
     few = ["--steps=1", "--rounds=2", "--warmup=1", f"--json={file}"]

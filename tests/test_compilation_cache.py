@@ -1,6 +1,7 @@
 """A run that is started again does not compile its step again."""
 
 import jobs
+import pytest
 
 RUN = """
 import jax
@@ -18,6 +19,7 @@ raise SystemExit(status)
 NONE = {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
     records = jobs.write_records(tmp_path / "records")
 

@@ -305,10 +305,17 @@ SMALL = """
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["dataset.num_classes=10", "method.guidance_eq=cfg", "training.sample_on_training=false"],
+        pytest.param([], id="none"),
+        pytest.param(
+            [
+                "dataset.num_classes=10",
+                "method.guidance_eq=cfg",
+                "training.sample_on_training=false",
+            ],
+            id="classes",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["none", "classes"],
 )
 def test_cifar10_trains(cifar10, monkeypatch, tmp_path, words):
     monkeypatch.setenv("DATA_ROOT", str(cifar10))

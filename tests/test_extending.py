@@ -53,7 +53,7 @@ def chosen(convnet, difference, monkeypatch):
         monkeypatch.setattr(parts, name, names[name])
 
 
-@pytest.mark.parametrize("method", ["meanflow", "difference"])
+@pytest.mark.parametrize("method", [pytest.param("meanflow", marks=pytest.mark.slow), "difference"])
 def test_a_backbone_trains_and_samples(chosen, tmp_path, method):
     root, workdir = tmp_path / "records", tmp_path / "workdir"
     root.mkdir(), workdir.mkdir()

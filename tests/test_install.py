@@ -62,6 +62,9 @@ def test_the_second_installation_does_nothing(repository):
     assert time.monotonic() - start < 10
     assert (done.returncode, done.err) == (0, "")
     assert len(repository.installed()) == 2
+    # What pip leaves uncompiled is compiled, once for each call of it.
+    compiled = repository.calls.with_suffix(".compiled").read_text()
+    assert compiled.split() == ["compileall"] * 2
     # Without an accelerator of its own a machine is content with any jax, but not the reverse.
     repository.run("install.sh", JAX_KIND="cuda13")
     repository.run("install.sh")

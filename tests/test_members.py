@@ -197,6 +197,7 @@ def config_of(records, name="digits", **options):
     return make.config(*(f"{k}={v}" for k, v in options.items()), name=name)
 
 
+@pytest.mark.slow
 def test_resuming_in_the_middle_of_the_schedule_changes_no_bit(records, tmp_path):
     """24 steps at once, and the last ones again from a checkpoint; on either side a phase ends."""
     options = {"method.name": "alphaflow", "method.alpha_end": 24, "fid.on_training": False}

@@ -10,6 +10,7 @@ from jobs import STEPS_ALONE, Jobs, assert_equal_runs, metrics, outputs, results
 from utils import checkpoint, processes
 
 ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1, **STEPS_ALONE}
+UNSAVED = {"training.checkpoint_per_epoch": 10**6, **STEPS_ALONE}  # steps alone notice a signal
 
 # Runs several jobs in one set of processes, as starting them takes longest. The last arguments
 # are those that join, the first is a JSON list of the command lines.
@@ -106,24 +107,32 @@ def until(condition, started, timeout=120):
         time.sleep(0.05)
 
 
-def test_sigterm_to_one_stops_all_at_the_same_step(jobs):
-    """And another number of processes goes on from there."""
+@pytest.fixture(scope="module")
+def preempted(jobs):
+    """A run of two processes that stopped since one of them was asked to."""
     workdir = jobs.folder / "preempted"
-    # Nothing but the steps themselves can notice.
-    alone = {"training.checkpoint_per_epoch": 10**6, **STEPS_ALONE}
-    started = jobs.start(workdir, {**ENDLESS, **alone}, count=2)
+    started = jobs.start(workdir, {**ENDLESS, **UNSAVED}, count=2)
     until(lambda: "step 5/" in outputs(workdir)[0], started)
     asked = time.monotonic()
     started[1].terminate()
     assert wait(started) == [processes.RESTART] * 2, outputs(workdir, 2)
     assert time.monotonic() - asked < 30
-    step = checkpoint.steps(workdir)[-1]
-    logged = [line["step"] for line in metrics(workdir) if "loss" in line]
+    return workdir
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(preempted):
+    step = checkpoint.steps(preempted)[-1]
+    logged = [line["step"] for line in metrics(preempted) if "loss" in line]
     assert logged == list(range(1, step + 1))
-    assert "Traceback" not in "".join(outputs(workdir, 2))
+    assert "Traceback" not in "".join(outputs(preempted, 2))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(jobs, preempted):
     # The step is by chance: without a break, one process does as many.
-    same = {"training.num_steps": step + 2, "training.log_per_step": 1, **alone}
-    jobs.run_here(workdir, same)
+    steps = checkpoint.steps(preempted)[-1] + 2
+    same = {"training.num_steps": steps, "training.log_per_step": 1, **UNSAVED}
+    jobs.run_here(preempted, same)
     jobs.run_here(jobs.folder / "unbroken", same)
     pairs = [
         [line for line in metrics(jobs.folder / name) if "loss" in line]
