@@ -189,6 +189,7 @@ OWN = {
 
 def main(argv=None):
     args = vars(parse(argv))
+    jax.config.update("jax_platforms", "cpu")  # a run on this machine may hold its accelerators
     chosen = {name: args.pop(name) for name in ("weights", "config", "license", "steps", "omega")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     try:

@@ -83,6 +83,16 @@ def test_every_network_is_exported(name, tmp_path):
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_it_leaves_accelerators_to_a_run(run, tmp_path):
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda,cpu")
+    try:
+        assert export(run, tmp_path / "a", "--format=safetensors") == 0
+        assert jax.config.jax_platforms == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def test_jobs_take_it(run, exported):
     """Sampling and evaluation its options, a run that begins with it its weights."""
     argv = ["--config=configs/load_config.py:default", "--config.sample_only=True"]
