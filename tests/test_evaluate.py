@@ -146,7 +146,7 @@ def test_precision_and_recall_are_those_of_the_images_by_hand(
         f"--config.dataset.root={root}",
         "--config.fid.device_batch_size=4",
     ]
-    assert main.main([*argv, "--config.fid.metrics=precision_recall"]) == 0
+    assert main.main([*argv, "--config.fid.metrics=fid,precision_recall"]) == 0
     (found,) = json.loads((tmp_path / "results.json").read_text())
     pools = [np.asarray(features_of(x)["pool"]) for x in (real, images)]
     expected = neighbours.precision_recall(*pools)

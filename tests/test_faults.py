@@ -50,9 +50,9 @@ def test_the_life_of_a_run(jobs, unbroken):
     until(lambda: checkpoint.steps(workdir), process)
     process.send_signal(signal.SIGSTOP)
     statuses, (text,) = jobs.run(workdir)  # one more in the same folder
-    assert statuses == [1]
-    line = f"error: --workdir {workdir} is in use: a run goes on there (process {process.pid}"
-    assert line in text
+    assert statuses == [1] and process.poll() is None
+    (line,) = [line for line in text.splitlines() if "error: " in line]
+    assert f"--workdir {workdir} is in use: a run goes on there (process {process.pid}" in line
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     assert wait([process]) == [processes.RESTART]

@@ -11,7 +11,7 @@ import make
 import numpy as np
 import optax
 import pytest
-from jobs import ALONE, OPTIONS, STEPS_ALONE, Jobs, metrics
+from jobs import ALONE, STEPS_ALONE, Jobs, metrics
 
 import main
 import parts
@@ -324,25 +324,25 @@ def test_the_decays_are_those_of_the_run(workdir):
 def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path, capsys):
     jobs = Jobs(tmp_path)
     workdir = tmp_path / "run"
-    options = OPTIONS | {"model.patch_size": 2}
-    make.run(tmp_path / "good", *(f"{name}={value}" for name, value in options.items()), steps=(8,))
-    whole = checkpoint.restore_weights(tmp_path / "good")
-    other = STEPS_ALONE | {"training.learning_rate": 1e30, "training.log_per_step": 1}
-    other |= {"init_from": tmp_path / "good", "init_weights": "params"}
+    jobs.run_here(workdir, STEPS_ALONE | {"training.num_steps": 8})
+    whole = checkpoint.restore_weights(workdir)
+    assert whole["step"] == 8
+    shutil.move(workdir, tmp_path / "good")
+    other = STEPS_ALONE | {"training.learning_rate": 1e30, "load_from": tmp_path / "good"}
     capsys.readouterr()
     assert main.main([*jobs.command(workdir, other)[2:], ALONE]) == 1
     text = capsys.readouterr().err
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    # Step 1 makes the weights infinite in norm; it is noticed at the next line of the log.
-    assert line.startswith("error: step 1: ") and "param_norm" in line and "not finite" in line
+    # Step 9 makes the weights infinite in norm; it is noticed at the next line of the log.
+    assert line.startswith("error: step 9: ") and "param_norm" in line and "not finite" in line
     assert checkpoint.steps(workdir) == []
-    assert all(step["step"] < 1 for step in metrics(workdir))
-    skipping = {**other, "training.skip_nonfinite": True, "training.num_steps": 3}
+    assert all(step["step"] < 9 for step in metrics(workdir))
+    skipping = {**other, "training.skip_nonfinite": True, "training.num_steps": 12}
     jobs.run_here(workdir, skipping)
     found = checkpoint.restore_weights(workdir)
     jax.tree.map(np.testing.assert_array_equal, found["params"], whole["params"])
-    assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 1, 1]
+    assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 3]
 
 
 def one_step(scale=1.0, **options):
