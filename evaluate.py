@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import inherit
 import parts
 import sample
-import startup
-import weights as weights_of
-from metrics import evaluators, features, reference, results, scorer
-from utils import checkpoint, dataset, environment, metric_writer, processes, sharding
+from metrics import evaluators, features, reference, scorer
+from run import checkpoint, inherit, metric_writer, report, results
+from run import weights as weights_of
+from utils import dataset, environment, processes, sharding
 from utils import images as image_utils
 
 
@@ -196,7 +195,7 @@ def evaluate_job(config, workdir):
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, model, autoencoder, records)
     settings, folder = len(list(evaluation.settings())), pathlib.Path(workdir)
-    startup.tell(startup.evaluating(config, model, weights, settings, folder))
+    report.tell(report.evaluating(config, model, weights, settings, folder))
     found = evaluation.run(weights, pathlib.Path(workdir))
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
@@ -209,4 +208,4 @@ def evaluate_job(config, workdir):
 
 
 if __name__ == "__main__":
-    raise SystemExit(startup.not_a_command(__file__, " --config.eval_only=True"))
+    raise SystemExit(report.not_a_command(__file__, " --config.eval_only=True"))

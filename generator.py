@@ -13,13 +13,12 @@ import functools
 import jax
 import numpy as np
 
-import inherit
 import parts
 import sample
-import weights
 from configs import load_config
-from methods import path
+from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from models import network
+from run import inherit, weights
 from utils import environment, sharding
 from utils import images as image_utils
 
@@ -116,7 +115,7 @@ class Generator:
           output: `uint8`: images (N, H, W, C); `float`: the same before rounding, near [-1, 1] and
             not clipped; `latents`: x as the network gives it, (N, h, w, c), for which no
             autoencoder is needed.
-          sampler: see `methods.path.sample`.
+          sampler: see `methods.sampler.integrate`.
 
         Raises:
           ValueError: an argument that does not fit; FileNotFoundError: no weights of the
@@ -127,8 +126,8 @@ class Generator:
             raise ValueError(f"seed: a whole number from 0 to 2^31 - 1, got {seed}")
         if output not in OUTPUTS:
             raise ValueError(f"output: {output!r} is not one of {', '.join(OUTPUTS)}")
-        if sampler not in path.SAMPLERS:
-            raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(path.SAMPLERS)}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
         z = self.noise(len(y), seed) if noise is None else self._images(noise, len(y), "noise")
         vae_params = {} if output == "latents" else self._autoencoder[1]
         guidance, times = self.guidance(omega), _times(num_steps)
@@ -160,7 +159,7 @@ class Generator:
     def _draw(self, params, vae_params, noise, y, times, guidance, seed, *, sampler, output):
         model, index = self.parts, np.arange(len(noise))
         fresh = functools.partial(sample.draw_fresh, seed, index, self.image_shape)
-        x = path.sample(
+        x = integrate(
             model.method, model.net, params, noise, {"y": y}, times,
             guidance=guidance, sampler=sampler, fresh=fresh,
         )  # fmt: skip
@@ -212,7 +211,7 @@ class Generator:
         return array
 
     def guidance(self, omega=None):
-        """What `omega` stands for, see `sample`: a `path.Guidance`, or None."""
+        """What `omega` stands for, see `sample`: a `Guidance`, or None."""
         if omega is None:
             return sample.guidances(self.config.sampling)[0]
         if not self.parts.method.guided_at_sampling:
@@ -232,9 +231,9 @@ def _times(num_steps):
     if not np.ndim(num_steps):
         if num_steps != int(num_steps) or num_steps < 1:
             raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
-        return np.asarray(path.sample_times(int(num_steps)))
-    path.check_times(times := tuple(map(float, num_steps)))
-    return np.asarray(path.sample_times(0, times))
+        return np.asarray(sample_times(int(num_steps)))
+    check_times(times := tuple(map(float, num_steps)))
+    return np.asarray(sample_times(0, times))
 
 
 def _shown(labels):

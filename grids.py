@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sample
-from methods import path
+from methods import objective
+from methods.sampler import sample_times
 from utils import images as image_utils
 from utils import order, processes
 
@@ -46,7 +47,9 @@ class Grids:
         self.scales = scales(model.method)
         interval = options.t_min[0], options.t_max[0], options.channels
         self.guidances = [
-            path.Guidance(np.float32(scale), *map(np.float32, interval[:2]), np.int32(interval[2]))
+            objective.Guidance(
+                np.float32(scale), *map(np.float32, interval[:2]), np.int32(interval[2])
+            )
             for scale in self.scales
         ]
 
@@ -67,7 +70,7 @@ class Grids:
         """Draws all pictures of the weights `params`; that of the classes last, which says so."""
         pad = partial(padded, steps=max(self.steps, default=1), sampler=self.method)
         if self.steps:
-            times = [pad(path.sample_times(steps)) for steps in self.steps]
+            times = [pad(sample_times(steps)) for steps in self.steps]
             self._save(
                 step, writer, "steps", self._rows(params, [(t, self.guidance) for t in times])
             )

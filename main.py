@@ -35,8 +35,8 @@ def run_job(config, flags, about):
       about: where its options come from, `load_config.source` and `load_config.given`.
     """
     # Imported late: a wrong option is told at once, without waiting for jax.
-    import startup
     from configs import load_config
+    from run import report
     from utils import environment, processes
 
     try:
@@ -57,7 +57,7 @@ def run_job(config, flags, about):
             from train import train_job as job
         workdir = open_workdir(flags.workdir)
         keep_compiled(workdir)
-        startup.tell(startup.job(config, *about, workdir))
+        report.tell(report.job(config, *about, workdir))
         job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
@@ -148,8 +148,8 @@ def main(argv):
         from utils import environment
 
         environment.pin()
-        import inherit
         import parts
+        from run import inherit
 
         about = load_config.source(argv), load_config.given(argv)
         config = inherit.adopt(config, flags.workdir, about[1])

@@ -11,10 +11,10 @@ import evaluate
 import grids
 import parts
 import sample
-import startup
 from configs import load_config
-from metrics import evaluators, results
-from utils import best, chips, identity, metric_writer, processes, snapshots, train_metrics
+from metrics import evaluators
+from run import best, metric_writer, report, results, snapshots
+from utils import chips, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -41,7 +41,7 @@ class Observer:
             raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
         self.rows = model.method.rows
         self.grids = self.evaluation = self.writer = None
-        self.snapshots = None  # `utils.snapshots.Writer`, where power-function averages are tracked
+        self.snapshots = None  # `run.snapshots.Writer`, where power-function averages are tracked
         self.times = sample.times_of(config.sampling)
         self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
@@ -69,9 +69,9 @@ class Observer:
         state = jax.eval_shape(init, jax.random.key(0))
         loaded = {"autoencoder": self.grids.sampler.vae_params} if self.grids else {}
         lengths = self.steps_per_epoch, self.total
-        rows = startup.training(self.config, self.model, self.records, state, lengths, loaded)
+        rows = report.training(self.config, self.model, self.records, state, lengths, loaded)
         pictures = [("pictures", self.grids.describe())] if self.grids else []
-        startup.tell(rows + pictures)
+        report.tell(rows + pictures)
 
     def compiling(self, step):
         """Says that the first step is compiled, in which nothing is heard of the run."""
@@ -82,7 +82,7 @@ class Observer:
     def begin(self, step):
         """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
         if processes.is_writer():
-            startup.note(self.workdir, self.config)
+            report.note(self.workdir, self.config)
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,

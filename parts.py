@@ -17,12 +17,13 @@ from methods import (
     flow,
     improved,
     meanflow,
-    path,
+    objective,
     shortcut,
     soflow,
     splitmeanflow,
     tim,
 )
+from methods.sampler import SAMPLERS, check_times
 from metrics import evaluators, kernels
 from models import codec, dit, imf_dit, network, unet, vae
 from utils import averages, dataset, sharding
@@ -49,7 +50,7 @@ class Parts(NamedTuple):
     mesh: object  # `jax.sharding.Mesh`
     module: network.Network
     net: Callable  # the module as `models.network.function` gives it
-    method: path.Objective
+    method: objective.Objective
     codec: codec.Codec
     image_shape: tuple[int, int, int]  # (h, w, c) of what the network sees
     num_classes: int
@@ -161,12 +162,10 @@ def check(config):
     check_parts_of_batch(method, config.training.batch_size, config.training.grad_accum_steps)
     sampling = config.sampling
     for method_name in sampling.method:
-        if method_name not in path.SAMPLERS:
-            raise ValueError(
-                f"sampling.method is of {' | '.join(path.SAMPLERS)}, not {method_name!r}"
-            )
+        if method_name not in SAMPLERS:
+            raise ValueError(f"sampling.method is of {' | '.join(SAMPLERS)}, not {method_name!r}")
     if sampling.sampling_timesteps:
-        path.check_times(sampling.sampling_timesteps)
+        check_times(sampling.sampling_timesteps)
     if sampling.omega and not method.guided_at_sampling:
         raise ValueError(
             f"sampling.omega: the guidance of method.name {config.method.name} is trained in "
@@ -236,11 +235,11 @@ def make_module(config):
         dtype=jnp.dtype(network_dtype(config)),
         **own_options(config, "model", backbone.OPTIONS, chosen_by="cls"),
     )
-    method = objective(config)
+    method = method_class(config)
     return module.serving(method.conditions, method.needs_v)
 
 
-def objective(config):
+def method_class(config):
     """The class of the objective that `method.name` names."""
     name = config.method.name
     if name not in OBJECTIVES:
@@ -250,11 +249,11 @@ def objective(config):
 
 def make_method(config):
     """The objective that `method.name` names, with its options."""
-    fields = [field.name for field in dataclasses.fields(objective(config))]
+    fields = [field.name for field in dataclasses.fields(method_class(config))]
     options = own_options(
         config, "method", [field for field in fields if field != "num_classes"], chosen_by="name"
     )
-    return objective(config)(num_classes=config.dataset.num_classes, **options)
+    return method_class(config)(num_classes=config.dataset.num_classes, **options)
 
 
 def own_options(config, section, names, chosen_by):

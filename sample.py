@@ -12,11 +12,10 @@ from functools import partial
 import jax
 import numpy as np
 
-import inherit
 import parts
-import startup
-import weights
-from methods import path
+from methods import objective
+from methods.sampler import integrate, sample_times
+from run import inherit, report, weights
 from utils import files, processes, sharding
 from utils import images as image_utils
 
@@ -52,10 +51,10 @@ def draw_labels(seed, index, num_classes, kind):
 
 
 def guidances(options):
-    """What the options `sampling` ask for: each combination as a `path.Guidance`, or [None]."""
+    """What the options `sampling` ask for: each combination as a `Guidance`, or [None]."""
     combinations = itertools.product(options.omega, options.t_min, options.t_max)
     return [
-        path.Guidance(*map(np.float32, numbers), np.int32(options.channels))
+        objective.Guidance(*map(np.float32, numbers), np.int32(options.channels))
         for numbers in combinations
     ] or [None]
 
@@ -63,8 +62,8 @@ def guidances(options):
 def times_of(options):
     """The times of each number of steps that the options `sampling` ask for."""
     if options.sampling_timesteps:
-        return [path.sample_times(0, options.sampling_timesteps)]
-    return [path.sample_times(num_steps) for num_steps in options.num_steps]
+        return [sample_times(0, options.sampling_timesteps)]
+    return [sample_times(num_steps) for num_steps in options.num_steps]
 
 
 def generate(model, seed, sampler, params, index, labels, times, guidance):
@@ -73,12 +72,12 @@ def generate(model, seed, sampler, params, index, labels, times, guidance):
     Args:
       model: `parts.Parts`.
       seed: of the noise.
-      sampler: one of `path.SAMPLERS`.
-      times: from `path.sample_times`.
+      sampler: one of `SAMPLERS`.
+      times: from `sample_times`.
       guidance: one of `guidances`.
     """
     noise = draw_noise(seed, index, model.image_shape)
-    return path.sample(
+    return integrate(
         model.method, model.net, params, noise, {"y": labels}, times,
         guidance=guidance, sampler=sampler,
         fresh=partial(draw_fresh, seed, index, model.image_shape),
@@ -201,7 +200,7 @@ def sample_job(config, workdir):
     autoencoder = parts.load_autoencoder(config)
     inherit.check_autoencoder(found, autoencoder, where)
     sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
-    startup.tell(startup.sampling(config, model, found, pathlib.Path(workdir)))
+    report.tell(report.sampling(config, model, found, pathlib.Path(workdir)))
     options, asked = config.sampling, guidances(config.sampling)
     for guidance in asked:
         name = f"step_{found['step']}"
@@ -213,4 +212,4 @@ def sample_job(config, workdir):
 
 
 if __name__ == "__main__":
-    raise SystemExit(startup.not_a_command(__file__, " --config.sample_only=True"))
+    raise SystemExit(report.not_a_command(__file__, " --config.sample_only=True"))

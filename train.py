@@ -20,11 +20,10 @@ import optax
 
 import observe
 import parts
-import resume
-import startup
-from methods import path
+from methods import objective
 from models import card, codec, network
-from utils import averages, checkpoint, iterator, processes, sharding, train_metrics
+from run import checkpoint, report, resume
+from utils import averages, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -73,7 +72,7 @@ class Recipe:
     """What a step is made of, all of it fixed for a run."""
 
     net: Callable  # from `models.network.function`
-    method: path.Objective
+    method: objective.Objective
     codec: codec.Codec
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
@@ -178,7 +177,7 @@ def update(recipe, state, x, given, draws, key):
     """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
 
     Args:
-      given: what comes with x, see `methods.path.Objective.loss`.
+      given: what comes with x, see `methods.objective.Objective.loss`.
       key: of the network's dropout, where it has one.
     """
     held = {"ema_params": recipe.gather(state.ema_params[0])}
@@ -330,4 +329,4 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
 
 
 if __name__ == "__main__":
-    raise SystemExit(startup.not_a_command(__file__))
+    raise SystemExit(report.not_a_command(__file__))

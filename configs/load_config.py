@@ -3,7 +3,6 @@
 `--config=configs/load_config.py:NAME --config.section.option=value ...`, or `--config=FILE.yml` for
 a file anywhere, such as the `config.yml` of a run. YAML files and the command line obey the same
 rules: an option that `default.py` does not name, or a value of another type, is refused by name.
-Builds on `configs/default.py`, the schema, `configs/checks.py` and `configs/strict_yaml.py`.
 """
 
 import contextlib

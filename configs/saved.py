@@ -1,4 +1,4 @@
-"""Options as a run has saved them. Builds on configs/default.py and configs/load_config.py."""
+"""Options as a run has saved them."""
 
 import json
 

@@ -2,8 +2,7 @@
 
 One set of weights under the names of models/, "." for "/"; config.json has the options that make
 the network and its objective, what the run was made from, and a checksum of the weights. Paths of
-the machine that trained are left out, and nothing is ever unpickled. Builds on utils/checksums.py,
-utils/files.py and utils/trees.py.
+the machine that trained are left out, and nothing is ever unpickled.
 """
 
 import json
@@ -84,7 +83,7 @@ def export(folder, tree, *, step, weights, options, identity, card):
       tree: nested dict of float32 arrays.
       step, weights: which they are, as `fid.weights` names them.
       options: nested, of the run; paths of its machine are left out.
-      identity: what the run was made from, see utils/checkpoint.py.
+      identity: what the run was made from, see run/checkpoint.py.
       card: the text of README.md.
 
     Raises:

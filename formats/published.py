@@ -6,7 +6,6 @@ data, `checkpoint`, is msgpack too. Both are read and written here without unpic
 
 A tree of ours stacks the blocks along a leading axis and has shorter names; `_layers` is the whole
 map. Reading is strict: each key is used once, each shape follows from the size of the network.
-Builds on utils/files.py and utils/trees.py.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 `checkpoint-*.pth` is a torch file: a dict with `model`, a flat state of the network (`net.`) and of
 three averages of it, and with what a run of its own needs. Nothing that runs code is unpickled.
-Reading is strict: each name is used once. Builds on formats/torch_files.py and utils/trees.py.
+Reading is strict: each name is used once.
 """
 
 import numpy as np

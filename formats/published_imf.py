@@ -7,7 +7,7 @@ is told from the checkpoints of formats/published.py. Two forms are released: `f
 
 A tree of ours stacks the blocks along a leading axis, joins products of the same input (q, k, v;
 w1, w3), and has shorter names; `_layout` is the whole map. Reading is strict: each name is used
-once, each shape follows from the size of the network. Builds on utils/files.py and utils/trees.py.
+once, each shape follows from the size of the network.
 """
 
 import re

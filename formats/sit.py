@@ -14,7 +14,7 @@ Reading is strict: each key is used once or named here as dropped, and each shap
 
 The other way, `state_of` writes our network under these names. SiT has one embedder, of t, where
 ours adds several; whatever is constant while one samples (h of equal steps, a guidance) goes into
-its last bias, exactly. Builds on formats/torch_files.py, formats/start.py and utils/trees.py.
+its last bias, exactly.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 A reader (formats/sit.py and others) says which arrays it has under our names, and which parameters
 its kind of network lacks; `merge` holds that against fresh parameters, and refuses whatever nobody
-expected. Builds on utils/trees.py.
+expected.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,7 @@
 """alpha-Flow (arXiv 2510.20771): from trajectory flow matching to MeanFlow.
 
 alpha falls from 1, where the target is v_g and the second pass drops out, to 0, where it is
-MeanFlow's with its JVP (or to a floor, and there is never a JVP). Builds on methods/split.py,
-methods/meanflow.py and methods/path.py, from the published formulas and constants.
+MeanFlow's with its JVP (or to a floor, and there is never a JVP).
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from methods import meanflow, path, split
+from methods import meanflow, objective, path, split
 
 GAMMA = 25.0  # steepness of the fall
 CLAMP = 0.005  # nearer to 0 or to 1, alpha is there
@@ -27,7 +26,7 @@ class Trajectory(split.Split):
 
     def __post_init__(self):
         super().__post_init__()
-        path.check(self.target_clip >= 0, "target_clip", "must not be negative")
+        objective.check(self.target_clip >= 0, "target_clip", "must not be negative")
 
     def draw(self, key, shape, step):
         draws = super().draw(key, shape, step)
@@ -91,7 +90,7 @@ class End(AlphaFlow):
         options |= {"noise_dist": "logit_normal", "tr_sampler": "v0", "equal_rows": "fixed"}
         options |= {"tangent": (0.0, 1.0), "norm_eps": self.eps(x.shape)}
         method = meanflow.MeanFlow(**options)
-        plain = path.Draws(draws.t, draws.r, draws.noise, draws.drop)
+        plain = objective.Draws(draws.t, draws.r, draws.noise, draws.drop)
         return method.loss(net, params, x, given, plain, held)
 
 

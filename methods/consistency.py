@@ -2,8 +2,7 @@
 
 z_s lies on the row's own straight line, where u at s is the target of u at t. alpha follows a
 schedule, or the times lie on a grid of n steps, t = 1 - j/n and s = t - 1/n, and n doubles over the
-run (the baseline of arXiv 2410.12557), with the averaged weights at s. Builds on methods/split.py
-and methods/path.py.
+run (the baseline of arXiv 2410.12557), with the averaged weights at s.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from methods import path, split
+from methods import objective, split
 
 DOUBLINGS = 7  # n = 1, 2, 4, ... 64
 
@@ -30,7 +29,7 @@ class Consistency(split.Split):
         super().__post_init__()
         split.check_schedule(self, (*split.SCHEDULES, "grid"))
         rule = f"is 0 for consistency training, got {self.data_proportion}"
-        path.check(self.data_proportion == 0, "data_proportion", rule)
+        objective.check(self.data_proportion == 0, "data_proportion", rule)
 
     @property
     def target_by_ema(self):

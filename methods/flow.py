@@ -1,7 +1,7 @@
 """Flow matching (Lipman et al., arXiv 2210.02747; SiT, arXiv 2401.08740): the velocity alone.
 
 The network is asked at h = 0 only, so it is the instantaneous velocity, which takes many steps to
-sample with (`sampling.method: euler | heun`) and can be guided then. Builds on methods/path.py.
+sample with (`sampling.method: euler | heun`) and can be guided then.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from methods import path
+from methods import objective, path
 from methods.path import by_row
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow(path.Objective):
+class Flow(objective.Objective):
     """The objective with its options; norm_p 0 and uniform times are SiT's."""
 
     num_classes: int
@@ -36,7 +36,7 @@ class Flow(path.Objective):
     instantaneous = True
 
     def __post_init__(self):
-        path.check_options(self)
+        objective.check_options(self)
 
     def equal_count(self, batch_size):
         return batch_size
@@ -48,10 +48,10 @@ class Flow(path.Objective):
         key_t, key_noise, key_drop = jax.random.split(key, 3)
         t = path.draw_time(key_t, shape[0], self.noise_dist, self.P_mean, self.P_std)
         drop = jax.random.uniform(key_drop, (shape[0],)) < self.class_dropout_prob
-        return path.Draws(t, t, jax.random.normal(key_noise, shape), drop)
+        return objective.Draws(t, t, jax.random.normal(key_noise, shape), drop)
 
     def loss(self, net, params, x, given, draws, held):
-        """See `path.Objective`; with `guidance_eq: cfg` towards the guided velocity."""
+        """See `Objective`; with `guidance_eq: cfg` towards the guided velocity."""
         t, _, noise, drop = draws
         v, z, y = noise - x, path.z_t(x, noise, t), given["y"]
         unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}

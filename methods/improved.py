@@ -3,8 +3,7 @@
 The network is given the guidance scale omega and its interval [t_min, t_max], drawn at random here
 and chosen at sampling, and predicts two fields: the average velocity u and, by a head of its own,
 the instantaneous velocity v. By the MeanFlow identity V = u + (t - r) du/dt is a velocity; it is
-compared with the guided velocity v_g, and du/dt is taken along the network's own v. Builds on
-methods/path.py.
+compared with the guided velocity v_g, and du/dt is taken along the network's own v.
 
 Rows with r = t have h = 0 and the interval [0, 1], so that the pass which the loss differentiates
 is the conditional prediction that the guidance asks for, and (t - r) du/dt is zero: at a share of
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from methods import path
+from methods import objective, path
 from methods.path import by_row, merge_rows, split_rows
 
 
@@ -54,7 +53,7 @@ def omega_of(uniform, beta, omega_max):
 
 
 @dataclasses.dataclass(frozen=True)
-class Improved(path.Objective):
+class Improved(objective.Objective):
     """The objective with its options; `configs/default.py` (`method`) says what each one means."""
 
     num_classes: int
@@ -74,11 +73,13 @@ class Improved(path.Objective):
     guided_at_sampling = True
 
     def __post_init__(self):
-        path.check_options(self)
-        path.check(self.omega_max >= 1, "omega_max", f"must not be below 1, got {self.omega_max}")
+        objective.check_options(self)
+        objective.check(
+            self.omega_max >= 1, "omega_max", f"must not be below 1, got {self.omega_max}"
+        )
         possible = self.num_classes or self.omega_max == 1
         rule = "must be 1 where dataset.num_classes is 0: without classes there is no guidance"
-        path.check(possible, "omega_max", rule)
+        objective.check(possible, "omega_max", rule)
 
     def passes(self, batch_size):
         """5 at a share of 1/2, where a step with all rows alike takes 7."""
@@ -89,7 +90,7 @@ class Improved(path.Objective):
         return 3.0
 
     def draw(self, key, shape, step):
-        """See `path.Objective`; t, r and the dropped labels as `MeanFlow` draws them."""
+        """See `Objective`; t, r and the dropped labels as `MeanFlow` draws them."""
         batch_size = shape[0]
         num_equal = self.equal_count(batch_size)
         keys = jax.random.split(key, 7)
@@ -112,7 +113,7 @@ class Improved(path.Objective):
         )
 
     def loss(self, net, params, x, given, draws, held):
-        """See `path.Objective`; algorithm 1 with the auxiliary head of v.
+        """See `Objective`; algorithm 1 with the auxiliary head of v.
 
         `error_u` and `error_v` are the squared errors of V and v summed over H, W, C before the
         adaptive weight, `loss_u` and `loss_v` the same as means.

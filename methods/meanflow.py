@@ -1,9 +1,8 @@
 """Mean Flows for One-step Generative Modeling (arXiv 2505.13447): draws and loss.
 
-Builds on methods/path.py, which has the convention and what all objectives share. Where r = t the
-JVP is multiplied by zero, and the conditional prediction that the guidance asks for is the very
-pass that the loss differentiates: with the rows of both kinds computed apart a step takes 4.5
-instead of 6 forward passes.
+Where r = t the JVP is multiplied by zero, and the conditional prediction that the guidance asks for
+is the very pass that the loss differentiates: with the rows of both kinds computed apart a step
+takes 4.5 instead of 6 forward passes.
 """
 
 import dataclasses
@@ -12,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from methods import path
+from methods import objective, path
 from methods.path import by_row, merge_rows, split_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlow(path.Objective):
+class MeanFlow(objective.Objective):
     """The objective with its options; `configs/default.py` (`method`) says what each one means."""
 
     num_classes: int  # labels are 0..num_classes-1, and num_classes stands for none
@@ -42,11 +41,11 @@ class MeanFlow(path.Objective):
     rows = ("error", "v_loss")
 
     def __post_init__(self):
-        path.check_options(self)
+        objective.check_options(self)
         for name, kinds in (("tr_sampler", ("v0", "v1")), ("equal_rows", ("fixed", "drawn"))):
             rule = f"is one of {' | '.join(kinds)}, not {getattr(self, name)!r}"
-            path.check(getattr(self, name) in kinds, name, rule)
-        path.check(len(self.tangent) == 2, "tangent", "has two numbers: (dr, dt)")
+            objective.check(getattr(self, name) in kinds, name, rule)
+        objective.check(len(self.tangent) == 2, "tangent", "has two numbers: (dr, dt)")
 
     def passes(self, batch_size):
         """4.5 for the published recipe, where a step with all rows alike takes 6."""
@@ -65,7 +64,7 @@ class MeanFlow(path.Objective):
         return t, jnp.minimum(first, second)
 
     def draw(self, key, shape, step=0):
-        """See `path.Objective`.
+        """See `Objective`.
 
         t and r come from two independent times. With `equal_rows: fixed`, `equal_count(B)` rows,
         placed by `split_rows`, have r = t; those lose their labels first. With `drawn` each row
@@ -86,10 +85,10 @@ class MeanFlow(path.Objective):
         r = path.equal_in(t, r, num_equal)
 
         drop = path.draw_dropped(key_drop, batch_size, num_equal, self.class_dropout_prob)
-        return path.Draws(t, r, jax.random.normal(key_noise, shape), drop)
+        return objective.Draws(t, r, jax.random.normal(key_noise, shape), drop)
 
     def loss(self, net, params, x, given, draws, held=None):
-        """See `path.Objective`; eq. 9 and 10, algorithm 1.
+        """See `Objective`; eq. 9 and 10, algorithm 1.
 
         `error` is the squared error of u summed over H, W, C before the adaptive weight, `v_loss`
         that of u against v = e - x.

@@ -2,7 +2,7 @@
 
 On a grid of M steps, M a power of two. Most rows learn the velocity as the average over h = 1/M;
 the others ("bootstrap") that over h = 2/M, 4/M, ... 1: methods/split.py's formula with alpha = 1/2,
-averaged weights in both passes, and clipping. Builds on methods/path.py.
+averaged weights in both passes, and clipping.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 
-from methods import path
+from methods import objective, path
 from methods.path import by_row, merge_rows
 
 
 class ShortcutDraws(NamedTuple):
-    """`path.Draws`, and which rows are guided."""
+    """`objective.Draws`, and which rows are guided."""
 
     t: jax.Array
     r: jax.Array
@@ -28,7 +28,7 @@ class ShortcutDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortcut(path.Objective):
+class Shortcut(objective.Objective):
     """The objective with its options.
 
     A share `data_proportion` of the rows (7/8) learns the velocity, with 3 F; bootstrap rows take
@@ -48,11 +48,11 @@ class Shortcut(path.Objective):
     rows = ("error", "v_loss")
 
     def __post_init__(self):
-        path.check_options(self)
+        objective.check_options(self)
         steps = self.grid_steps
         power = steps >= 2 and steps & (steps - 1) == 0
-        path.check(power, "grid_steps", f"must be a power of two from 2 on, got {steps}")
-        path.check(self.target_clip >= 0, "target_clip", "must not be negative")
+        objective.check(power, "grid_steps", f"must be a power of two from 2 on, got {steps}")
+        objective.check(self.target_clip >= 0, "target_clip", "must not be negative")
 
     @property
     def guided(self):
@@ -63,7 +63,7 @@ class Shortcut(path.Objective):
         return (3 * flow + (7 if self.guided else 5) * (batch_size - flow)) / batch_size
 
     def draw(self, key, shape, step):
-        """See `path.Objective`. Bootstrap rows keep their labels."""
+        """See `Objective`. Bootstrap rows keep their labels."""
         batch_size, num_flow = shape[0], self.equal_count(shape[0])
         levels = self.grid_steps.bit_length() - 1
         each = (batch_size - num_flow) // levels
@@ -81,7 +81,7 @@ class Shortcut(path.Objective):
         return ShortcutDraws(t, t - h, noise, drop & is_flow, merge_rows(guided, flow < 0))
 
     def loss(self, net, params, x, given, draws, held):
-        """See `path.Objective`; `error` and `v_loss` as in `methods.meanflow`."""
+        """See `Objective`; `error` and `v_loss` as in `methods.meanflow`."""
         t, r, noise, drop, guided = draws
         v, z, h = noise - x, path.z_t(x, noise, t), t - r
         kept = given | {"y": jnp.where(drop, self.num_classes, given["y"])}

@@ -1,7 +1,6 @@
 """SoFlow (arXiv 2512.15657): the interval is split ever nearer to its beginning.
 
-alpha falls from `alpha_first` to `alpha_last` over the run. Builds on methods/split.py and
-methods/path.py.
+alpha falls from `alpha_first` to `alpha_last` over the run.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ MeanFlow's residual. `Split` has the formula; the members say how alpha, the tim
 go, each in a file of its own. No pass has a derivative in forward mode, so each may use fused
 attention.
 
-Builds on methods/path.py. F below are forward passes by row; a backward pass counts as two.
+F below are forward passes by row; a backward pass counts as two.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from methods import path
+from methods import objective, path
 from methods.path import by_row, merge_rows
 
 
 class SplitDraws(NamedTuple):
-    """`path.Draws`, and where an interval is split."""
+    """`objective.Draws`, and where an interval is split."""
 
     t: jax.Array
     r: jax.Array
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Split(path.Objective):
+class Split(objective.Objective):
     """The formula with the options of all members; `configs/default.py` says what each one means.
 
     Rows with r = t learn v_g: 3 F, guided 4. Rows with r < t learn the target above: 4 F, guided 6
@@ -90,8 +90,8 @@ class Split(path.Objective):
     target_by_ema = False  # whether the passes of the target do
 
     def __post_init__(self):
-        path.check_options(self)
-        path.check(self.norm_eps_per_pixel >= 0, "norm_eps_per_pixel", "must not be negative")
+        objective.check_options(self)
+        objective.check(self.norm_eps_per_pixel >= 0, "norm_eps_per_pixel", "must not be negative")
 
     def passes(self, batch_size):
         v_c = takes_v_c(self)
@@ -129,7 +129,7 @@ class Split(path.Objective):
         return jnp.ones_like(t)
 
     def draw(self, key, shape, step):
-        """See `path.Objective`; every row loses its label with the same probability."""
+        """See `Objective`; every row loses its label with the same probability."""
         batch_size, num_equal = shape[0], self.equal_count(shape[0])
         key_t, key_noise, key_drop, key_alpha = jax.random.split(key, 4)
         t_equal, t, r = self.times(*jax.random.normal(key_t, (3, batch_size)))
@@ -141,7 +141,7 @@ class Split(path.Objective):
     # The loss ---------------------------------------------------------------------------------
 
     def loss(self, net, params, x, given, draws, held):
-        """See `path.Objective`; `error` and `v_loss` as in `methods.meanflow`."""
+        """See `Objective`; `error` and `v_loss` as in `methods.meanflow`."""
         t, r, noise, drop, alpha = draws
         v, y = noise - x, given["y"]
         unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}
@@ -291,19 +291,21 @@ def schedule(kind, x, first, last):
 def check_schedule(method, kinds=SCHEDULES):
     """The rules of the options of a schedule."""
     rule = f"is one of {' | '.join(kinds)}, not {method.alpha_schedule!r}"
-    path.check(method.alpha_schedule in kinds, "alpha_schedule", rule)
+    objective.check(method.alpha_schedule in kinds, "alpha_schedule", rule)
     for name in ("alpha_first", "alpha_last"):
         value = vars(method)[name]
-        path.check(0 < value <= 1, name, f"must lie above 0 and at most at 1, got {value}")
+        objective.check(0 < value <= 1, name, f"must lie above 0 and at most at 1, got {value}")
     check_interval(method)
 
 
 def check_interval(method):
     """The rules of the steps between which alpha changes; `ending` replaces an end of 0."""
-    path.check(method.alpha_begin >= 0, "alpha_begin", "must not be negative")
-    path.check(method.alpha_end >= 0, "alpha_end", "must not be negative")
+    objective.check(method.alpha_begin >= 0, "alpha_begin", "must not be negative")
+    objective.check(method.alpha_end >= 0, "alpha_end", "must not be negative")
     rule = f"({method.alpha_end}) must be above method.alpha_begin ({method.alpha_begin})"
-    path.check(not method.alpha_end or method.alpha_end > method.alpha_begin, "alpha_end", rule)
+    objective.check(
+        not method.alpha_end or method.alpha_end > method.alpha_begin, "alpha_end", rule
+    )
 
 
 def ending(method, total):
@@ -315,5 +317,5 @@ def ending(method, total):
     if method.alpha_end:
         return method
     rule = f"({method.alpha_begin}) is not before the end of the run, step {total}"
-    path.check(method.alpha_begin < total, "alpha_begin", rule)
+    objective.check(method.alpha_begin < total, "alpha_begin", rule)
     return dataclasses.replace(method, alpha_end=total)

@@ -3,14 +3,14 @@
     du/dt = [u(z_t + e d, t + e, h + e) - u(z_t - e d, t - e, h - e)] / (2 e),    r fixed,
 
 along d: the data's line v as in TiM, or v_g, which approximates MeanFlow's JVP. Nothing is clipped:
-t + e may pass 1, and h - e may be negative. Builds on methods/split.py and methods/path.py.
+t + e may pass 1, and h - e may be negative.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from methods import path, split
+from methods import objective, path, split
 from methods.path import by_row, merge_rows, split_rows
 
 ZERO_PROPORTION = 0.1  # share of the rows that go the whole way to the data
@@ -28,9 +28,9 @@ class Difference(split.Split):
 
     def __post_init__(self):
         super().__post_init__()
-        path.check(self.difference_step > 0, "difference_step", "must be above 0")
+        objective.check(self.difference_step > 0, "difference_step", "must be above 0")
         rule = f"is one of {' | '.join(PATHS)}, not {self.difference_path!r}"
-        path.check(self.difference_path in PATHS, "difference_path", rule)
+        objective.check(self.difference_path in PATHS, "difference_path", rule)
 
     def times(self, equal, first, second):
         """As MeanFlow: rows with r = t take the larger of two draws."""

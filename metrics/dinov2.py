@@ -4,7 +4,7 @@ arXiv 2306.04675), in float32 at the highest precision of the platform.
 A vision transformer with patches of 14 pixels, without registers; its feature is the class token
 after the last norm. The parameters are a dict that `dinov2_weights` reads from the published
 files; those of the blocks are stacked along a first axis (depth, ...), so that a single block is
-compiled. Builds on metrics/resize.py.
+compiled.
 """
 
 import functools

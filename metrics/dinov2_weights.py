@@ -3,8 +3,7 @@
 Known are Meta's `dinov2_vitl14_pretrain.pth` (and vits14, vitb14) and Hugging Face's
 `model.safetensors` (`facebook/dinov2-large`, ...). No torch is needed, nothing is executed, and
 the mapping is strict: each array is consumed once, each shape checked. Width, depth and table
-follow from the file. Builds on formats/torch_files.py, metrics/dinov2.py, metrics/weight_files.py
-and utils/trees.py.
+follow from the file.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 A number belongs to the evaluator that made it: resize, rounding of the images, labels, reference
 and metrics together. `fid.evaluator` chooses all of them; an option that is given overrides its
-own, and the results then say so. Builds on metrics/inception.py and metrics/dinov2.py.
+own, and the results then say so.
 """
 
 from typing import NamedTuple

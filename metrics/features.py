@@ -1,8 +1,4 @@
-"""Feature networks: what turns images into the numbers that are compared.
-
-Builds on metrics/inception.py, metrics/inception_weights.py, metrics/dinov2.py,
-metrics/dinov2_weights.py and metrics/weight_files.py.
-"""
+"""Feature networks: what turns images into the numbers that are compared."""
 
 from collections.abc import Callable
 from typing import NamedTuple

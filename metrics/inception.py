@@ -7,7 +7,7 @@ precision of the platform, since bfloat16 here moves the FID by whole points.
 
 The parameters are a flat dict, layer -> {kernel, bias}: 94 convolutions with their batch norms
 folded in (kernels HWIO) and `fc` (2048, 1008). The names are torchvision's. They are
-read from the files that people have by metrics/inception_weights.py. Builds on metrics/resize.py.
+read from the files that people have by metrics/inception_weights.py.
 """
 
 import jax

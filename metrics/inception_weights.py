@@ -2,8 +2,7 @@
 
 The tree is the one that `inception.features` takes: layer -> {kernel, bias}, batch norms folded.
 No framework is needed for any format, nothing is executed, and every mapping is strict: each array
-is consumed once, each shape checked. Builds on formats/torch_files.py, utils/files.py and
-utils/trees.py, and on metrics/weight_files.py.
+is consumed once, each shape checked.
 """
 
 import hashlib

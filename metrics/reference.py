@@ -1,9 +1,4 @@
-"""The reference that generated images are compared with: its file, its checks, the comparison.
-
-Builds on metrics/distances.py, metrics/neighbours.py, metrics/kernels.py, metrics/scorer.py,
-metrics/evaluators.py, metrics/edm2_reference.py, metrics/provenance.py, utils/files.py,
-utils/identity.py and utils/processes.py.
-"""
+"""The reference that generated images are compared with: its file, its checks, the comparison."""
 
 import logging
 import os

@@ -1,8 +1,7 @@
 """Images -> features -> statistics, on all devices.
 
 Features and their moments are computed where the images are; only moments come to the host
-(features too, where a metric compares the sets themselves). Builds on metrics/distances.py,
-metrics/evaluators.py, utils/processes.py and utils/sharding.py.
+(features too, where a metric compares the sets themselves).
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""Where the weights of feature networks are looked for. Nothing is downloaded.
-
-Builds on utils/files.py.
-"""
+"""Where the weights of feature networks are looked for. Nothing is downloaded."""
 
 import hashlib
 import os

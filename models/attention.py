@@ -9,8 +9,7 @@ comes from whatever computes it fastest, with a backward pass of its own, and dO
 that holds such an array for a block of queries only, or not at all (models/attention_kernel.py).
 
 **The tangent has no gradient.** In the MeanFlow objectives it stands under a stop_gradient; here it
-does so in any case, and so does everything that feeds it. Builds on models/attention_kernel.py and
-models/card.py.
+does so in any case, and so does everything that feeds it.
 """
 
 from functools import partial

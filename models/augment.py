@@ -4,7 +4,6 @@ Mirror, scale, stretch and shift as one map of the plane, executed by a filtered
 the strengths of MeanFlow on CIFAR-10 (arXiv 2505.13447, appendix A). What is drawn comes back as
 LABELS numbers per image, which go into the network as a condition, so that it does not draw
 distorted images by itself. Shapes are static: an image is padded by as much as can be reflected.
-Builds on models/filters.py.
 """
 
 from typing import NamedTuple

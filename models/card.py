@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 # The own kernel for the tangent of attention (models/attention_kernel.py) compiles for cards and is
-# right where it is interpreted, but has not run on one: `python -m scripts.measure check` does.
+# right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
 SHARE = 0.75  # of a card's memory that this may take, in all blocks, so that all of it is kept

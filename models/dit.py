@@ -5,8 +5,7 @@ which the velocity is averaged, and on a class label. Images are NHWC.
 
 The blocks are one scanned module, so their parameters carry a leading axis of length `depth` and
 the time to compile does not grow with the depth. Several batches can go through them side by side
-(`DiT.together`), in one pass over the parameters. Builds on models/network.py, models/blocks.py and
-models/card.py.
+(`DiT.together`), in one pass over the parameters.
 """
 
 import math

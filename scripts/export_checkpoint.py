@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 import generator
-import weights as weights_of
 from configs import default, load_config
 from configs.saved import flat, of_run
 from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
-from metrics import results
 from models import dit
-from utils import checkpoint, files, signals, trees
+from run import checkpoint, results
+from run import weights as weights_of
+from utils import files, signals, trees
 
 FORMS = ("msgpack", "orbax", "safetensors", "sit")
 

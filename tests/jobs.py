@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import main
-from utils import checkpoint, dataset
+from run import checkpoint
+from utils import dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, CLASSES = (4, 4, 1), 3

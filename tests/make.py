@@ -9,7 +9,7 @@ import numpy as np
 import parts
 from configs import default, load_config
 from models import attention, card, network
-from utils import checkpoint
+from run import checkpoint
 
 PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
 PIXELS += ["dataset.vae=none"]

@@ -8,7 +8,7 @@ import make
 import numpy as np
 
 from formats import published
-from methods import meanflow, path
+from methods import meanflow, objective, path
 from models import dit
 from utils import trees
 
@@ -38,7 +38,7 @@ class Published(NamedTuple):
         x, y, t, r, noise, drop = (
             a[name][order] for name in ("x", "labels", "t", "r", "noise", "drop")
         )
-        return x, y, path.Draws(t, r, noise, drop), int(equal.sum()), order
+        return x, y, objective.Draws(t, r, noise, drop), int(equal.sum()), order
 
     def method(self, options, num_equal, batch_size):
         """The `MeanFlow` that a case of the json describes."""

@@ -11,10 +11,10 @@ import pytest
 
 import parts
 import train
+from benchmarks import __main__ as measure
+from benchmarks import check, costs, stand_ins, trace
+from benchmarks.train import plain_step
 from models import vae
-from scripts.measure import __main__ as measure
-from scripts.measure import check, costs, stand_ins, trace
-from scripts.measure.train import plain_step
 
 TINY = (
     "--config=configs/load_config.py:digits --config.model.depth=1 --config.model.hidden_size=32 "

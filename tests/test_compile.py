@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from scripts.measure import compile as ahead
-from scripts.measure import program
+from benchmarks import compile as ahead
+from benchmarks import program
 
 TINY = (
     "--config=configs/load_config.py:digits --config.model.depth=2 --config.model.hidden_size=128 "
@@ -16,7 +16,7 @@ TINY = (
 
 
 def compile_for(run_python, topology, *options, **kwargs):
-    command = ["-m", "scripts.measure", "compile", f"--topology={topology}", *TINY, *options]
+    command = ["-m", "benchmarks", "compile", f"--topology={topology}", *TINY, *options]
     return run_python(command, devices=1, **kwargs)
 
 
@@ -68,7 +68,7 @@ WRONG = {  # the options, and what the line names
 def test_wrong_options_are_one_line(run_python):
     """All in one process, as starting it takes longest."""
     commands = [["compile", *TINY, *options] for options in WRONG]
-    code = f"from scripts.measure.__main__ import main; print([main(c) for c in {commands}])"
+    code = f"from benchmarks.__main__ import main; print([main(c) for c in {commands}])"
     done = run_python(code, devices=1)
     assert done.stdout.splitlines()[-1] == str([2] * len(WRONG))
     lines = [line for line in done.stderr.splitlines() if line.startswith("measure: ")]
@@ -81,7 +81,7 @@ def test_wrong_options_are_one_line(run_python):
 def test_the_step_of_b4_on_a_tpu_moves_no_more_than_it_did(run_python, tmp_path):
     """DiT-B/4 with 32 images on each chip of a v5e slice."""
     file = tmp_path / "results.json"
-    command = ["-m", "scripts.measure", "compile", "--config=configs/load_config.py:run_b4"]
+    command = ["-m", "benchmarks", "compile", "--config=configs/load_config.py:run_b4"]
     options = ["--topology=v5e:4x4", "--steps", "train", "--config.training.batch_size=512"]
     run_python([*command, *options, f"--json={file}"], devices=1, timeout=900)
     found = json.loads(file.read_text())["train"]
@@ -99,7 +99,7 @@ def test_the_step_of_b4_on_a_tpu_moves_no_more_than_it_did(run_python, tmp_path)
 def test_the_step_of_b4_on_a_card_stays_as_small_as_it_is(run_python, tmp_path):
     """Kernels, bytes and products of DiT-B/4's step, batch 256, on an H200."""
     file = tmp_path / "results.json"
-    command = ["-m", "scripts.measure", "compile", "--config=configs/load_config.py:run_b4"]
+    command = ["-m", "benchmarks", "compile", "--config=configs/load_config.py:run_b4"]
     options = ["--topology=h200", "--steps", "train"]
     run_python([*command, *options, f"--json={file}"], devices=1, timeout=900)
     found = json.loads(file.read_text())["train"]

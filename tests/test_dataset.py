@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from benchmarks import __main__ as measure
+from benchmarks import data as measure_data
 from formats import torch_files
-from scripts.measure import __main__ as measure
-from scripts.measure import data as measure_data
 from utils import dataset
 from utils.iterator import RecordIterator, shuffled_indices
 
@@ -337,7 +337,7 @@ def test_benchmark_reads_the_same_latents_either_way(tmp_path):
 
 EPOCHS = """
 import sys
-from scripts.measure import data
+from benchmarks import data
 from utils import dataset
 from utils.iterator import RecordIterator, shuffled_indices
 records = dataset.open_records(sys.argv[1])

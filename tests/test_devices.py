@@ -13,7 +13,7 @@ import parts
 import sample
 import train
 from configs import default
-from methods import path
+from methods.sampler import sample_times
 from models import card, codec, dit, network, vae
 from utils import sharding
 
@@ -56,7 +56,7 @@ def numbers(fsdp):
     options = default.get_config().sampling
     options.seed = 3
     sampler = sample.Sampler(model, vae.load("none"), options, 16 // mesh.size)
-    times = path.sample_times(2)
+    times = sample_times(2)
     images = np.concatenate(list(sampler(state.params, np.arange(20) % CLASSES, times)))
     return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
 

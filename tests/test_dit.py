@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import plain
 from models import blocks, card, dit, network
-from scripts.measure import plain
 
 CLASSES, SHAPE = 3, (4, 4, 2)
 

@@ -48,7 +48,7 @@ NOT_RUN = {
     r"scripts\.demo": "a server without an end; tests/test_demo.py has a stand-in",
     r"wandb": "needs an account; tests/test_monitoring.py has a stand-in",
     r": (pip install|hf download)": "needs a network",
-    r"scripts\.(measure|export_checkpoint|evaluate_images)": "has its own tests",
+    r"(benchmarks|scripts\.(export_checkpoint|evaluate_images))": "has its own tests",
     r"^docs/pods\.md": "needs several machines; tests/test_processes.py runs several processes",
     r"JAX_KIND=|install\.sh": "installs; tests/test_install.py",
 }
@@ -72,7 +72,18 @@ ALL = [(page, c) for page, text in TEXTS.items() for c in [*commands(text), *inl
 LAUNCHES = [c for _, c in ALL if re.search(r"scripts/launch\.sh \w", c)]
 
 
-FOLDERS = ("configs", "docs", "formats", "methods", "metrics", "models", "scripts", "utils")
+FOLDERS = (
+    "configs",
+    "docs",
+    "formats",
+    "methods",
+    "metrics",
+    "run",
+    "benchmarks",
+    "models",
+    "scripts",
+    "utils",
+)
 
 
 def test_every_command_runs_here_or_says_why_not():

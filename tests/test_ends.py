@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from stub_repository import Repository
 
-from utils import metric_writer
+from run import metric_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 

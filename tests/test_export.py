@@ -14,14 +14,11 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import generator
-import inherit
 import parts
-import resume
-import weights
 from configs import load_config
 from formats import hugging_face, sit, start, torch_files
-from metrics import results
 from models import dit, network
+from run import inherit, results, resume, weights
 from scripts import export_checkpoint
 from utils import trees
 

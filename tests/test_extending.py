@@ -12,8 +12,8 @@ import pytest
 
 import parts
 import train
-import weights
 from models import network
+from run import weights
 from utils import dataset
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extending.md").read_text()

@@ -17,8 +17,9 @@ from jobs import (
     wait,
 )
 
-from metrics import results as stored
-from utils import checkpoint, dataset, processes
+from run import checkpoint
+from run import results as stored
+from utils import dataset, processes
 
 LAST = OPTIONS["training.num_steps"]
 

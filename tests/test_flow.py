@@ -7,7 +7,8 @@ import make
 import numpy as np
 import pytest
 
-from methods import path
+from methods import objective, path
+from methods.sampler import integrate, sample_times
 
 OPTIONS = {
     "method.name": "flow",
@@ -56,8 +57,8 @@ def test_heun_is_of_second_order_and_euler_of_first():
     y = jnp.ones(64, jnp.int32)
 
     def error(sampler, steps):
-        times = path.sample_times(steps)
-        x = path.sample(method, net, None, noise, {"y": y}, times, sampler=sampler)
+        times = sample_times(steps)
+        x = integrate(method, net, None, noise, {"y": y}, times, sampler=sampler)
         return float(jnp.abs(x - (1 + 0.5 * noise)).max())
 
     assert 1.7 < error("euler", 40) / error("euler", 80) < 2.3
@@ -68,15 +69,15 @@ def test_heun_is_of_second_order_and_euler_of_first():
 def test_guidance_goes_beyond_the_class_inside_its_interval():
     net, method = make.as_net(exact), make.method("flow", num_classes=3)
     noise, y = jnp.zeros((2, 1, 1, 2)), jnp.ones(2, jnp.int32)  # the null label is 3
-    times = path.sample_times(50)
+    times = sample_times(50)
 
     def sample(omega, t_min=0.0, t_max=1.0, channels=0):
         numbers = map(np.float32, (omega, t_min, t_max))
-        guidance = path.Guidance(*numbers, np.int32(channels))
-        x = path.sample(method, net, None, noise, {"y": y}, times, guidance=guidance)
+        guidance = objective.Guidance(*numbers, np.int32(channels))
+        x = integrate(method, net, None, noise, {"y": y}, times, guidance=guidance)
         return x[0, 0, 0]
 
-    plain = path.sample(method, net, None, noise, {"y": y}, times)[0, 0, 0]
+    plain = integrate(method, net, None, noise, {"y": y}, times)[0, 0, 0]
     np.testing.assert_allclose(sample(1.0), plain, atol=1e-6)
     assert np.all(sample(2.0) < plain - 0.5)  # away from the mean of the null label, 3
     np.testing.assert_allclose(sample(2.0, 0.705, 0.715), plain, atol=1e-6)  # no step begins there

@@ -9,6 +9,8 @@ import generator
 import parts
 import sample
 from formats import published
+from methods import objective
+from methods.sampler import sample_times
 from models import network, vae
 from utils import trees
 
@@ -40,7 +42,7 @@ def test_images_are_those_of_the_sampling_job(runs, model):
     _, config, params = runs["DiT"]
     made = parts.make(config)
     sampler = sample.Sampler(made, parts.load_autoencoder(config), config.sampling, 2)
-    times = sample.path.sample_times(2)
+    times = sample_times(2)
     (images,) = sampler(params, [2, 0], times)
     ours = model.sample([2, 0], num_steps=2)
     np.testing.assert_array_equal(ours, images)
@@ -107,7 +109,7 @@ def test_guidance_of_mixed_labels_begins_from_no_label():
         found = table[y] if y.ndim == 1 else y @ table
         return found[:, None, None, None] * np.ones_like(z)
 
-    guidance = sample.path.Guidance(*map(np.float32, (3, 0, 1)), np.int32(0))
+    guidance = objective.Guidance(*map(np.float32, (3, 0, 1)), np.int32(0))
     method, z, t = make.method("flow"), np.zeros((2, 1, 1, 1), np.float32), np.ones(2, np.float32)
     guidance = method.guidance_at(guidance, t)
     for y in (np.array([1, 0]), np.eye(4, dtype=np.float32)[[1, 0]]):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import grids
 import sample
-from methods import path
+from methods.sampler import SAMPLERS, integrate, sample_times
 
 
 class Records:
@@ -64,19 +64,19 @@ def test_scales_of_guidance():
         assert grids.scales(make.method(name)) == ()
 
 
-@pytest.mark.parametrize("sampler", path.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_without_length_change_nothing(sampler):
     net = make.as_net(lambda params, z, t, h, y: params * z * (1 + t - h)[:, None, None, None])
     noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
 
     def images(times):
-        return path.sample(
+        return integrate(
             make.method(), net, jnp.float32(0.7), noise, {"y": jnp.zeros(2, int)}, times,
             sampler=sampler, fresh=lambda k: noise + k,
         )  # fmt: skip
 
     for steps in (1, 2, 4):
-        times = path.sample_times(steps)
+        times = sample_times(steps)
         longer = grids.padded(times, 4, sampler)
         assert len(longer) == 5 and longer.dtype == jnp.float32
         np.testing.assert_array_equal(images(longer), images(times))

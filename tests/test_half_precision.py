@@ -8,10 +8,10 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-import resume
 import train
 from models import codec, dit, network
-from utils import checkpoint, sharding
+from run import checkpoint, resume
+from utils import sharding
 
 STEPS, BATCH, SHAPE = 60, 64, (8, 8, 1)
 METHOD = make.method(num_classes=10)

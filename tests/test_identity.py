@@ -11,8 +11,9 @@ import pytest
 from jobs import ALONE, CLASSES, OPTIONS, RECORDS, SHAPE, STEPS_ALONE, write_records
 
 import main
-from metrics import provenance, reference, results
+from metrics import provenance, reference
 from models import vae
+from run import results
 from scripts.prepare import statistics
 from utils import dataset, environment, identity, locks, processes
 

@@ -17,9 +17,10 @@ from test_faults import until
 
 import parts
 import train
+from benchmarks import plain_improved
 from models import card, codec, network
-from scripts.measure import plain_improved
-from utils import checkpoint, sharding
+from run import checkpoint
+from utils import sharding
 
 BATCH, STEPS = 16, 2
 BACKBONES = {

@@ -13,9 +13,10 @@ import pytest
 from jobs import write_records
 from test_folders import folder, prepare, read
 
+from run import checkpoint
 from scripts import prepare_dataset
 from scripts.prepare import shards
-from utils import checkpoint, dataset, files
+from utils import dataset, files
 
 ROOT = Path(__file__).resolve().parent.parent
 

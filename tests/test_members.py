@@ -14,17 +14,15 @@ from jobs import OPTIONS, write_records
 from test_benchmark import count, get_config
 
 import parts
-import resume
 import sample
 import train
-import weights
+from benchmarks import costs
 from formats import published
 from methods import alphaflow
 from models import network
 from models.network import Velocity
-from scripts.measure import costs
-from utils import best as best_of
-from utils import checkpoint
+from run import best as best_of
+from run import checkpoint, resume, weights
 
 MEMBERS = {
     "trajectory": {},

@@ -9,8 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from utils import metric_writer
-from utils.metric_writer import MetricWriter, progress_line
+from run import metric_writer
+from run.metric_writer import MetricWriter, progress_line
 
 
 def read_jsonl(workdir):

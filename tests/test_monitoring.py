@@ -19,8 +19,8 @@ import parts
 import sample
 import train
 from configs import load_config
+from run.metric_writer import MetricWriter
 from utils import chips, dataset, processes, train_metrics
-from utils.metric_writer import MetricWriter
 
 RECORDS, BATCH, TOTAL, LOG = 24, 8, 7, 2  # 3 steps per epoch; the last line has one step
 

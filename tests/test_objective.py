@@ -13,8 +13,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import plain
 from methods import path
-from scripts.measure import plain
+from methods.sampler import check_times, integrate, sample_times
 from utils import iterator
 
 CLASSES, SHAPE = 3, (2, 2, 1)
@@ -340,8 +341,8 @@ def test_one_step_is_exact_for_one_point_and_many_steps_agree():
         return (z - x_0) / path.by_row(t)
 
     noise, y = jax.random.normal(jax.random.key(2), (4, *SHAPE)), jnp.zeros(4, jnp.int32)
-    for times in (path.sample_times(1), path.sample_times(3)):
-        x = path.sample(make.method(), make.as_net(exact), None, noise, {"y": y}, times)
+    for times in (sample_times(1), sample_times(3)):
+        x = integrate(make.method(), make.as_net(exact), None, noise, {"y": y}, times)
         np.testing.assert_allclose(x, jnp.broadcast_to(x_0, x.shape), atol=1e-6)
 
 
@@ -353,8 +354,8 @@ def test_sampler_evaluates_the_network_once_per_step():
         return jnp.zeros_like(z)
 
     noise, y = jnp.ones((2, *SHAPE)), jnp.zeros(2, jnp.int32)
-    times = path.sample_times(0, (1.0, 0.6, 0.0))
-    path.sample(make.method(), make.as_net(net), None, noise, {"y": y}, times)
+    times = sample_times(0, (1.0, 0.6, 0.0))
+    integrate(make.method(), make.as_net(net), None, noise, {"y": y}, times)
     jax.effects_barrier()
     np.testing.assert_allclose(calls, [(1.0, 0.4), (0.6, 0.6)], atol=1e-6)
 
@@ -362,7 +363,7 @@ def test_sampler_evaluates_the_network_once_per_step():
 @pytest.mark.parametrize("timesteps", [(1.0,), (0.9, 0.0), (1.0, 0.5, 0.5, 0.0)])
 def test_bad_times_are_refused(timesteps):
     with pytest.raises(ValueError, match="sampling"):
-        path.check_times(timesteps)
+        check_times(timesteps)
 
 
 @pytest.mark.parametrize(

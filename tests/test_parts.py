@@ -4,8 +4,8 @@ import make
 import pytest
 
 import parts
-import resume
 from configs import default, load_config
+from run import resume
 
 
 def test_every_option_says_whether_a_run_may_change_it():

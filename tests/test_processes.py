@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jobs import STEPS_ALONE, Jobs, assert_equal_runs, metrics, outputs, results, wait
 
-from utils import checkpoint, processes
+from run import checkpoint
+from utils import processes
 
 ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1, **STEPS_ALONE}
 UNSAVED = {"training.checkpoint_per_epoch": 10**6, **STEPS_ALONE}  # steps alone notice a signal

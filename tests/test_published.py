@@ -8,8 +8,9 @@ import pytest
 from flax import serialization
 
 from formats import published
+from run import checkpoint
 from scripts import export_checkpoint
-from utils import checkpoint, files, trees
+from utils import files, trees
 
 FORMS = ("msgpack", "orbax")
 

@@ -10,9 +10,9 @@ import pytest
 from test_published import assert_equal
 
 import parts
-import weights
 from formats import published, published_imf
 from models import network
+from run import weights
 from scripts import export_checkpoint
 from utils import trees
 

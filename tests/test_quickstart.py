@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 import main
 from metrics import distances, reference
-from metrics import results as stored
+from run import results as stored
 from scripts import evaluate_images, prepare_dataset
 
 TINY = [

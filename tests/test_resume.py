@@ -15,13 +15,13 @@ from jobs import ALONE, STEPS_ALONE, Jobs, metrics
 
 import main
 import parts
-import resume
 import train
-import weights as weights_of
 from configs import load_config
 from formats import published
 from models import codec, dit
-from utils import checkpoint, sharding, train_metrics
+from run import checkpoint, resume
+from run import weights as weights_of
+from utils import sharding, train_metrics
 
 
 class State(typing.NamedTuple):

@@ -13,8 +13,8 @@ import pytest
 from configs import load_config, strict_yaml
 from formats import published
 from metrics import inception_weights, reference
+from run import checkpoint
 from scripts import prepare_dataset
-from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [

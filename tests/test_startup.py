@@ -18,9 +18,9 @@ from hypothesis import strategies as some
 
 import main
 import parts
-import startup
 import train
 from configs import listing, load_config, strict_yaml
+from run import report
 from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,8 +96,8 @@ def test_a_file_anywhere_is_a_config(tmp_path, monkeypatch):
 
 def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    startup.note(tmp_path, make.config("training.seed=1"))
-    startup.note(tmp_path, config := make.config("training.seed=2", "sampling.omega=1,2"))
+    report.note(tmp_path, make.config("training.seed=1"))
+    report.note(tmp_path, config := make.config("training.seed=2", "sampling.omega=1,2"))
     assert loaded(tmp_path / "config.yml") == config
     lines = (tmp_path / "requirements.lock").read_text().splitlines()
     assert lines[0] == f"# Python {sys.version.split()[0]}"
@@ -108,7 +108,7 @@ def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, c
     assert caplog.text == ""
     now = environment.installed()
     monkeypatch.setattr(environment, "installed", lambda: now | {"jax": "0.0.1", "new": "1"})
-    startup.note(tmp_path, config)
+    report.note(tmp_path, config)
     assert f"versions changed: jax {now['jax']} -> 0.0.1\n" in caplog.text
 
 
@@ -133,13 +133,13 @@ def test_the_summary_of_a_run():
     model = parts.make(config)
     state = state_of(config, model)
     before = len(jax.live_arrays())
-    rows = dict(startup.training(config, model, RECORDS, state, (7, 70)))
+    rows = dict(report.training(config, model, RECORDS, state, (7, 70)))
     assert len(jax.live_arrays()) == before
-    N = startup.number_of(model.param_shapes())
-    assert rows["network"].startswith(f"DiT, {startup.count(N)} parameters: blocks ")
+    N = report.number_of(model.param_shapes())
+    assert rows["network"].startswith(f"DiT, {report.count(N)} parameters: blocks ")
     assert rows["records"] == "900 images 8x8x1, 10 classes: r"
-    assert rows["length"] == startup.length(config.training, 7, 70)
-    memory = startup.memory(model, RECORDS, state, config, {"more": np.zeros(5, np.float16)})
+    assert rows["length"] == report.length(config.training, 7, 70)
+    memory = report.memory(model, RECORDS, state, config, {"more": np.zeros(5, np.float16)})
     counters = 4 * 2  # of Adam and of the schedule
     assert memory == {
         "weights": 4 * N, "averages": 8 * N, "moments": 8 * N + counters, "gradients": 4 * N,
@@ -165,8 +165,8 @@ def test_the_summary_of_a_run():
 )  # fmt: skip
 def test_the_length_of_a_run_is_named(words, lengths, length, each):
     config = make.config("training.sample_per_epoch=1", *words.split(), name="digits")
-    assert startup.length(config.training, *lengths) == length
-    assert startup.cadences(config, *lengths) == each
+    assert report.length(config.training, *lengths) == length
+    assert report.cadences(config, *lengths) == each
 
 
 def test_rounded_weights_count_as_a_copy():
@@ -174,21 +174,21 @@ def test_rounded_weights_count_as_a_copy():
     model = parts.make(config)
     shapes = jax.tree.leaves(jax.eval_shape(model.module.cast, model.param_shapes()))
     rounded = sum(x.size * 2 for x in shapes if x.dtype == "bfloat16")
-    memory = startup.memory(model, RECORDS, state_of(config, model), config, {})
+    memory = report.memory(model, RECORDS, state_of(config, model), config, {})
     assert memory["weights for products"] == rounded > 0
 
 
 def test_memory_of_sharded_weights_is_what_lies_on_a_device(run_python):
     run_python("""
 import jax, numpy as np
-import startup
+from run import report
 from utils import sharding
 mesh = sharding.make_mesh(2)
 tree = {"a": np.zeros((64, 512), np.float32), "b": np.zeros(7, np.float32),
         "c": np.zeros((3, 4096, 3), np.int8)}
 placed = sharding.place(tree, sharding.by_parameter(mesh, tree))
 held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
-assert startup.on_device(mesh, tree) == held == 64 * 512 * 2 + 28 + 3 * 4096 * 3 // 2
+assert report.on_device(mesh, tree) == held == 64 * 512 * 2 + 28 + 3 * 4096 * 3 // 2
 """, devices=4)  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_what_any_job_says(tmp_path):
             "--config.eval_only", "--config.sampling.num_steps=1,2"]  # fmt: skip
     config, _ = load_config.from_command_line(argv)
     source, given = load_config.source(argv), load_config.given(argv)
-    rows = dict(startup.job(config, source, given, tmp_path))
+    rows = dict(report.job(config, source, given, tmp_path))
     assert rows["config"] == "configs/digits.yml" and rows["folder"] == str(tmp_path)
     assert rows["devices"].startswith("1 x cpu") and f"jax {jax.__version__}" in rows["devices"]
     assert rows["  method"] == "kappa 0.3" and rows["  sampling"] == "num_steps 1,2"
@@ -207,23 +207,23 @@ def test_what_any_job_says(tmp_path):
         "the command line: training.seed, eval_only, sampling.num_steps"
     )  # fmt: skip
     model, weights = parts.make(config), {"step": 1200}
-    rows = dict(startup.evaluating(config, model, weights, 2, tmp_path))
+    rows = dict(report.evaluating(config, model, weights, 2, tmp_path))
     assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
     assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"
-    rows = dict(startup.sampling(config, model, weights, tmp_path))
+    rows = dict(report.sampling(config, model, weights, tmp_path))
     assert rows["images"] == f"64 by ode, steps 1: {tmp_path / 'samples'}"
 
 
 def test_many_parts_are_put_together():
     names = "dec_1 dec_2 enc_1 enc_2 enc_3 map_layer0 map_layer1 x y2 z z1 z2 z3".split()
     tree = {name: np.zeros(n) for n, name in enumerate(names)}
-    assert startup.parts_of(tree) == {"dec": 1, "enc": 9, "map": 11, "x": 7, "y": 8, "z": 42}
-    assert [startup.count(n) for n in (0, 999, 1000, 1_316_732)] == ["0", "999", "1 k", "1.32 M"]
-    assert [startup.size(n) for n in (12, 5_280_000)] == ["12 bytes", "5.28 MB"]
+    assert report.parts_of(tree) == {"dec": 1, "enc": 9, "map": 11, "x": 7, "y": 8, "z": 42}
+    assert [report.count(n) for n in (0, 999, 1000, 1_316_732)] == ["0", "999", "1 k", "1.32 M"]
+    assert [report.size(n) for n in (12, 5_280_000)] == ["12 bytes", "5.28 MB"]
 
 
 def test_long_rows_are_wrapped():
-    lines = startup.wrapped("name", "word " * 60)
+    lines = report.wrapped("name", "word " * 60)
     assert len(lines) > 2 and max(map(len, lines)) <= 100
     assert lines[0].startswith("  name        word") and lines[1].startswith(" " * 14 + "word")
 
@@ -243,19 +243,21 @@ def test_every_config_is_described_in_its_first_line(capsys):
         assert len(first) < 110 and second.startswith("#"), name
 
 
-MODULES = [path.stem for path in ROOT.glob("scripts/*.py")]
-PACKAGES = [path.parent.name for path in ROOT.glob("scripts/*/__main__.py")]
+PROGRAMS = [f"scripts.{path.stem}" for path in ROOT.glob("scripts/[!_]*.py")]
+PROGRAMS += ["scripts.compare", "benchmarks"]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES + PACKAGES))
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_every_program_explains_itself(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(f"scripts.{name}", run_name="__main__", alter_sys=False)
+        runpy.run_module(name, run_name="__main__", alter_sys=False)
     out, err = capsys.readouterr()
-    assert (end.value.code, err) == (0, "") and f"usage: python -m scripts.{name} " in out
-    module = f"scripts.{name}.__main__" if name in PACKAGES else f"scripts.{name}"
+    assert (end.value.code, err) == (0, "") and f"usage: python -m {name} " in out
+    module = (
+        name if name.startswith("scripts.") and name != "scripts.compare" else f"{name}.__main__"
+    )
     assert importlib.import_module(module).__doc__.splitlines()[0] in out
 
 

@@ -11,10 +11,11 @@ from jobs import Jobs, assert_equal_runs, results
 
 import evaluate
 import parts
-import weights as weights_of
 from metrics import evaluators
-from metrics import results as stored
-from utils import averages, checkpoint, snapshots
+from run import checkpoint, snapshots
+from run import results as stored
+from run import weights as weights_of
+from utils import averages
 
 TRACKED = (0.05, 0.10)
 OPTIONS = {

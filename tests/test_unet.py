@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import parts
-import weights
 from configs import load_config
 from formats import published_cifar, torch_writer
 from models import augment, codec, network, unet
+from run import weights
 from utils import trees
 
 SHAPE = (8, 8, 3)

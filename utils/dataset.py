@@ -10,7 +10,7 @@ shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Ex
 - `label`, an index into the sorted classes.
 
 Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
-then one hash check and one copy. Builds on utils/contents.py, utils/files.py and utils/identity.py.
+then one hash check and one copy.
 """
 
 import collections

@@ -4,7 +4,6 @@ An identity is a flat dict of JSON values: digests of contents, settings, versio
 that decides, so that folders may be moved. Whatever has one carries it along: a dataset in its
 dataset_info.json, a checkpoint beside its options, reference statistics in their npz, a result in
 results.json. What was made before has none, or less in it: only what both sides say is compared.
-Builds on utils/environment.py and utils/trees.py.
 """
 
 import hashlib
@@ -106,7 +105,7 @@ def check_run(before, now, where):
     """Holds what a checkpoint was made from against what the run is to go on with.
 
     Args:
-      before: the item `identity` of the checkpoint, see utils/checkpoint.py.
+      before: the item `identity` of the checkpoint, see run/checkpoint.py.
       now: the same of the run; what only the checkpoint knows is added to it.
       where: the checkpoint, for the line.
 

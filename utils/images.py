@@ -1,7 +1,4 @@
-"""Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files.
-
-Builds on utils/files.py.
-"""
+"""Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files."""
 
 import numpy as np
 from PIL import Image

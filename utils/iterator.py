@@ -1,7 +1,4 @@
-"""The iterator over shuffled batches that training uses.
-
-Builds on utils/order.py and utils/train_metrics.py.
-"""
+"""The iterator over shuffled batches that training uses."""
 
 import contextlib
 

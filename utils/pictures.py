@@ -1,7 +1,4 @@
-"""Pictures as people keep them: which files of a folder are meant, and one of them -> 8 bits.
-
-Builds on utils/files.py.
-"""
+"""Pictures as people keep them: which files of a folder are meant, and one of them -> 8 bits."""
 
 import collections
 import operator

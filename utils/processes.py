@@ -1,8 +1,7 @@
 """Several processes that run one job: they join, agree, share a folder, and end together.
 
 Nothing else knows how processes find or tell each other anything. In a single process every
-function here is the obvious one, and `jax.distributed` is not touched. Builds on utils/cluster.py
-and utils/signals.py.
+function here is the obvious one, and `jax.distributed` is not touched.
 
 A process that fails leaves a note in the coordinator's key-value store; each process looks there
 once a second and ends too, with the same line. A process that is killed leaves none: the others

@@ -14,7 +14,7 @@ import pathlib
 
 from PIL import Image
 
-from metrics import results
+from run import results
 from scripts.compare import runs as reading
 from scripts.compare import tables
 

@@ -5,8 +5,8 @@ import pathlib
 from typing import NamedTuple
 
 from configs import saved, strict_yaml
-from metrics import evaluators, results
-from utils import run_folder
+from metrics import evaluators
+from run import layout, results
 
 CONFIG = "config.yml"  # all options, in a run's folder
 POINTS = 500  # of a curve; of a longer one each is the mean of several lines
@@ -57,7 +57,7 @@ def why_not(path):
     """In a line, why the folder at `path` holds no run; or ""."""
     if not path.is_dir():
         return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
-    left = (run_folder.JSONL, "results.json", "checkpoints", "samples", CONFIG)
+    left = (layout.JSONL, "results.json", "checkpoints", "samples", CONFIG)
     if not any((path / name).exists() for name in left):
         return f"{path}: no run, for there is none of {', '.join(left)} in it"
     return ""
@@ -82,12 +82,12 @@ def read(path, name):
     notes = []
     options, said = options_of(path)
     notes += said
-    lines, broken = run_folder.metric_lines(path)
+    lines, broken = layout.metric_lines(path)
     if broken:
-        notes.append(f"{run_folder.JSONL}: {broken} broken line{'s' * (broken > 1)} left out")
+        notes.append(f"{layout.JSONL}: {broken} broken line{'s' * (broken > 1)} left out")
     steps, curves = curves_of(lines)
     stored, said = results_of(path)
-    grids = run_folder.grids(path)
+    grids = layout.grids(path)
     lacking = {"no metrics of training yet": steps, "no results yet": stored, "no grids": grids}
     notes += said + [line for line, there in lacking.items() if not there]
     scores = scores_of(lines, stored)
@@ -101,7 +101,7 @@ def options_of(path):
 
     They are those of its newest checkpoint or, before there is one, of its config.yml.
     """
-    nested, file = run_folder.options(path), path / CONFIG
+    nested, file = layout.options(path), path / CONFIG
     try:
         if nested is None and file.exists():
             nested = strict_yaml.parse(file.read_text("utf-8"))

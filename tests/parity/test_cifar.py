@@ -15,7 +15,8 @@ import pytest
 import train
 from configs import default, load_config
 from formats import published_cifar
-from methods import meanflow, path
+from methods import meanflow, objective, path
+from methods.sampler import integrate, sample_times
 from models import augment, codec, network, unet
 from utils import averages, images, trees
 
@@ -90,7 +91,7 @@ def batch(arrays, order=slice(None)):
     """x, given and draws of a batch, its rows in an order."""
     x, labels, noise, t, r = (arrays[k][order] for k in ("x", "augment", "noise", "t", "r"))
     given = {"y": np.zeros(len(x), np.int32), "augment": labels}
-    return x, given, path.Draws(t, r, noise, np.zeros(len(x), bool))
+    return x, given, objective.Draws(t, r, noise, np.zeros(len(x), bool))
 
 
 def test_time_embedding():
@@ -181,11 +182,11 @@ def test_sampler(net, steps):
     a = below(f"sampler/{steps}/")
     noise = ARRAYS["sampler/noise"]
     objective = method(next(iter(INFO["cases"].values())))
-    times = path.sample_times(0, tuple(a["timesteps"].tolist()))
+    times = sample_times(0, tuple(a["timesteps"].tolist()))
     given = {"y": jnp.zeros(len(noise), jnp.int32)}
 
     def sample(params):
-        return path.sample(objective, function, params, noise, given, times)
+        return integrate(objective, function, params, noise, given, times)
 
     x = jax.jit(sample)(params)
     assert np.abs(x - a["samples"]).max() <= 1e-5 * np.abs(a["samples"]).max()

@@ -18,6 +18,7 @@ from methods import (
     consistency,
     flow,
     meanflow,
+    objective,
     path,
     shortcut,
     soflow,
@@ -25,6 +26,7 @@ from methods import (
     splitmeanflow,
     tim,
 )
+from methods.sampler import integrate, sample_times
 from models import dit, network
 
 pytestmark = pytest.mark.parity
@@ -122,7 +124,7 @@ def draws_of(method, a, order):
     if isinstance(method, split.Split):
         alpha = a.get("alpha", np.ones(len(t)))[order].astype(np.float32)
         return split.SplitDraws(t, r, noise, drop, alpha)
-    return path.Draws(t, r, noise, drop)
+    return objective.Draws(t, r, noise, drop)
 
 
 def shifted(net, num_equal):
@@ -297,7 +299,7 @@ def test_sampler(arrays, params, name):
     kind = alphaflow.Trajectory if average else flow.Flow
     method = build(kind, **options, data_proportion=1.0)
     if guidance:
-        guidance = path.Guidance(
+        guidance = objective.Guidance(
             *jnp.float32([guidance[key] for key in ("scale", "t_start", "t_end")]),
             jnp.int32(guidance["channels"]),
         )
@@ -306,9 +308,9 @@ def test_sampler(arrays, params, name):
         jax.debug.callback(lambda: calls.append(len(batches)))
         return net(params, *batches)
 
-    times = path.sample_times(0, tuple(info["times"]))
+    times = sample_times(0, tuple(info["times"]))
     x = jax.jit(
-        lambda params, guidance: path.sample(
+        lambda params, guidance: integrate(
             method, counted, params, noises[0], {"y": arrays["sampler/labels"]}, times,
             guidance=guidance, sampler=info["method"], fresh=lambda k: noises[k],
         )

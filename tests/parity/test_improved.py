@@ -14,7 +14,8 @@ import pytest
 import train
 from configs import default
 from formats import published_imf
-from methods import improved, path
+from methods import improved, objective, path
+from methods.sampler import integrate, sample_times
 from models import codec, imf_dit, network
 from utils import trees
 
@@ -69,7 +70,7 @@ def build(**options):
     )  # fmt: skip
 
 
-def objective(norm_p, norm_eps, num_equal, batch_size, cfg_beta=1.0):
+def make_objective(norm_p, norm_eps, num_equal, batch_size, cfg_beta=1.0):
     """The objective of a case."""
     draws = INFO["draws"]
     return improved.Improved(
@@ -169,7 +170,7 @@ def test_draws(data, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(jax.random, "normal", lambda key, shape, it=normals: next(it))
             patch.setattr(jax.random, "uniform", lambda key, shape, it=uniforms: next(it))
-            method = objective(1.0, 0.01, equal.sum(), len(equal), beta)
+            method = make_objective(1.0, 0.01, equal.sum(), len(equal), beta)
             draws = method.draw(jax.random.key(0), noise.shape, 0)
         expected = {name: a[name] for name in ("t", "r")} | {"omega": a[f"omega_beta_{beta}"]}
         for name, array in expected.items():
@@ -195,7 +196,7 @@ def test_objective(data, case):
     a = data.below(f"objective/{case}")
     x, y, draws, num_equal, order = data.batch(data.below("objective/batch"), a)
     info = INFO["cases"][case]
-    method = objective(info["norm_p"], info["norm_eps"], num_equal, len(x))
+    method = make_objective(info["norm_p"], info["norm_eps"], num_equal, len(x))
     (value, rows), grads = value_and_grad(method)(data.params, x, y, draws)
     np.testing.assert_allclose(value, a["loss"], rtol=1e-5)
     for name in ("error_u", "error_v"):
@@ -230,17 +231,17 @@ def check_fields(fields, expected, draws, order):
 
 def test_sampler(data):
     noise, y = data.arrays["sampler/noise"], data.arrays["sampler/labels"]
-    method = objective(1.0, 0.01, 0, len(y))
+    method = make_objective(1.0, 0.01, 0, len(y))
     net = network.function(data.net)
 
     @jax.jit  # guidance is traced: one compilation for all cases of as many steps
     def sample(times, guidance):
-        return path.sample(method, net, data.params, noise, {"y": y}, times, guidance=guidance)
+        return integrate(method, net, data.params, noise, {"y": y}, times, guidance=guidance)
 
     cases = INFO["sampler"]["cases"]
     for name, case in cases.items():
-        guidance = path.Guidance(case["omega"], case["t_min"], case["t_max"], 0)
-        found = sample(path.sample_times(case["num_steps"]), guidance)
+        guidance = objective.Guidance(case["omega"], case["t_min"], case["t_max"], 0)
+        found = sample(sample_times(case["num_steps"]), guidance)
         close(found, data.arrays[f"sampler/{name}/samples"])
     assert sample._cache_size() == len({case["num_steps"] for case in cases.values()})
 
@@ -270,7 +271,7 @@ def test_trajectory(data):
     optimizer, schedule = train.make_optimizer(training, info["steps"])
     recipe = train.Recipe(
         net=network.function(data.net),
-        method=objective(info["norm_p"], info["norm_eps"], num_equal, len(x)),
+        method=make_objective(info["norm_p"], info["norm_eps"], num_equal, len(x)),
         codec=codec.Codec(),
         optimizer=optimizer,
         ema_vals=(info["ema_val"],),

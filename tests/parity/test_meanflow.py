@@ -11,7 +11,7 @@ import published
 import pytest
 
 import train
-from methods import path
+from methods.sampler import integrate, sample_times
 from models import codec, network
 
 pytestmark = pytest.mark.parity
@@ -76,8 +76,8 @@ def test_sampler(data, steps):
     a = data.arrays
     times = tuple(a[f"sampler/{steps}/timesteps"].tolist())
     method, net = data.method({}, 1, 2), network.function(data.net)
-    x = jax.jit(lambda *args: path.sample(method, net, *args))(
-        data.params, a["sampler/noise"], {"y": a["sampler/labels"]}, path.sample_times(0, times)
+    x = jax.jit(lambda *args: integrate(method, net, *args))(
+        data.params, a["sampler/noise"], {"y": a["sampler/labels"]}, sample_times(0, times)
     )
     expected = a[f"sampler/{steps}/samples"]
     assert np.abs(x - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -12,7 +12,8 @@ import pytest
 from flax import traverse_util
 
 from formats import published, sit, start
-from methods import flow, path
+from methods import flow, objective
+from methods.sampler import integrate, sample_times
 from models import dit, network
 
 pytestmark = pytest.mark.parity
@@ -91,7 +92,7 @@ def test_guided_sampling(arrays, params):
     options |= dict(num_classes=SIT["num_classes"], noise_dist="uniform", guidance_eq="none")
     method = flow.Flow(**options | {"norm_eps": 1.0})
     scale, channels = jnp.float32(SIT["cfg_scale"]), jnp.int32(SIT["cfg_channels"])
-    guidance = path.Guidance(scale, jnp.float32(0), jnp.float32(1), channels)
+    guidance = objective.Guidance(scale, jnp.float32(0), jnp.float32(1), channels)
     given, net = {"y": arrays["cfg/y"]}, network.function(NET)
     t = 1 - arrays["t_sit"]
     here = method.guidance_at(guidance, t)
@@ -99,8 +100,8 @@ def test_guided_sampling(arrays, params):
     assert close(-u, arrays["cfg/out"])
     steps = next(int(k.split("_")[-1]) for k in arrays if k.startswith("cfg/euler_"))
     x = jax.jit(
-        lambda z: path.sample(
-            method, net, params, z, given, path.sample_times(steps),
+        lambda z: integrate(
+            method, net, params, z, given, sample_times(steps),
             guidance=guidance, sampler="euler",
         )
     )(arrays["x"])  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 
 import parts
 import train
-from scripts.measure import costs, plain, trace
+from benchmarks import costs, plain, trace
 from utils import chips, sharding
 
 

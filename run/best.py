@@ -1,12 +1,12 @@
-"""The best checkpoint of a run, kept beside the newest. Builds on utils/checkpoint.py and
-utils/files.py."""
+"""The best checkpoint of a run, kept beside the newest."""
 
 import json
 import os
 import pathlib
 import shutil
 
-from utils import checkpoint, files
+from run import checkpoint
+from utils import files
 
 
 def keep_best(workdir, step, metric, value, higher_is_better=False):

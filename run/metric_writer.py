@@ -1,8 +1,7 @@
 """What a run tells about itself: TensorBoard events, metrics.jsonl and the progress line.
 
 Everything is on disk when a call returns, so a killed run loses nothing that it had written. A
-resumed run takes back what was written after the step it resumes from. Builds on utils/files.py
-and utils/run_folder.py.
+resumed run takes back what was written after the step it resumes from.
 """
 
 import json
@@ -21,8 +20,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from run.layout import JSONL
 from utils import files
-from utils.run_folder import JSONL
 
 EVENTS = re.compile(r"\.tfevents\.(\d{1,10})\.")  # in the name of a file of events
 SHOWN = ("loss", "raw_loss/r=t", "raw_loss/r<t")  # in the progress line, where they are given

@@ -10,8 +10,8 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best (utils/best.py) is laid out alike. Builds on
-utils/checksums.py, utils/files.py and utils/run_folder.py.
+with another name, and renames it. WORKDIR/best (run/best.py) is laid out alike. Builds on
+utils/checksums.py, utils/files.py and run/layout.py.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from run.layout import checkpoint_path as _path
+from run.layout import folder, steps
 from utils import files
 from utils.checksums import checksums
-from utils.run_folder import checkpoint_path as _path
-from utils.run_folder import folder, steps
 
 KEPT = 3  # newest checkpoints
 ARRAYS = ("params", "ema_params", "progress")

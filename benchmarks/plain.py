@@ -2,14 +2,14 @@
 
 JVP on all rows, both guidance passes on all rows. Written from the paper (arXiv 2505.13447,
 algorithm 1, section 4.2 and appendix B), independently of methods/meanflow.py, and slower by a
-third. The tests compare with it, and `scripts.measure train --against plain` measures it.
+third. The tests compare with it, and `benchmarks train --against plain` measures it.
 """
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import plain_improved
 from methods import improved
-from scripts.measure import plain_improved
 
 
 def loss(net, params, x, y, draws, method):

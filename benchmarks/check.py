@@ -1,6 +1,6 @@
 """Whether the kernels of the card compute what the plain float32 operations do.
 
-    python -m scripts.measure check
+    python -m benchmarks check
 
 Attention, its gradient and its tangent, and the gradient of the whole objective on a small network,
 in half precision as the card would take it, beside float32. Exit status 1 where one is too far off.
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import parts
+from benchmarks import costs
 from models import attention, attention_kernel, card, network
-from scripts.measure import costs
 from utils import sharding
 
 SHAPES = ((16, 64, 12, 64), (8, 256, 16, 72), (2, 1024, 12, 64))  # (B, N, H, d): B/4, XL/2, 512 px

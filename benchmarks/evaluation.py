@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 import parts
+from benchmarks import stand_ins
 from configs import load_config
-from scripts.measure import stand_ins
 from utils import sharding
 
 
@@ -80,7 +80,7 @@ def on_devices(config, args, count):
             for path, value in load_config.options(config).items()
         ]
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.measure", "evaluation", f"--json={folder}/results",
+            [sys.executable, "-m", "benchmarks", "evaluation", f"--json={folder}/results",
              f"--rounds={args.rounds}", "--config=configs/load_config.py:default", *options],
             env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)},
             capture_output=True,

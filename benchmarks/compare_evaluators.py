@@ -1,6 +1,6 @@
 """Holds the evaluator against torch-fidelity, pytorch-fid and clean-fid, on random weights.
 
-    python -m scripts.measure.compare_evaluators [--images 200] [--size 64] [--python PATH]
+    python -m benchmarks.compare_evaluators [--images 200] [--size 64] [--python PATH]
 
 Both sides get the same made-up Inception weights and the same crops of two photographs (those of
 scikit-learn). The packages are installed into an environment of their own in a temporary folder,
@@ -141,7 +141,7 @@ def report(errors, ours, foreign):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.measure.compare_evaluators",
+        prog="python -m benchmarks.compare_evaluators",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,9 +1,8 @@
 """Snapshots of the power-function averages of a run, from which any profile is reconstructed.
 
-    WORKDIR/ema_snapshots/checkpoints/STEP   laid out as a run's checkpoints, utils/checkpoint.py
+    WORKDIR/ema_snapshots/checkpoints/STEP   laid out as a run's checkpoints, run/checkpoint.py
 
 Float16, as EDM2 stores them: half the place, and an error of 1e-4 to 5e-4 of the largest value.
-Builds on utils/checkpoint.py and utils/averages.py.
 """
 
 import logging
@@ -12,7 +11,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from utils import averages, checkpoint
+from run import checkpoint
+from utils import averages
 
 
 def folder(workdir):

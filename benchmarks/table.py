@@ -1,6 +1,6 @@
 """The table of docs/speed.md on the accelerator at hand, in a few minutes.
 
-    python -m scripts.measure table [--rows run_b4 run_b2 run_xl2] [--json FILE]
+    python -m benchmarks table [--rows run_b4 run_b2 run_xl2] [--json FILE]
 
 All programs are compiled side by side first, which takes most of the time, and then measured one
 after the other. What is not compiled within `--compile_seconds` is left out and said.
@@ -14,8 +14,8 @@ import time
 import jax
 
 import parts
-from scripts.measure import costs, evaluation, stand_ins, train
-from scripts.measure.train import Candidate
+from benchmarks import costs, evaluation, stand_ins, train
+from benchmarks.train import Candidate
 from utils import sharding
 
 # name -> the options by which a row differs from its config

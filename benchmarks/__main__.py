@@ -1,11 +1,11 @@
 """Speed of training, evaluation and data on the devices at hand, with made-up data and weights.
 
-    python -m scripts.measure train --config=configs/load_config.py:NAME [--against plain]
-    python -m scripts.measure evaluation --config=configs/load_config.py:NAME
-    python -m scripts.measure data
-    python -m scripts.measure compile --config=... --topology v5e:4x4 (or h200), without having it
-    python -m scripts.measure table      the table of docs/speed.md, in a few minutes
-    python -m scripts.measure check      whether the card's kernels compute the right thing
+    python -m benchmarks train --config=configs/load_config.py:NAME [--against plain]
+    python -m benchmarks evaluation --config=configs/load_config.py:NAME
+    python -m benchmarks data
+    python -m benchmarks compile --config=... --topology v5e:4x4 (or h200), without having it
+    python -m benchmarks table      the table of docs/speed.md, in a few minutes
+    python -m benchmarks check      whether the card's kernels compute the right thing
 
 Options of the config follow as for main.py (`--config.training.batch_size=64`); `--json FILE` also
 writes what is printed. Times on busy or shared processors mean little; ratios of one run mean more.
@@ -15,7 +15,7 @@ import argparse
 import sys
 
 import parts
-from scripts.measure import check, compile, costs, data, evaluation, table, train
+from benchmarks import check, compile, costs, data, evaluation, table, train
 from utils import environment, signals
 
 COMMANDS = {
@@ -33,7 +33,7 @@ def main(argv=None):
     """Runs the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.measure",
+        prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

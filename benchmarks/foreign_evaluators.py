@@ -1,4 +1,4 @@
-"""The packages that scripts/measure/compare_evaluators.py compares with, in their environment.
+"""The packages that benchmarks/compare_evaluators.py compares with, in their environment.
 
     python foreign_evaluators.py FOLDER
 

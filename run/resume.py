@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import optax
 
-import weights
 from configs.saved import flat, of_run
-from utils import checkpoint, environment, processes, sharding, train_metrics
+from run import checkpoint, weights
+from utils import environment, processes, sharding, train_metrics
 from utils import identity as identities
 
 # Options that may change within a run, and those that would make it another run. Every option of

@@ -8,9 +8,9 @@ checkpoint tells no options; its shapes are compared, and the rest is taken on t
 
 import logging
 
-import resume
-import weights as weights_of
 from configs import checks
+from run import resume
+from run import weights as weights_of
 from utils import identity
 
 # Taken from the run as well: places on a machine, where nothing else says what to take, and what is

@@ -4,7 +4,8 @@ import numpy as np
 
 from formats import hugging_face, published, published_cifar, published_imf, sit, start
 from models import dit
-from utils import checkpoint, run_folder, sharding, snapshots, trees
+from run import checkpoint, layout, snapshots
+from utils import sharding, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
@@ -76,8 +77,8 @@ def read(path, optimizer=False, step=None):
 
 def options(path):
     """The options that weights bring along, nested; None where they tell none. Without devices."""
-    if run_folder.steps(path):
-        return run_folder.options(path)
+    if layout.steps(path):
+        return layout.options(path)
     exported = hugging_face.find(path)
     return hugging_face.read_config(exported)["options"] if exported else None
 
@@ -98,7 +99,7 @@ def load(path, shapes, config, optimizer=False, may_lack=()):
       profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
       profiles), `workdir` (of the run), `opt_state` ({"count", "mu", "nu"} of Adam where asked for
       and stored, else None), `config` (the options of the run, nested, or None) and `identity`
-      (what the run was made from, see utils/checkpoint.py; {} where it does not say).
+      (what the run was made from, see run/checkpoint.py; {} where it does not say).
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights of another model or data.

@@ -10,7 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
-from scripts.measure.costs import array_bytes, computations, trip_count
+from benchmarks.costs import array_bytes, computations, trip_count
 
 IDLE = set("parameter constant tuple get-tuple-element bitcast iota after-all partition-id".split())
 SLICES = {"dynamic-slice", "slice", "gather"}

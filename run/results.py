@@ -1,8 +1,7 @@
 """The results of evaluations: results.json, the table, the plot, and their names in the log.
 
 A result is a dict of its metrics and of all settings that they depend on. results.json is a list
-of them, which is this module's alone. Builds on metrics/evaluators.py, utils/files.py,
-utils/locks.py and utils/processes.py.
+of them, which is this module's alone.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Speed and memory of the data iterator, beside a plain reader of one file per latent.
 
-    python -m scripts.measure data [--num_records 100000] [--json FILE]
+    python -m benchmarks data [--num_records 100000] [--json FILE]
 
 Makes synthetic latents in a temporary folder: as records in float32 and float16, and as the `.pt`
 files of the published code, which are read in a shuffled order by a pool of threads, one
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import growth
+from benchmarks.growth import peak_memory
 from formats import torch_files
-from scripts.measure import growth
-from scripts.measure.growth import peak_memory
 from utils import dataset, iterator
 
 RECORDS_PER_SHARD = 4096

@@ -1,7 +1,7 @@
 """Compiles a config for accelerators that are not at hand: does it fit, and what does it cost?
 
-    python -m scripts.measure compile --config=configs/load_config.py:NAME --topology v5e:4x4
-    python -m scripts.measure compile --config=configs/load_config.py:NAME --topology h200
+    python -m benchmarks compile --config=configs/load_config.py:NAME --topology v5e:4x4
+    python -m benchmarks compile --config=configs/load_config.py:NAME --topology h200
 
 Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
 step of train.py and the evaluation step, as they would run on every chip; nothing is run. For a TPU
@@ -24,8 +24,8 @@ from jax.experimental import topologies
 
 import parts
 import train
+from benchmarks import costs, gpu_target, program, stand_ins
 from models import card
-from scripts.measure import costs, gpu_target, program, stand_ins
 from utils import chips, sharding
 
 # The compiler would otherwise ask the machine for its TPU.

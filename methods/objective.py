@@ -1,0 +1,136 @@
+"""What an objective is: draws, loss and velocity, and the options that several have."""
+
+from typing import NamedTuple
+
+import jax
+
+from methods import path
+
+
+class Draws(NamedTuple):
+    """What is random in one step, where an objective needs no more."""
+
+    t: jax.Array  # (B,) in [0, 1]
+    r: jax.Array  # (B,) in [0, t]
+    noise: jax.Array  # (B, H, W, C), standard normal
+    drop: jax.Array  # (B,) bool: the row trains without its label
+
+
+class Guidance(NamedTuple):
+    """Guidance that is chosen at sampling time; float32 ()."""
+
+    omega: jax.Array  # its scale; 1: none
+    t_min: jax.Array  # it holds for t_min <= t <= t_max
+    t_max: jax.Array
+    channels: jax.Array  # int32 (), how many channels it concerns, the first ones; 0: all
+
+
+class Objective:
+    """Base of all objectives: a frozen dataclass of the options that it has.
+
+    It is given the network as a function (`models.network.function`), so it knows no architecture.
+    A subclass has `draw`, `loss` and, where the network is no average velocity, `velocity`.
+    """
+
+    rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
+    conditions = ()  # what its network has to take beside t, h and y
+    needs_v = False  # whether its network has to predict the instantaneous velocity too
+    instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
+    guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
+
+    def draw(self, key, shape, step):
+        """What is random in step number `step`, int32 (), for images of `shape` (B, H, W, C).
+
+        Returns:
+          `Draws`, or a NamedTuple with more; every array has B rows.
+        """
+        raise NotImplementedError
+
+    def loss(self, net, params, x, given, draws, held):
+        """The loss of a batch, deterministic in `draws`.
+
+        Args:
+          net: from `models.network.function`.
+          params: its parameters; the only argument through which a gradient flows.
+          x: data, float32 (B, H, W, C).
+          given: what comes with the data and goes on into the network: `y`, int32 (B,), and more.
+          draws: from `draw`.
+          held: what has no gradient: {"ema_params": the first average}.
+
+        Returns:
+          The loss, a float32 scalar, and {name: float32 (B,) for name in rows}, in the order of
+          the batch.
+        """
+        raise NotImplementedError
+
+    def velocity(self, net, params, z, t, r, given, guidance=None):
+        """The velocity over [r, t] that the sampler follows, float32 (B, H, W, C).
+
+        Here the average u(z_t, t, t - r, y); a guidance that is trained in needs no other.
+
+        Args:
+          guidance: `Guidance`, or None; traced, so that a sweep compiles once.
+        """
+        return net(params, (z, {"t": t, "h": t - r, **given}))[0].u
+
+    def guidance_at(self, guidance, t):
+        """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
+        return guidance
+
+    def at(self, step, total):
+        """The objective that holds after `step` of `total` steps, both int.
+
+        Where the program changes in a run (a JVP begins) it is another objective, hashable: whoever
+        compiles a step compiles one for each that this gives.
+        """
+        return self
+
+    def equal_count(self, batch_size):
+        """How many rows of a batch have r = t."""
+        return path.equal_count(batch_size, self.data_proportion)
+
+    def groups(self, batch_size):
+        """Between any two of so many equal groups a batch may be cut."""
+        return path.equal_groups(batch_size, self.equal_count(batch_size))
+
+    def passes(self, batch_size):
+        """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""
+        raise NotImplementedError
+
+    def passes_of_both(self, batch_size):
+        """Those of them that predict both velocities; all others predict one."""
+        return 0.0
+
+
+def check(condition, option, rule):
+    """Raises ValueError in a line where the rule of an option of `method` is broken."""
+    if not condition:
+        raise ValueError(f"method.{option} {rule}")
+
+
+def check_options(method):
+    """The rules of those options of an objective that several have, by name."""
+    options = vars(method)
+    for name in options.keys() & {
+        "data_proportion", "class_dropout_prob", "t_start", "t_end", "mix", "fade_start"
+    }:  # fmt: skip
+        check(0 <= options[name] <= 1, name, f"must lie in 0..1, got {options[name]}")
+    for name in options.keys() & {"P_std", "P_std_r", "norm_p"}:
+        value = options[name]
+        check(value is None or value >= 0, name, f"must not be negative, got {value}")
+    if "norm_eps" in options:
+        check(method.norm_eps > 0, "norm_eps", f"must be above 0, got {method.norm_eps}")
+    if "noise_dist" in options:
+        kinds = ("logit_normal", "uniform")
+        rule = f"is one of {' | '.join(kinds)}, not {method.noise_dist!r}"
+        check(method.noise_dist in kinds, "noise_dist", rule)
+    if "guidance_eq" in options:
+        kinds = ("cfg", "mix", "none") if "mix" in options else ("cfg", "none")
+        rule = f"is one of {' | '.join(kinds)}, not {method.guidance_eq!r}"
+        check(method.guidance_eq in kinds, "guidance_eq", rule)
+        possible = method.num_classes or method.guidance_eq == "none"
+        rule = "must be none where dataset.num_classes is 0: without classes there is no guidance"
+        check(possible, "guidance_eq", rule)
+        check(method.kappa < 1, "kappa", "must be below 1: the scale is omega / (1 - kappa)")
+        check(method.kappa >= 0, "kappa", f"must not be negative, got {method.kappa}")
+        check(method.t_start <= method.t_end, "t_start", "must not be above method.t_end")

@@ -1,0 +1,81 @@
+"""The sampler: images from noise over given times, one loop for all objectives."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from methods import path
+
+SAMPLERS = ("ode", "euler", "heun", "consistency")
+
+
+def check_times(timesteps):
+    """Raises ValueError where explicit times do not fall from 1 to 0."""
+    falls = all(a > b for a, b in itertools.pairwise(timesteps))
+    if len(timesteps) < 2 or timesteps[0] != 1 or timesteps[-1] != 0 or not falls:
+        raise ValueError(
+            f"sampling.sampling_timesteps must fall from 1 to 0, got {list(timesteps)}"
+        )
+
+
+def sample_times(num_steps, timesteps=()):
+    """Times 1 = t_0 > ... > t_N = 0, float32 (N + 1,): `timesteps`, or `num_steps` equal steps."""
+    if timesteps:
+        return jnp.array(timesteps, jnp.float32)
+    return jnp.linspace(1.0, 0.0, num_steps + 1)
+
+
+def integrate(
+    method, net, params, noise, given, times, *, guidance=None, sampler="ode", fresh=None
+):
+    """Images from noise over `times`: the one loop of all objectives.
+
+    Args:
+      method: `Objective`.
+      noise: z_1, float32 (B, H, W, C).
+      given: {"y": int32 (B,), ...}, see `Objective.loss`.
+      times: float32 (N + 1,) from `sample_times`.
+      guidance: `Guidance`, or None.
+      sampler: `ode`: z_r = z_t - (t - r) u(z_t, t, r) (arXiv 2505.13447, eq. 12), N evaluations,
+        N = 1 is one-step generation; `euler`: the same with the instantaneous velocity, r = t;
+        `heun`: the mean of the instantaneous velocities at both ends (the last step: at its
+        beginning), 2 N - 1 evaluations; `consistency`: x = z_t - t u(z_t, t, 0), then back to
+        z_r = (1 - r) x + r n with fresh noise n (arXiv 2303.01469, algorithm 1), N evaluations.
+      fresh: k -> the noise n before step k, int32 () in 1..N-1, like `noise`; for `consistency`.
+
+    Returns:
+      x = z_0, float32 (B, H, W, C).
+    """
+
+    def velocity(z, t, r, start):
+        at_start = method.guidance_at(guidance, start)
+        return method.velocity(net, params, z, t, r, given, at_start)
+
+    def step(z, t_r):
+        t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
+        u = velocity(z, t, t if sampler in ("euler", "heun") else r, start=t)
+        return z - path.by_row(t - r) * u, None
+
+    def heun_step(z, t_r):
+        t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
+        first = velocity(z, t, t, start=t)
+        second = velocity(z - path.by_row(t - r) * first, r, r, start=t)
+        return z - path.by_row(t - r) * (first + second) / 2, None
+
+    def consistency_step(z, k_t_r):
+        k, t_r = k_t_r
+        t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
+        x = z - path.by_row(t) * velocity(z, t, jnp.zeros_like(t), start=t)
+        return path.z_t(x, fresh(k), r), None
+
+    steps = jnp.stack([times[:-1], times[1:]], axis=1)  # (N, 2)
+    if sampler == "consistency":
+        numbered = (jnp.arange(1, len(steps)), steps[:-1])
+        noise, _ = jax.lax.scan(consistency_step, noise, numbered)
+        steps = steps[-1:]
+    if sampler == "heun":
+        noise, _ = jax.lax.scan(heun_step, noise, steps[:-1])
+        steps = steps[-1:]
+    x, _ = jax.lax.scan(step, noise, steps)
+    return x
