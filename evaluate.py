@@ -7,7 +7,6 @@ what runs, is measured and is compiled ahead.
 
 import contextlib
 import functools
-import itertools
 import logging
 import pathlib
 
@@ -15,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import parts
 import sample
 from metrics import evaluators, features, reference, scorer
+from parts import load_autoencoder, network_dtype
+from parts import make as make_parts
 from run import checkpoint, inherit, metric_writer, report, results
 from run import weights as weights_of
 from utils import dataset, environment, processes, sharding
@@ -28,39 +28,37 @@ class Evaluator:
     """Measures weights: generates images and scores them. Compiles when first called.
 
     Args:
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       autoencoder: from `models.vae.load`.
       score: `metrics.scorer.Scorer`.
       options: the options `sampling`.
     """
 
-    def __init__(self, model, autoencoder, score, options):
-        self.model, self.autoencoder, self.score, self.options = model, autoencoder, score, options
-        self.draw = jax.jit(
-            self.draw_batch, static_argnames="sampler",
-            out_shardings=sharding.by_row(model.mesh),
-        )  # fmt: skip
+    def __init__(self, parts, autoencoder, score, options):
+        self.parts, self.autoencoder, self.score, self.options = parts, autoencoder, score, options
+        mesh = parts.mesh
+        self.draw = jax.jit(self.draw_batch, out_shardings=sharding.by_row(mesh))
         self.add = jax.jit(
-            self.add_batch, out_shardings=sharding.replicated(model.mesh), donate_argnums=0,
-            compiler_options=scorer.compiler_options(model.mesh),
+            self.add_batch, out_shardings=sharding.replicated(mesh), donate_argnums=0,
+            compiler_options=scorer.compiler_options(mesh),
         )  # fmt: skip
 
     @functools.cached_property
     def vae_params(self):
         """The parameters of the autoencoder, on every device."""
-        return sharding.place_everywhere(self.model.mesh, self.autoencoder.params)
+        return sharding.place_everywhere(self.parts.mesh, self.autoencoder.params)
 
     def index(self, start):
         """Numbers of the images of the batch that begins with number `start`, int32 (B,)."""
         index = start + jnp.arange(self.score.batch_size)
-        return jax.lax.with_sharding_constraint(index, sharding.by_row(self.model.mesh))
+        return jax.lax.with_sharding_constraint(index, sharding.by_row(self.parts.mesh))
 
-    def draw_batch(self, params, start, times, guidance, sampler):
-        """What the network makes of a batch of noise. Pure; compiled for each number of steps."""
+    def draw_batch(self, params, start, setting):
+        """Draws x of a batch from noise. Pure; compiled for each number of steps."""
         index, seed = self.index(start), self.options.seed
         kind = self.score.options.labels
-        labels = sample.draw_labels(seed, index, self.model.num_classes, kind)
-        return sample.generate(self.model, seed, sampler, params, index, labels, times, guidance)
+        labels = sample.draw_labels(seed, index, self.parts.num_classes, kind)
+        return sample.generate(self.parts, seed, params, index, labels, setting)
 
     def add_batch(self, statistics, vae_params, feature_params, x, start):
         """Decodes a batch and adds it to the statistics. Pure; compiled once. See `Scorer.add`."""
@@ -70,21 +68,17 @@ class Evaluator:
         count = options.num_samples
         return self.score.add(statistics, feature_params, images, self.index(start), count)
 
-    def step(
-        self, statistics, params, vae_params, feature_params, start, times, guidance, sampler="ode"
-    ):
+    def step(self, statistics, params, vae_params, feature_params, start, setting):
         """Adds a batch of generated images to the statistics: the two functions that run."""
-        x = self.draw(params, start, times, guidance, sampler=sampler)
+        x = self.draw(params, start, setting)
         return self.add(statistics, vae_params, feature_params, x, start)
 
-    def __call__(self, params, times, guidance=None, sampler="ode"):
-        """Statistics of images of the weights `params` in steps over `times`, see `gather`."""
+    def __call__(self, params, setting):
+        """Gathers the statistics of images of the weights `params`, see `Scorer.gather`."""
 
         def step(statistics, start):
-            return self.step(
-                statistics, params, self.vae_params, self.score.feature_params, np.int32(start),
-                times, guidance, sampler,
-            )  # fmt: skip
+            networks = params, self.vae_params, self.score.feature_params
+            return self.step(statistics, *networks, np.int32(start), setting)
 
         return self.score.gather(step, self.score.options.num_samples, "evaluate")
 
@@ -94,19 +88,19 @@ class Evaluation:
 
     Args:
       config: the whole config.
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       autoencoder: from `models.vae.load`.
       records: the training images, or None.
     """
 
-    def __init__(self, config, model, autoencoder, records):
+    def __init__(self, config, parts, autoencoder, records):
         latents = config.dataset.vae != "none"
         self.sampling, self.fid = config.sampling, evaluators.fill(config.fid, latents)
-        x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.float32)
         images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
-        score = scorer.Scorer(features.load(self.fid), model.mesh, self.fid, images.shape[1:])
+        score = scorer.Scorer(features.load(self.fid), parts.mesh, self.fid, images.shape[1:])
         self.reference = reference.Reference(self.fid, score, records)
-        self.evaluator = Evaluator(model, autoencoder, score, self.sampling)
+        self.evaluator = Evaluator(parts, autoencoder, score, self.sampling)
         self.described = {
             "evaluator": evaluators.describe(self.fid, latents),
             **score.describe(),
@@ -115,7 +109,7 @@ class Evaluation:
             "labels": self.fid.labels,
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
-            "network_dtype": parts.network_dtype(config),
+            "network_dtype": network_dtype(config),
             "vae_dtype": autoencoder.dtype,
             "decoder": autoencoder.identity.get("decoder"),
             "options": inherit.digest(config),
@@ -123,7 +117,7 @@ class Evaluation:
         }
 
     def run(self, weights, workdir):
-        """The evaluation job: every set of weights, sampler, number of steps and guidance.
+        """The evaluation job: every set of weights in every `sample.Setting`.
 
         What results.json holds of the very same settings is not measured again, so that an
         interrupted job goes on with what is missing.
@@ -143,8 +137,8 @@ class Evaluation:
                 "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
                 "checkpoint_step": weights["step"],
             }
-            for setting in self.settings():
-                found.append(self.measure(params, about, *setting, workdir))
+            for setting in sample.settings(self.sampling):
+                found.append(self.measure(params, about, setting, workdir))
                 logging.info("%s", results.report(found[-1]))
         if len(found) > 1:
             logging.info("%s", results.table(found))
@@ -153,27 +147,22 @@ class Evaluation:
             logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
         return found
 
-    def settings(self):
-        """Every (sampler, times, guidance) that the options `sampling` ask for."""
-        times, guidances = sample.times_of(self.sampling), sample.guidances(self.sampling)
-        return itertools.product(self.sampling.method, times, guidances)
-
-    def measure(self, params, about, sampler, times, guidance, workdir):
+    def measure(self, params, about, setting, workdir):
         """One entry of results.json: the metrics and all that they depend on."""
         described = {
             **self.described,
             **about,
-            "sampling_method": sampler,
-            "num_steps": len(times) - 1,
-            "sampling_times": [round(float(t), 6) for t in times],
+            "sampling_method": setting.sampler,
+            "num_steps": len(setting.times) - 1,
+            "sampling_times": [round(float(t), 6) for t in setting.times],
         }
-        if guidance is not None:
+        if guidance := setting.guidance:
             described |= {name: round(float(x), 6) for name, x in guidance._asdict().items()}
         names = {name for metric in self.fid.metrics for name in evaluators.METRICS[metric]}
         known = results.find(workdir, described, names)
         if known is None:
             self.reference.statistics()  # before hours of images
-            found = self.evaluator(params, times, guidance, sampler)
+            found = self.evaluator(params, setting)
             known = self.reference.compare(*found, self.fid.num_samples) | described
             results.save(workdir, known)  # one that is stopped keeps what it has measured
         return known
@@ -181,25 +170,25 @@ class Evaluation:
 
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
-    model = parts.make(config)
+    parts = make_parts(config)
     where = config.load_from or workdir
     weights = weights_of.load(
-        where, model.param_shapes(), config, may_lack=model.module.only_for_training
+        where, parts.param_shapes(), config, may_lack=parts.module.only_for_training
     )
     inherit.check(config, weights, where)
     for name in config.fid.weights:
         weights_of.check_name(weights, name)  # told before hours of images
-    weights = weights_of.place(weights, model.mesh)
-    autoencoder = parts.load_autoencoder(config)
+    weights = weights_of.place(weights, parts.mesh)
+    autoencoder = load_autoencoder(config)
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
-    evaluation = Evaluation(config, model, autoencoder, records)
-    settings, folder = len(list(evaluation.settings())), pathlib.Path(workdir)
-    report.tell(report.evaluating(config, model, weights, settings, folder))
-    found = evaluation.run(weights, pathlib.Path(workdir))
+    evaluation = Evaluation(config, parts, autoencoder, records)
+    settings, folder = len(sample.settings(config.sampling)), pathlib.Path(workdir)
+    report.tell(report.evaluating(config, parts, weights, settings, folder))
+    found = evaluation.run(weights, folder)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
-        pathlib.Path(workdir) / "evaluation",
+        folder / "evaluation",
         enabled=processes.is_writer(),
         wandb_project=config.training.wandb,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import parts
 import sample
 from configs import load_config
-from methods.sampler import SAMPLERS, check_times, integrate, sample_times
+from methods.sampler import SAMPLERS, check_times, sample_times
 from models import network
 from run import inherit, weights
 from utils import environment, sharding
@@ -93,7 +93,7 @@ class Generator:
         self.options, self.identity = options, identity
         self.num_classes, self.image_shape = model.num_classes, model.image_shape
         self.params = sharding.place(params, sharding.by_parameter(model.mesh, params))
-        self._sample = jax.jit(self._draw, static_argnames=("sampler", "output"))
+        self._sample = jax.jit(self._draw, static_argnames="output")
         self._velocity = jax.jit(self._velocity_of)
 
     def noise(self, count, seed=0):
@@ -130,9 +130,9 @@ class Generator:
             raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
         z = self.noise(len(y), seed) if noise is None else self._images(noise, len(y), "noise")
         vae_params = {} if output == "latents" else self._autoencoder[1]
-        guidance, times = self.guidance(omega), _times(num_steps)
-        arguments = self.params, vae_params, z, y, times, guidance, np.int32(seed)
-        return np.asarray(self._sample(*arguments, sampler=sampler, output=output))
+        setting = sample.Setting(sampler, _times(num_steps), self.guidance(omega))
+        arguments = self.params, vae_params, z, y, setting, np.int32(seed)
+        return np.asarray(self._sample(*arguments, output=output))
 
     def u(self, z, t, h, y, omega=None):
         """The average velocity over [t - h, t] at z, float32 (N, h, w, c); h = 0: the velocity v.
@@ -156,13 +156,9 @@ class Generator:
 
     # Pure, compiled ------------------------------------------------------------------------------
 
-    def _draw(self, params, vae_params, noise, y, times, guidance, seed, *, sampler, output):
-        model, index = self.parts, np.arange(len(noise))
-        fresh = functools.partial(sample.draw_fresh, seed, index, self.image_shape)
-        x = integrate(
-            model.method, model.net, params, noise, {"y": y}, times,
-            guidance=guidance, sampler=sampler, fresh=fresh,
-        )  # fmt: skip
+    def _draw(self, params, vae_params, noise, y, setting, seed, *, output):
+        index = np.arange(len(noise))
+        x = sample.generate(self.parts, seed, params, index, y, setting, noise)
         if output == "latents":
             return x
         images = self._autoencoder[0].decode(vae_params, x)

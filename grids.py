@@ -6,8 +6,6 @@ class. `steps_STEP.png` has a row for each of `training.sample_steps`, of the sa
 guidance is an input of the network, `guidance_STEP.png` has one for each of a few scales.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,26 +28,25 @@ class Grids:
     Args:
       config: the whole config.
       workdir: folder of the run.
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       autoencoder: from `models.vae.load`.
       records: the training records.
     """
 
-    def __init__(self, config, workdir, model, autoencoder, records):
+    def __init__(self, config, workdir, parts, autoencoder, records):
         options = config.sampling
-        self.folder, self.model, self.records = workdir / "samples", model, records
-        self.sampler = sample.Sampler(model, autoencoder, options, config.fid.device_batch_size)
-        self.times, self.method = sample.times_of(options), options.method[0]
-        self.labels = sample.grid_labels(model.num_classes)
+        self.folder, self.parts, self.records = workdir / "samples", parts, records
+        self.renderer = sample.Renderer(
+            parts, autoencoder, options.seed, config.fid.device_batch_size
+        )
+        self.first, self.times = sample.settings(options)[0], sample.times_of(options)
+        self.labels = sample.grid_labels(parts.num_classes)
         self.row = np.resize(self.labels[:: sample.GRID_COLUMNS], sample.GRID_COLUMNS)
-        self.guidance = sample.guidances(options)[0]
         self.steps = tuple(config.training.sample_steps)
-        self.scales = scales(model.method)
-        interval = options.t_min[0], options.t_max[0], options.channels
+        self.scales = scales(parts.method)
+        interval = options.t_min[0], options.t_max[0]
         self.guidances = [
-            objective.Guidance(
-                np.float32(scale), *map(np.float32, interval[:2]), np.int32(interval[2])
-            )
+            objective.Guidance(*map(np.float32, (scale, *interval)), np.int32(options.channels))
             for scale in self.scales
         ]
 
@@ -68,18 +65,19 @@ class Grids:
 
     def draw(self, step, params, writer):
         """Draws all pictures of the weights `params`; that of the classes last, which says so."""
-        pad = partial(padded, steps=max(self.steps, default=1), sampler=self.method)
-        if self.steps:
-            times = [pad(sample_times(steps)) for steps in self.steps]
-            self._save(
-                step, writer, "steps", self._rows(params, [(t, self.guidance) for t in times])
-            )
-        if self.guidances:
-            times = pad(self.times[0])
-            rows = self._rows(params, [(times, guidance) for guidance in self.guidances])
-            self._save(step, writer, "guidance", rows)
+        first, most = self.first, max(self.steps, default=1)
+        by_steps = [
+            first.replace(times=padded(sample_times(steps), most, first.sampler))
+            for steps in self.steps
+        ]
+        times = padded(first.times, most, first.sampler)
+        by_guidance = [first.replace(times=times, guidance=g) for g in self.guidances]
+        for name, settings in (("steps", by_steps), ("guidance", by_guidance)):
+            if settings:
+                self._save(step, writer, name, self._rows(params, settings))
         for i, times in reversed(list(enumerate(self.times))):
-            picture = sample.grid(self.sampler, params, self.labels, times, self.guidance)
+            setting = first.replace(times=times)
+            picture = sample.grid(self.renderer, params, self.labels, setting)
             self._save(step, writer, "grid", picture, f"_{len(times) - 1}step" if i else "")
 
     def draw_real(self, step, writer):
@@ -87,10 +85,10 @@ class Grids:
         file = self.folder / "real.png"
         if processes.from_writer(file.exists()):
             return False
-        batch, found = of_classes(self.records, self.labels, bool(self.model.num_classes))
-        codec = self.model.codec._replace(flip=False, augment_prob=0.0)
+        batch, found = of_classes(self.records, self.labels, bool(self.parts.num_classes))
+        codec = self.parts.codec._replace(flip=False, augment_prob=0.0)
         x, _ = jax.jit(codec.encode)(batch, jax.random.key(0))
-        images = self.sampler.decode(np.asarray(x))
+        images = self.renderer.decode(np.asarray(x))
         images[~found] = 0
         picture = sample.picture(images, sample.GRID_COLUMNS)
         writer.image(step, "real", picture)
@@ -98,11 +96,8 @@ class Grids:
         return True
 
     def _rows(self, params, settings):
-        """A row of the same noise and labels for each (times, guidance)."""
-        rows = [
-            image for times, guidance in settings
-            for image in self.sampler(params, self.row, times, guidance)
-        ]  # fmt: skip
+        """Draws a row of the same noise and labels for each `sample.Setting`."""
+        rows = [image for s in settings for image in self.renderer(params, self.row, s)]
         return sample.picture(np.concatenate(rows), len(self.row))
 
     def _save(self, step, writer, name, picture, suffix=""):
@@ -124,10 +119,10 @@ def scales(method):
 
 
 def padded(times, steps, sampler):
-    """Times of fewer steps as those of `steps`, float32 (steps + 1,): the rest have no length.
+    """Pads times with steps of length zero to `steps` steps, float32 (steps + 1,).
 
-    So that pictures of several numbers of steps are one compiled function, and the same images:
-    `heun` has a rule of its own for the last step, `consistency` draws anew before each.
+    So one compiled function serves every number of steps, with equal images: `heun` has a rule of
+    its own for the last step, `consistency` draws anew before each.
     """
     more = max(steps + 1 - len(times), 0)
     if sampler == "heun":

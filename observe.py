@@ -67,7 +67,7 @@ class Observer:
           init: pure function key -> a fresh state.
         """
         state = jax.eval_shape(init, jax.random.key(0))
-        loaded = {"autoencoder": self.grids.sampler.vae_params} if self.grids else {}
+        loaded = {"autoencoder": self.grids.renderer.vae_params} if self.grids else {}
         lengths = self.steps_per_epoch, self.total
         rows = report.training(self.config, self.model, self.records, state, lengths, loaded)
         pictures = [("pictures", self.grids.describe())] if self.grids else []

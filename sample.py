@@ -1,4 +1,4 @@
-"""Images from weights: the generator, grids, and the sampling job.
+"""Images from weights: one function that draws x, the renderer, grids, and the sampling job.
 
 Image i of a seed depends on the seed and on i alone: its noise comes from `fold_in(key, i)`. So
 the same images come out for any batch size and any number of devices.
@@ -8,13 +8,16 @@ import itertools
 import logging
 import pathlib
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
-import parts
 from methods import objective
 from methods.sampler import integrate, sample_times
+from parts import load_autoencoder
+from parts import make as make_parts
 from run import inherit, report, weights
 from utils import files, processes, sharding
 from utils import images as image_utils
@@ -50,8 +53,26 @@ def draw_labels(seed, index, num_classes, kind):
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 
 
+@struct.dataclass
+class Setting:
+    """How images are drawn from weights; an argument of compiled functions.
+
+    They are compiled once for each sampler and number of steps, whatever times and guidance.
+    """
+
+    sampler: str = struct.field(pytree_node=False)  # one of `methods.sampler.SAMPLERS`
+    times: Any  # float32 (N + 1,), from `sample_times`
+    guidance: objective.Guidance | None = None
+
+
+def settings(options):
+    """Returns each combination that the options `sampling` ask for, as a list of `Setting`."""
+    combinations = itertools.product(options.method, times_of(options), guidances(options))
+    return [Setting(*combination) for combination in combinations]
+
+
 def guidances(options):
-    """What the options `sampling` ask for: each combination as a `Guidance`, or [None]."""
+    """Returns each combination of guidance in the options `sampling` as a `Guidance`, or [None]."""
     combinations = itertools.product(options.omega, options.t_min, options.t_max)
     return [
         objective.Guidance(*map(np.float32, numbers), np.int32(options.channels))
@@ -60,73 +81,74 @@ def guidances(options):
 
 
 def times_of(options):
-    """The times of each number of steps that the options `sampling` ask for."""
+    """Returns the times of each number of steps that the options `sampling` ask for."""
     if options.sampling_timesteps:
         return [sample_times(0, options.sampling_timesteps)]
     return [sample_times(num_steps) for num_steps in options.num_steps]
 
 
-def generate(model, seed, sampler, params, index, labels, times, guidance):
-    """What the network makes of noise: x number `index` (N,) of classes `labels` (N,). Pure.
+def generate(parts, seed, params, index, y, setting, noise=None):
+    """Draws x number `index` (N,) with the conditions y from noise, float32 (N, h, w, c). Pure.
 
     Args:
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       seed: of the noise.
-      sampler: one of `SAMPLERS`.
-      times: from `sample_times`.
-      guidance: one of `guidances`.
+      y: labels int32 (N,), or weights over them, see `models.network.Network`.
+      setting: `Setting`.
+      noise: z_1, float32 (N, h, w, c); None: `draw_noise`.
     """
-    noise = draw_noise(seed, index, model.image_shape)
+    if noise is None:
+        noise = draw_noise(seed, index, parts.image_shape)
     return integrate(
-        model.method, model.net, params, noise, {"y": labels}, times,
-        guidance=guidance, sampler=sampler,
-        fresh=partial(draw_fresh, seed, index, model.image_shape),
+        parts.method, parts.net, params, noise, {"y": y}, setting.times,
+        guidance=setting.guidance, sampler=setting.sampler,
+        fresh=partial(draw_fresh, seed, index, parts.image_shape),
     )  # fmt: skip
 
 
-class Sampler:
+class Renderer:
     """Draws images of chosen classes on all devices, a batch at a time.
 
     Args:
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       autoencoder: from `models.vae.load`.
-      options: the options `sampling`.
+      seed: of the noise.
       device_batch_size: images per device at a time.
     """
 
-    def __init__(self, model, autoencoder, options, device_batch_size):
-        self.mesh = model.mesh
+    def __init__(self, parts, autoencoder, seed, device_batch_size):
+        self.mesh = parts.mesh
         self.vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
 
-        def images(params, vae_params, *arguments):
-            x = generate(model, options.seed, options.method[0], params, *arguments)
+        def images(params, vae_params, index, labels, setting):
+            x = generate(parts, seed, params, index, labels, setting)
             return image_utils.to_uint8(autoencoder.decode(vae_params, x))
 
         def decoded(vae_params, x):
             return image_utils.to_uint8(autoencoder.decode(vae_params, x))
 
-        self._generate = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
+        self._images = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
         self._decode = jax.jit(decoded, out_shardings=sharding.replicated(self.mesh))
 
-    def __call__(self, params, labels, times, guidance=None):
+    def __call__(self, params, labels, setting):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
         index, labels = np.arange(len(labels), dtype=np.int32), np.asarray(labels, np.int32)
         for start in range(0, len(labels), self.batch_size):
             rows = slice(start, start + self.batch_size)
             batch = self._place(index[rows]), self._place(labels[rows])
-            images = self._generate(params, self.vae_params, *batch, times, guidance)
+            images = self._images(params, self.vae_params, *batch, setting)
             yield np.asarray(images)[: len(labels[rows])]
 
     def decode(self, x):
-        """x float32 (N, h, w, c), the same in all processes -> images uint8 (N, H, W, C)."""
+        """Decodes x float32 (N, h, w, c), equal in all processes, to images uint8 (N, H, W, C)."""
         batches = [x[i : i + self.batch_size] for i in range(0, len(x), self.batch_size)]
         images = [self._decode(self.vae_params, self._place(batch)) for batch in batches]
         pairs = zip(images, batches, strict=True)
         return np.concatenate([np.asarray(image)[: len(batch)] for image, batch in pairs])
 
     def _place(self, rows):
-        """Rows on the devices, the first ones again where their number cannot be divided."""
+        """Places rows on the devices; the first ones repeat until their number can be divided."""
         count = -(-len(rows) // self.mesh.size) * self.mesh.size
         return sharding.place(np.resize(rows, (count, *rows.shape[1:])), sharding.by_row(self.mesh))
 
@@ -146,25 +168,23 @@ def picture(images, columns):
     return image_utils.grid(images, columns)
 
 
-def grid(sampler, params, labels, times, guidance):
-    """A picture of samples of classes `labels`, as `grid_labels` gives them, uint8 (H, W, C)."""
-    images = np.concatenate(list(sampler(params, labels, times, guidance)))
-    return picture(images, GRID_COLUMNS)
+def grid(renderer, params, labels, setting):
+    """Draws a picture uint8 (H, W, C) of samples of classes `labels` from `grid_labels`."""
+    return picture(np.concatenate(list(renderer(params, labels, setting))), GRID_COLUMNS)
 
 
-def run(sampler, params, options, num_classes, output, guidance):
-    """The sampling job: draws `options.num_images` images and writes them below `output`.
+def run(renderer, params, options, num_classes, output, setting):
+    """Draws `options.num_images` images and writes them into the folder `output`, which it returns.
 
     Writes grid.png (of the first images) and, by `options.format`, one PNG per image or
-    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Returns the folder.
+    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels).
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    times = times_of(options)[0]
     labels = np.resize(classes, options.num_images)
     output = pathlib.Path(output)
     images = []
-    batches = sampler(params, labels, times, guidance)
-    count = -(-len(labels) // sampler.batch_size)
+    batches = renderer(params, labels, setting)
+    count = -(-len(labels) // renderer.batch_size)
     for batch in processes.progress(batches, count, "batches", "sample", processes.is_writer()):
         processes.check_stop()
         images.extend(batch)
@@ -190,24 +210,25 @@ def sample_job(config, workdir):
 
     With several guidances each draws the same noise and labels, into a folder of its own.
     """
-    model = parts.make(config)
+    parts = make_parts(config)
     where = config.load_from or workdir
     found = weights.load(
-        where, model.param_shapes(), config, may_lack=model.module.only_for_training
+        where, parts.param_shapes(), config, may_lack=parts.module.only_for_training
     )
     inherit.check(config, found, where)
-    found = weights.place(found, model.mesh)
-    autoencoder = parts.load_autoencoder(config)
+    found = weights.place(found, parts.mesh)
+    autoencoder = load_autoencoder(config)
     inherit.check_autoencoder(found, autoencoder, where)
-    sampler = Sampler(model, autoencoder, config.sampling, config.fid.device_batch_size)
-    report.tell(report.sampling(config, model, found, pathlib.Path(workdir)))
-    options, asked = config.sampling, guidances(config.sampling)
+    options = config.sampling
+    renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
+    report.tell(report.sampling(config, parts, found, pathlib.Path(workdir)))
+    first, asked = settings(options)[0], guidances(options)
     for guidance in asked:
         name = f"step_{found['step']}"
         if len(asked) > 1:
             name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
-        output = pathlib.Path(workdir) / "samples" / name
-        run(sampler, found["ema_params"][0], options, config.dataset.num_classes, output, guidance)
+        output, setting = pathlib.Path(workdir) / "samples" / name, first.replace(guidance=guidance)
+        run(renderer, found["ema_params"][0], options, config.dataset.num_classes, output, setting)
         logging.info("%d images of step %d: %s", options.num_images, found["step"], output)
 
 

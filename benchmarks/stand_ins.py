@@ -1,7 +1,5 @@
 """The evaluation without weight files: for measuring and for compiling ahead."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +53,7 @@ def stages(evaluator):
     Returns:
       name -> (function, its arguments as a tree of `ShapeDtypeStruct`s with shardings).
     """
-    model, score, autoencoder = evaluator.model, evaluator.score, evaluator.autoencoder
+    model, score, autoencoder = evaluator.parts, evaluator.score, evaluator.autoencoder
     mesh, count = model.mesh, max(evaluator.options.num_steps)
     everywhere, rows = sharding.replicated(mesh), sharding.by_row(mesh)
 
@@ -68,21 +66,20 @@ def stages(evaluator):
     statistics = copied(jax.eval_shape(lambda: score.init(score.options.num_samples)))
     start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     times = jax.ShapeDtypeStruct((count + 1,), jnp.float32, sharding=everywhere)
-    guidance = sample.guidances(evaluator.options)[0]
+    setting = sample.settings(evaluator.options)[0].replace(times=times)
     x = jax.ShapeDtypeStruct((score.batch_size, *model.image_shape), jnp.float32, sharding=rows)
     shape = (score.batch_size, *score.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
-    method = evaluator.options.method[0]
     return {
-        "sampling": (partial(evaluator.draw, sampler=method), (params, start, times, guidance)),
+        "sampling": (evaluator.draw, (params, start, setting)),
         "decoding": (jax.jit(autoencoder.decode), (vae_params, x)),
         "features": (
             jax.jit(score.features.apply, compiler_options=scorer.compiler_options(mesh)),
             (feature_params, images),
         ),
         "whole": (
-            partial(evaluator.step, sampler=method),
-            (statistics, params, vae_params, feature_params, start, times, guidance),
+            evaluator.step,
+            (statistics, params, vae_params, feature_params, start, setting),
         ),
     }
 

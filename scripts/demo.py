@@ -45,7 +45,7 @@ def controls(model, columns):
 
     config, omega = model.config, None
     largest = config.method.omega_max
-    if parts.objective(config).guided_at_sampling and model.num_classes and largest > 1:
+    if parts.method_class(config).guided_at_sampling and model.num_classes and largest > 1:
         start = float(next(iter(config.sampling.omega), 1.0))
         omega = (start, max(start, float(largest)))
     rows = min(model.num_classes or sample.GRID_CLASSES, sample.GRID_CLASSES)

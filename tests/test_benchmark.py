@@ -171,7 +171,7 @@ def test_stand_ins_have_the_shapes_of_the_real_networks():
     number = sum(x.size for x in jax.tree.leaves(autoencoder.params))
     assert number == 83_653_863  # of stabilityai/sd-vae-ft-mse
     stages = stand_ins.stages(evaluator)
-    assert stages["whole"][0].func == evaluator.step
+    assert stages["whole"][0] == evaluator.step
     found = jax.eval_shape(*[stages["features"][0], *stages["features"][1]])
     assert found["pool"].shape == (2, 2048)
     assert autoencoder.downscale == 8 and isinstance(autoencoder, vae.Autoencoder)

@@ -12,7 +12,6 @@ import pytest
 import parts
 import sample
 import train
-from configs import default
 from methods.sampler import sample_times
 from models import card, codec, dit, network, vae
 from utils import sharding
@@ -53,11 +52,9 @@ def numbers(fsdp):
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
     model = parts.Parts(mesh, net, function, method, codec.Codec(), SHAPE, CLASSES)
-    options = default.get_config().sampling
-    options.seed = 3
-    sampler = sample.Sampler(model, vae.load("none"), options, 16 // mesh.size)
-    times = sample_times(2)
-    images = np.concatenate(list(sampler(state.params, np.arange(20) % CLASSES, times)))
+    renderer = sample.Renderer(model, vae.load("none"), 3, 16 // mesh.size)
+    setting = sample.Setting("ode", sample_times(2))
+    images = np.concatenate(list(renderer(state.params, np.arange(20) % CLASSES, setting)))
     return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
 
 

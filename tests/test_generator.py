@@ -41,9 +41,9 @@ def refused(call, kind=ValueError):
 def test_images_are_those_of_the_sampling_job(runs, model):
     _, config, params = runs["DiT"]
     made = parts.make(config)
-    sampler = sample.Sampler(made, parts.load_autoencoder(config), config.sampling, 2)
-    times = sample_times(2)
-    (images,) = sampler(params, [2, 0], times)
+    renderer = sample.Renderer(made, parts.load_autoencoder(config), config.sampling.seed, 2)
+    setting = sample.settings(config.sampling)[0].replace(times=sample_times(2))
+    (images,) = renderer(params, [2, 0], setting)
     ours = model.sample([2, 0], num_steps=2)
     np.testing.assert_array_equal(ours, images)
     assert ours.dtype == np.uint8 and ours.shape == (2, 4, 4, 1) and ours.std() > 0

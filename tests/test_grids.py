@@ -82,13 +82,14 @@ def test_steps_without_length_change_nothing(sampler):
         np.testing.assert_array_equal(images(longer), images(times))
 
 
-class Sampler:
-    """Stands in for `sample.Sampler`: an image tells the number of steps and the guidance."""
+class Renderer:
+    """Stands in for `sample.Renderer`: an image tells the number of steps and the guidance."""
 
     def __init__(self, *_):
         self.asked = []
 
-    def __call__(self, params, labels, times, guidance):
+    def __call__(self, params, labels, setting):
+        times, guidance = setting.times, setting.guidance
         steps = int((np.diff(times) < 0).sum())
         scale = 0 if guidance is None else float(guidance.omega)
         self.asked.append((len(labels), len(times) - 1, steps, scale))
@@ -98,7 +99,7 @@ class Sampler:
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """Function (config) -> `Grids` that has drawn step 7, and what went into the log."""
-    monkeypatch.setattr(sample, "Sampler", Sampler)
+    monkeypatch.setattr(sample, "Renderer", Renderer)
 
     def draw(config):
         method = make.method(config.method.name, omega_max=config.method.omega_max) \
@@ -133,14 +134,14 @@ def test_pictures_by_steps_and_by_guidance(drawn, tmp_path):
     assert rows(folder / "guidance_00000007.png") == [20, 26, 35, 50]
     assert set(rows(folder / "grid_00000007.png")) == {25}
     # One compiled function for all that is beside the grids: one size, one number of times.
-    assert {asked[:2] for asked in found.sampler.asked[:7]} == {(10, 4)}
+    assert {asked[:2] for asked in found.renderer.asked[:7]} == {(10, 4)}
     assert found.row.tolist() == list(range(10))
     assert "steps 1, 2, 4; by guidance 1, 1.59, 2.52, 4" in found.describe()
 
 
 def test_nothing_more_where_nothing_more_is_asked_for(drawn):
     found, shown = drawn(make.config("training.sample_steps=", name="digits"))
-    assert shown == [(7, "samples")] and len(found.sampler.asked) == 1
+    assert shown == [(7, "samples")] and len(found.renderer.asked) == 1
     assert found.describe().startswith("rows by class: ")
     config = make.config("training.sample_steps=", name="digits_imf")
     assert [name for _, name in drawn(config)[1]] == ["samples_by_guidance", "samples"]
