@@ -8,7 +8,6 @@ what runs, is measured and is compiled ahead.
 import contextlib
 import functools
 import logging
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ import sample
 from metrics import evaluators, features, reference, scorer
 from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
-from run import checkpoint, inherit, metric_writer, report, results
+from run import checkpoint, inherit, layout, metric_writer, report, results
 from run import weights as weights_of
-from utils import dataset, environment, processes, sharding
+from utils import dataset, environment, files, processes, sharding
 from utils import images as image_utils
 
 
@@ -142,7 +141,7 @@ class Evaluation:
                 logging.info("%s", results.report(found[-1]))
         if len(found) > 1:
             logging.info("%s", results.table(found))
-            if processes.is_writer() and results.plot(found, path := workdir / "results.png"):
+            if processes.is_writer() and results.plot(found, path := workdir / layout.PLOT):
                 logging.info("plot: %s", path)
             logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
         return found
@@ -183,12 +182,12 @@ def evaluate_job(config, workdir):
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, parts, autoencoder, records)
-    settings, folder = len(sample.settings(config.sampling)), pathlib.Path(workdir)
+    settings, folder = len(sample.settings(config.sampling)), files.path(workdir)
     report.tell(report.evaluating(config, parts, weights, settings, folder))
     found = evaluation.run(weights, folder)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
-        folder / "evaluation",
+        folder / layout.EVALUATION,
         enabled=processes.is_writer(),
         wandb_project=config.training.wandb,
     )

@@ -13,8 +13,9 @@ import numpy as np
 import sample
 from methods import objective
 from methods.sampler import sample_times
+from run import layout
+from utils import files, order, processes
 from utils import images as image_utils
-from utils import order, processes
 
 SCALES = 4  # rows by guidance
 SEARCHED = 4_000  # records, at most, that each process reads to find some of each class
@@ -35,7 +36,7 @@ class Grids:
 
     def __init__(self, config, workdir, parts, autoencoder, records):
         options = config.sampling
-        self.folder, self.parts, self.records = workdir / "samples", parts, records
+        self.folder, self.parts, self.records = workdir / layout.SAMPLES, parts, records
         self.renderer = sample.Renderer(
             parts, autoencoder, options.seed, config.fid.device_batch_size
         )
@@ -82,7 +83,7 @@ class Grids:
 
     def draw_real(self, step, writer):
         """Draws the real images, where the run has no picture of them. Returns whether it did."""
-        file = self.folder / "real.png"
+        file = self.folder / layout.REAL
         if processes.from_writer(file.exists()):
             return False
         batch, found = of_classes(self.records, self.labels, bool(self.parts.num_classes))
@@ -107,7 +108,7 @@ class Grids:
 
     def _write(self, file, picture):
         if processes.is_writer():
-            self.folder.mkdir(exist_ok=True)
+            files.make_folder(self.folder)
             image_utils.save_png(file, picture)
 
 

@@ -15,7 +15,6 @@ or left alone by another process: start it again.
 import argparse
 import logging
 import os
-import pathlib
 import sys
 import traceback
 
@@ -36,7 +35,7 @@ def run_job(config, flags, about):
     """
     # Imported late: a wrong option is told at once, without waiting for jax.
     from configs import load_config
-    from run import report
+    from run import folder, report
     from utils import environment, processes
 
     try:
@@ -55,7 +54,7 @@ def run_job(config, flags, about):
             from sample import sample_job as job
         else:
             from train import train_job as job
-        workdir = open_workdir(flags.workdir)
+        workdir = folder.make(flags.workdir)
         keep_compiled(workdir)
         report.tell(report.job(config, *about, workdir))
         job(config, workdir)
@@ -85,29 +84,10 @@ def keep_compiled(workdir):
     """
     import jax
 
+    from run import layout
+
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-
-
-def open_workdir(workdir):
-    """The folder of the run, made if need be.
-
-    Raises:
-      ValueError: it cannot be written to, or is no folder of a file system.
-    """
-    if "://" in workdir:
-        raise ValueError(
-            f"--workdir {workdir}: a run needs a folder of a file system; for several machines "
-            "take a shared one (NFS, Filestore), or mount the bucket (docs/pods.md)"
-        )
-    workdir = pathlib.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
-    if not os.access(workdir, os.W_OK):
-        raise ValueError(f"--workdir {workdir} cannot be written to")
-    return workdir
+        jax.config.update("jax_compilation_cache_dir", str(workdir / layout.COMPILED))
 
 
 def parse_flags(argv):

@@ -1,6 +1,5 @@
 """What a run shows of itself: metrics, sample grids and evaluations, in their cadences."""
 
-import json
 import logging
 import time
 
@@ -13,7 +12,7 @@ import parts
 import sample
 from configs import load_config
 from metrics import evaluators
-from run import best, metric_writer, report, results, snapshots
+from run import best, layout, metric_writer, report, results, snapshots
 from utils import chips, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
@@ -95,7 +94,7 @@ class Observer:
         fid = evaluators.tag("fid", self.config.fid.num_samples)
         self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
         if self.grids and self.grids.draw_real(step, self.writer):
-            self._tell_first("picture, real images", self.grids.folder / "real.png")
+            self._tell_first("picture, real images", self.grids.folder / layout.REAL)
 
     def due(self, step, steps, epochs):
         """Whether something is due that is done every `steps` steps, or where that is 0 every
@@ -188,8 +187,7 @@ class Observer:
             self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
 
     def _is_evaluated(self, step):
-        path = self.workdir / metric_writer.JSONL
-        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        lines, _ = layout.metric_lines(self.workdir)
         names = [name for line in lines if line["step"] == step for name in line]
         return any(map(results.is_score, names))
 
@@ -216,13 +214,15 @@ class Observer:
         """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
         if step == first - 1 and step < self.total:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self.workdir / "profile"), create_perfetto_trace=True)
+            jax.profiler.start_trace(str(self.workdir / layout.PROFILE), create_perfetto_trace=True)
             self._profiling = True
         elif self._profiling and step in (last, self.total):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._profiling = False
-            logging.info("profile of steps %d to %d: %s", first, last, self.workdir / "profile")
+            logging.info(
+                "profile of steps %d to %d: %s", first, last, self.workdir / layout.PROFILE
+            )
 
     def _draw_grid(self, step, params):
         self.grids.draw(step, params, self.writer)
@@ -256,7 +256,7 @@ class Observer:
         if not processes.is_writer():
             return
         logging.info("finished: step %d of %d", step, self.total)
-        for name in ("samples", "checkpoints", "ema_snapshots", "results.json", "metrics.jsonl"):
+        for name in layout.SHOWN:
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:

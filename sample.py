@@ -6,7 +6,6 @@ the same images come out for any batch size and any number of devices.
 
 import itertools
 import logging
-import pathlib
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from methods import objective
 from methods.sampler import integrate, sample_times
 from parts import load_autoencoder
 from parts import make as make_parts
-from run import inherit, report, weights
+from run import inherit, layout, report, weights
 from utils import files, processes, sharding
 from utils import images as image_utils
 
@@ -181,7 +180,7 @@ def run(renderer, params, options, num_classes, output, setting):
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
     labels = np.resize(classes, options.num_images)
-    output = pathlib.Path(output)
+    output = files.path(output)
     images = []
     batches = renderer(params, labels, setting)
     count = -(-len(labels) // renderer.batch_size)
@@ -189,7 +188,7 @@ def run(renderer, params, options, num_classes, output, setting):
         processes.check_stop()
         images.extend(batch)
     if processes.is_writer():
-        output.mkdir(parents=True, exist_ok=True)
+        files.make_folder(output)
         columns = min(len(classes), GRID_WIDEST)
         first = np.stack(images[: columns * GRID_WIDEST])
         image_utils.save_png(output / "grid.png", picture(first, columns))
@@ -221,13 +220,16 @@ def sample_job(config, workdir):
     inherit.check_autoencoder(found, autoencoder, where)
     options = config.sampling
     renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
-    report.tell(report.sampling(config, parts, found, pathlib.Path(workdir)))
+    report.tell(report.sampling(config, parts, found, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)
     for guidance in asked:
         name = f"step_{found['step']}"
         if len(asked) > 1:
             name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
-        output, setting = pathlib.Path(workdir) / "samples" / name, first.replace(guidance=guidance)
+        output, setting = (
+            files.path(workdir) / layout.SAMPLES / name,
+            first.replace(guidance=guidance),
+        )
         run(renderer, found["ema_params"][0], options, config.dataset.num_classes, output, setting)
         logging.info("%d images of step %d: %s", options.num_images, found["step"], output)
 

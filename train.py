@@ -9,7 +9,6 @@ and hands out metrics, samples, checkpoints and evaluations.
 import contextlib
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +21,8 @@ import observe
 import parts
 from methods import objective
 from models import card, codec, network
-from run import checkpoint, report, resume
-from utils import averages, iterator, processes, sharding, train_metrics
+from run import checkpoint, folder, report, resume
+from utils import averages, files, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -242,8 +241,8 @@ def train_job(config, workdir):
       Preempted: asked to stop; the last step is saved.
       ValueError, OSError, FloatingPointError: in one line, what is wrong.
     """
-    with processes.lock_folder(workdir):
-        return train(config, pathlib.Path(workdir))
+    with folder.hold(workdir):
+        return train(config, files.path(workdir))
 
 
 def train(config, workdir):

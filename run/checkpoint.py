@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from run import layout
 from run.layout import checkpoint_path as _path
 from run.layout import folder, steps
 from utils import files
@@ -192,10 +193,7 @@ def verify(workdir, step, arrays, plain):
 
 def set_aside(workdir, step):
     """Renames a damaged checkpoint, so that no one takes it for whole; returns its new path."""
-    path = folder(workdir) / f"damaged-{step}"
-    while path.exists():
-        path = path.with_name(f"{path.name}-again")
-    return _path(workdir, step).rename(path)
+    return _path(workdir, step).rename(layout.damaged_path(workdir, step))
 
 
 def restore_weights(workdir, step=None, optimizer=False):

@@ -1,22 +1,64 @@
-"""A run's folder as it is read without jax: which checkpoints, their options, metrics, grids."""
+"""What a run's folder holds, by name, and how it is read without jax.
+
+WORKDIR/checkpoints/STEP   see run/checkpoint.py
+        ema_snapshots      a folder like a run's, see run/snapshots.py
+        best               the same, see run/best.py
+        samples            pictures, see grids.py and sample.py
+        metrics.jsonl      a line of numbers for each log period; events.* beside it
+        results.json       of evaluations, see run/results.py; results.png
+        config.yml         all options, and requirements.lock, all versions, of the last start
+        evaluation         the log of evaluations that are jobs of their own
+        compiled, profile  of jax
+"""
 
 import json
-import pathlib
 import re
 
+from utils import files
+
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "ema_snapshots"
+BEST = "best"
+BEST_NOTE = "best.json"  # in BEST
+SAMPLES = "samples"
+REAL = "real.png"  # in SAMPLES
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+PLOT = "results.png"
+CONFIG = "config.yml"
+VERSIONS = "requirements.lock"
+EVALUATION = "evaluation"
+COMPILED = "compiled"
+PROFILE = "profile"
+WANDB = "wandb_id.txt"
+LOCK = ".lock"
+SHOWN = (SAMPLES, CHECKPOINTS, SNAPSHOTS, RESULTS, METRICS)  # told at the end of a run
+
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
-JSONL = "metrics.jsonl"
 GRID = re.compile(r"(grid|steps|guidance)_(\d{8,10})(?:_(.+))?\.png")  # see grids.py
 
 
 def folder(workdir):
     """Where the checkpoints of a run lie."""
-    return pathlib.Path(workdir) / "checkpoints"
+    return files.path(workdir) / CHECKPOINTS
+
+
+def snapshots(workdir):
+    """Where the snapshots of a run lie: a folder like a run's own."""
+    return files.path(workdir) / SNAPSHOTS
 
 
 def checkpoint_path(workdir, step):
     """The folder of one checkpoint."""
     return (folder(workdir) / str(step)).absolute()
+
+
+def damaged_path(workdir, step):
+    """A free name for a checkpoint that is damaged."""
+    path = folder(workdir) / f"damaged-{step}"
+    while path.exists():
+        path = path.with_name(f"{path.name}-again")
+    return path
 
 
 def steps(workdir):
@@ -51,7 +93,7 @@ def metric_lines(workdir):
     Raises:
       OSError: the file cannot be read.
     """
-    path = pathlib.Path(workdir) / JSONL
+    path = files.path(workdir) / METRICS
     found, broken = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
@@ -68,7 +110,7 @@ def metric_lines(workdir):
 def grids(workdir):
     """The sample grids of a run: {what is special about them, mostly "": {step: path}}."""
     found = {}
-    for path in sorted((pathlib.Path(workdir) / "samples").glob("*.png")):
+    for path in sorted((files.path(workdir) / SAMPLES).glob("*.png")):
         if match := GRID.fullmatch(path.name):
             name, step, suffix = match.groups()
             kind = suffix or ("" if name == "grid" else f"by {name}")

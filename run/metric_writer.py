@@ -6,13 +6,11 @@ resumed run takes back what was written after the step it resumes from.
 
 import json
 import math
-import os
 import re
 import shutil
 import socket
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from tensorboardX import summary
@@ -20,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from run.layout import JSONL
+from run import layout
 from utils import files
 
 EVENTS = re.compile(r"\.tfevents\.(\d{1,10})\.")  # in the name of a file of events
@@ -47,14 +45,12 @@ class MetricWriter:
         self._open_line = False
         if not enabled:
             return
-        workdir = Path(workdir).absolute()
-        workdir.mkdir(parents=True, exist_ok=True)
+        workdir = files.path(workdir).absolute()
+        files.make_folder(workdir)
         self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
-        path = workdir / JSONL
-        if path.exists():
-            _cut(path, resume_step)
-        self._jsonl = path.open("a", encoding="utf-8")
-        self._events = RecordWriter(str(_next_events(workdir)))
+        _cut(workdir, resume_step)
+        self._jsonl = files.append(workdir / layout.METRICS).open("a", encoding="utf-8")
+        self._events = RecordWriter(str(files.append(_next_events(workdir))))
         self._write(self._start, file_version="brain.Event:2")
         if resume_step is not None:
             # Each START hides what the files before it hold from its step on. The first one of a
@@ -122,8 +118,7 @@ class MetricWriter:
     def flush(self):
         """Makes sure that all is on disk, even where the machine goes down next."""
         if self._enabled:
-            self._jsonl.flush()
-            os.fsync(self._jsonl.fileno())
+            files.sync(self._jsonl)
             self._events.flush()
 
     def close(self):
@@ -170,10 +165,10 @@ def _wandb_module():
 
 def _start_wandb(project, workdir):
     """The run of Weights & Biases that belongs to a workdir; its id is kept there, to resume it."""
-    wandb, path = _wandb_module(), workdir / "wandb_id.txt"
+    wandb, path = _wandb_module(), workdir / layout.WANDB
     known = path.read_text() if path.exists() else None
     run = wandb.init(project=project, name=workdir.name, id=known, resume="allow", dir=str(workdir))
-    path.write_text(run.id)
+    files.write_text(path, run.id)
     return run
 
 
@@ -197,15 +192,10 @@ def _duration(seconds):
     return f"{f'{days} d ' if days else ''}{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _cut(path, last_step):
+def _cut(workdir, last_step):
     """Takes the lines after `last_step` out of a metrics.jsonl, and a half-written last one."""
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off when the run was killed
-        if last_step is None or step <= last_step:
-            kept.append(line + b"\n")
-    with files.complete(path) as unfinished:
-        unfinished.write_bytes(b"".join(kept))
+    lines, broken = layout.metric_lines(workdir)
+    kept = [line for line in lines if last_step is None or line["step"] <= last_step]
+    if lines or broken:
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        files.write_text(files.path(workdir) / layout.METRICS, text)

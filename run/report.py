@@ -15,6 +15,7 @@ import textwrap
 import jax
 
 from configs import default, load_config
+from run import layout
 from utils import environment, files, sharding
 
 WIDTH, INDENT = 100, 14  # of the lines, and of what stands behind the names
@@ -110,8 +111,6 @@ def number_of(tree):
 
 # The run's folder -----------------------------------------------------------------------------
 
-CONFIG, VERSIONS = "config.yml", "requirements.lock"
-
 
 def note(workdir, config):
     """Writes into the folder of a run what it is made with now: all options, and the versions.
@@ -124,8 +123,8 @@ def note(workdir, config):
     written += (
         "# python main.py --workdir=DIR --config=THIS_FILE [--config.section.option=value ...]\n"
     )
-    files.write_text(workdir / CONFIG, written + load_config.text(config))
-    path, now = workdir / VERSIONS, environment.installed()
+    files.write_text(workdir / layout.CONFIG, written + load_config.text(config))
+    path, now = workdir / layout.VERSIONS, environment.installed()
     before = versions(path.read_text(encoding="utf-8")) if path.exists() else now
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now
                if before.get(name, now[name]) != now[name]]  # fmt: skip
@@ -248,7 +247,7 @@ def evaluating(config, model, weights, settings, workdir):
         *network(config, model),
         ("weights", text),
         ("images", f"{images}, beside {reference}"),
-        ("results", str(workdir / "results.json")),
+        ("results", str(workdir / layout.RESULTS)),
     ]
 
 
@@ -260,7 +259,10 @@ def sampling(config, model, weights, workdir):
     return [
         *network(config, model),
         ("weights", f"step {weights['step']:,} of {config.load_from or workdir}"),
-        ("images", f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / 'samples'}"),
+        (
+            "images",
+            f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / layout.SAMPLES}",
+        ),
     ]
 
 

@@ -6,11 +6,11 @@ of them, which is this module's alone.
 
 import json
 import logging
-import pathlib
 import re
 
 from metrics import evaluators
-from utils import files, locks
+from run import layout
+from utils import files
 
 GUIDANCE = ("omega", "t_min", "t_max")
 
@@ -153,7 +153,7 @@ def load(workdir):
     Raises:
       ValueError: it is no list of results.
     """
-    file = pathlib.Path(workdir) / "results.json"
+    file = files.path(workdir) / layout.RESULTS
     if not file.exists():
         return []
     try:
@@ -186,7 +186,7 @@ def save(workdir, result):
     if not processes.is_writer():
         return
     described = json.loads(json.dumps(settings(result)))
-    file = pathlib.Path(workdir) / "results.json"
-    with locks.alone(file):
+    file = files.path(workdir) / layout.RESULTS
+    with files.alone(file.with_name(f".{file.name}.lock")):
         known = [old for old in load(workdir) if settings(old) != described]
         files.write_text(file, json.dumps([*known, result], indent=1) + "\n")

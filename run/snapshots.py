@@ -6,18 +6,13 @@ Float16, as EDM2 stores them: half the place, and an error of 1e-4 to 5e-4 of th
 """
 
 import logging
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
 from run import checkpoint
+from run.layout import snapshots as folder
 from utils import averages
-
-
-def folder(workdir):
-    """Where the snapshots of a run lie."""
-    return pathlib.Path(workdir) / "ema_snapshots"
 
 
 @jax.jit

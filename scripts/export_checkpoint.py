@@ -26,7 +26,7 @@ from configs import default, load_config
 from configs.saved import flat, of_run
 from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
 from models import dit
-from run import checkpoint, results
+from run import checkpoint, layout, results
 from run import weights as weights_of
 from utils import files, signals, trees
 
@@ -102,7 +102,7 @@ def command(saved):
 def measured(source, checksum):
     """What results.json beside a run says of the weights with this checksum, as lines."""
     folder = Path(source)
-    folders = [folder, folder.parent] if folder.name == "best" else [folder]
+    folders = [folder, folder.parent] if folder.name == layout.BEST else [folder]
     known = [r for place in folders for r in results.load(place) if isinstance(r, dict)]
     return [results.report(found) for found in known if found.get("weights_checksum") == checksum]
 

@@ -15,7 +15,7 @@ from metrics import provenance, reference
 from models import vae
 from run import results
 from scripts.prepare import statistics
-from utils import dataset, environment, identity, locks, processes
+from utils import dataset, environment, files, identity, processes
 
 DIGEST = "d" * 32
 
@@ -159,7 +159,7 @@ def test_results_of_jobs_that_write_at_once_are_all_kept(tmp_path):
         list(pool.map(lambda i: results.save(tmp_path, {"fid": 1.0, "seed": i}), range(40)))
     found = json.loads((tmp_path / "results.json").read_text())
     assert sorted(result["seed"] for result in found) == list(range(40))
-    with locks.alone(tmp_path / "results.json"):  # and nobody holds it any more
+    with files.alone(tmp_path / ".results.json.lock", "me"):  # and nobody holds it any more
         pass
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import default, load_config
+from run import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 # The rooms from the ground up: each may import from those below it, and from its own.
@@ -121,6 +122,43 @@ def test_no_heavy_framework_and_no_star(module):
     for name in imported_names(parse(MODULES[module])):
         assert name.split(".")[0] not in ("torch", "torchvision", "tensorflow"), name
         assert not name.endswith("*"), name
+
+
+# They handle the folder of a run: only through utils/files.py, by the names of run/layout.py.
+OF_A_RUN = ("main", "train", "observe", "grids", "sample", "evaluate", "run")
+NAMES = [value for value in vars(layout).values() if isinstance(value, str)]
+OF_NO_FILE = "environ getpid path.basename kill _exit cpu_count"  # of the module os
+
+
+def touches(tree):
+    """What a syntax tree has to do with files beside utils/files.py, and names below a WORKDIR."""
+    for name in imported_names(tree):
+        if name.split(".")[0] in ("pathlib", "shutil", "fcntl", "tempfile", "glob", "io", "etils"):
+            yield name
+    for node in ast.walk(tree):
+        text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Call)) else ""
+        if isinstance(node, ast.Call) and text.startswith("open("):
+            yield text
+        known = [f"os.{name}" for name in OF_NO_FILE.split()] + ["os.path"]
+        if text.startswith("os.") and isinstance(node, ast.Attribute):
+            if not any(text == name or text.startswith(f"{name}.") for name in known):
+                yield text
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            if isinstance(node.right, ast.Constant) and node.right.value in NAMES:
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in OF_A_RUN])
+def test_one_module_touches_the_files_of_a_run(module):
+    found = [] if module == "run.layout" else list(touches(parse(MODULES[module])))
+    assert found == []
+
+
+def test_the_search_for_touched_files_finds_some():
+    code = "import os, pathlib\nopen('a')\nos.rename(a, b)\nworkdir / 'samples'\nos.environ['A']"
+    assert list(touches(ast.parse(code))) == [
+        "pathlib", "open('a')", "workdir / 'samples'", "os.rename"
+    ]  # fmt: skip
 
 
 def test_files_stay_short():

@@ -12,7 +12,7 @@ from jobs import Jobs, assert_equal_runs, results
 import evaluate
 import parts
 from metrics import evaluators
-from run import checkpoint, snapshots
+from run import checkpoint, layout
 from run import results as stored
 from run import weights as weights_of
 from utils import averages
@@ -39,14 +39,14 @@ def run(jobs):
 
 
 def arrays_of(workdir, step):
-    root = snapshots.folder(workdir)
+    root = layout.snapshots(workdir)
     found = checkpoint.read_arrays(root, step, {"ema_params": None})
     checkpoint.verify(root, step, found, checkpoint.read_plain(root, step))
     return found["ema_params"]
 
 
 def test_snapshots_come_in_their_own_cadence_and_half_precision(run):
-    steps = checkpoint.steps(snapshots.folder(run))
+    steps = checkpoint.steps(layout.snapshots(run))
     assert steps == [4, 8, 12, 16, 20, 24]
     averages = checkpoint.restore_weights(run)["ema_params"]
     assert len(averages) == 1 + len(TRACKED)
@@ -63,14 +63,14 @@ def test_an_interrupted_run_leaves_the_same_snapshots(jobs, run):
     broken = jobs.folder / "broken"
     shutil.copytree(run, broken)
     shutil.rmtree(broken / "checkpoints" / "24")
-    shutil.rmtree(snapshots.folder(broken) / "checkpoints" / "16")  # not yet complete
+    shutil.rmtree(layout.snapshots(broken) / "checkpoints" / "16")  # not yet complete
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= 16]
     (broken / "metrics.jsonl").write_text("".join(kept))
     jobs.run_here(broken, OPTIONS)
     assert_equal_runs(run, broken)
-    assert checkpoint.steps(snapshots.folder(broken)) == checkpoint.steps(snapshots.folder(run))
-    for step in checkpoint.steps(snapshots.folder(run)):
+    assert checkpoint.steps(layout.snapshots(broken)) == checkpoint.steps(layout.snapshots(run))
+    for step in checkpoint.steps(layout.snapshots(run)):
         for a, b in zip(*(jax.tree.leaves(arrays_of(w, step)) for w in (run, broken)), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -95,7 +95,7 @@ def test_any_profile_is_reconstructed(run, config):
     assert tracked is found["ema_params"][1]
     chosen = weights_of.choose(found, "ema_sigma0.075")
     # by hand: all snapshots before the last step, and the averages of the last in full precision
-    steps = checkpoint.steps(snapshots.folder(run))
+    steps = checkpoint.steps(layout.snapshots(run))
     times, sigmas = np.repeat(steps, 2), np.tile(TRACKED, len(steps))
     factors = averages.coefficients(times, sigmas, steps[-1], 0.075)
     trees = [tree for step in steps[:-1] for tree in arrays_of(run, step)]

@@ -1,7 +1,14 @@
-"""Files that appear under their name only when they are complete; what the system says of files."""
+"""Files of a run: their paths, how they are written, and what the system says of them.
+
+Whatever lies below a run's folder is named by run/layout.py and touched through this module.
+`complete`: appears under its name whole or not at all. `append`: what grows. `alone`: for one
+process at a time. `link`: again under another name, in no more room.
+"""
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import resource
 import shutil
@@ -18,6 +25,52 @@ SYSTEM = (
 
 
 ROOM = (errno.ENOSPC, errno.EDQUOT)  # too little of it
+
+
+class InUseError(ValueError):
+    """Another process has the lock; `owner` is what it says of itself."""
+
+    def __init__(self, path, owner):
+        super().__init__(f"{path}: in use by {owner}")
+        self.owner = owner
+
+
+# Paths ----------------------------------------------------------------------------------------
+
+
+def path(name):
+    """The path of a file or folder, as `pathlib.Path` has it."""
+    return Path(name)
+
+
+def user_path(name):
+    """A path as a user writes it, `~` expanded where it is known whose home that is."""
+    return Path(os.path.expanduser(name))
+
+
+def make_folder(path):
+    """Makes a folder, and those above it, where there is none.
+
+    Raises:
+      ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path} cannot be written to")
+
+
+def remove(path):
+    """Removes a file or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Writing --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -37,10 +90,7 @@ def complete(path):
             yield unfinished
             os.replace(unfinished, path)
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink(missing_ok=True)
+        remove(unfinished)
 
 
 @contextlib.contextmanager
@@ -59,6 +109,62 @@ def write_text(path, text):
     """Writes a text file that is there whole or not at all."""
     with complete(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def append(path):
+    """The file to open for what grows at `path`: it lies on this machine."""
+    return path
+
+
+def sync(file):
+    """Sees to it that all that was written into an opened file is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def link(source, target):
+    """A folder again under another name, whole or not at all; its files take no more room, where
+    the file system has second names for one file."""
+    with complete(target) as unfinished:
+        shutil.copytree(source, unfinished, copy_function=_link_file)
+
+
+def _link_file(source, target):
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextlib.contextmanager
+def alone(path, owner=None):
+    """Keeps other processes, of this and of other machines, out of the block; `path` is the lock.
+
+    It ends with the process that holds it, however that ends; nothing is left to remove. Where the
+    file system has no locks, a line says so, and the block runs all the same.
+
+    Args:
+      owner: who asks, a text for those who come later. Without it the block waits for its turn.
+
+    Raises:
+      InUseError: another process has it, and there is an `owner`.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if owner else 0))
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InUseError(path, file.read().strip()) from error
+        except OSError as error:
+            logging.warning("cannot lock %s (%s): run one job at a time there", path, error)
+        if owner:
+            file.truncate(0)
+            file.write(owner)
+            file.flush()
+        yield
+
+
+# What the system says -------------------------------------------------------------------------
 
 
 def system_reason(error):
@@ -91,11 +197,6 @@ def reading(path, otherwise):
             raise OSError(f"{path} cannot be read: {reason}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: {otherwise} ({reason})") from error
-
-
-def user_path(name):
-    """A path as a user writes it, `~` expanded where it is known whose home that is."""
-    return Path(os.path.expanduser(name))
 
 
 def _hint(number):

@@ -1,4 +1,4 @@
-"""Several processes that run one job: they join, agree, share a folder, and end together.
+"""Several processes that run one job: they join, agree, and end together.
 
 Nothing else knows how processes find or tell each other anything. In a single process every
 function here is the obvious one, and `jax.distributed` is not touched.
@@ -8,16 +8,12 @@ once a second and ends too, with the same line. A process that is killed leaves 
 notice by a broken collective, or by its missing heartbeats.
 """
 
-import contextlib
-import fcntl
 import functools
 import itertools
 import json
 import logging
 import os
-import pathlib
 import signal
-import socket
 import sys
 import threading
 import time
@@ -37,7 +33,6 @@ HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
 ANSWER_TIMEOUT = 600  # seconds in which the writer has to answer the others
 GRACE = 3.0  # seconds in which the others read the note of a process that fails
 SAME_SIGNAL = 2.0  # seconds in which a second signal counts as the first
-SHARED_FOLDER_TIMEOUT = 20.0  # seconds in which a new file must be seen by all processes
 NOTE = "meanflow/failure"
 LOST_PEER = ("Gloo", "UNAVAILABLE", "heartbeat", "Connection closed", "coordination service")
 
@@ -158,54 +153,6 @@ def check_same(name, value):
             f"process {jax.process_index()} was started with another {name} than process 0: "
             f"{', '.join(pairs)}"
         )
-
-
-# The folder of the run ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def lock_folder(workdir):
-    """Holds a run's folder for this job alone; makes sure that all processes see the same folder.
-
-    The lock ends with the process that holds it, however that ends; nothing is left to remove.
-
-    Raises:
-      ValueError: another job has it, or this process does not see what the writer wrote there.
-    """
-    path = pathlib.Path(workdir) / ".lock"
-    me = f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    with path.open("a+", encoding="utf-8") if is_writer() else contextlib.nullcontext() as file:
-        if is_writer():
-            _lock(file, workdir)
-            file.truncate(0)
-            file.write(me)
-            file.flush()
-        _check_shared(path, from_writer(me))
-        yield
-
-
-def _lock(file, workdir):
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise ValueError(
-            f"--workdir {workdir} is in use: a run goes on there ({file.read().strip()}); wait for "
-            "its end, stop it, or take another folder"
-        ) from error
-    except OSError as error:
-        logging.warning("cannot lock %s (%s): start no second run", workdir, error.strerror)
-
-
-def _check_shared(path, expected):
-    until = time.monotonic() + SHARED_FOLDER_TIMEOUT
-    while not path.is_file() or path.read_text(encoding="utf-8") != expected:
-        if time.monotonic() > until:
-            raise ValueError(
-                f"process {jax.process_index()} on {socket.gethostname()} does not see what "
-                f"process 0 wrote to {path.parent}: take a --workdir that all machines share"
-            )
-        time.sleep(0.2)
 
 
 # Stopping -------------------------------------------------------------------------------------

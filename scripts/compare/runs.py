@@ -8,7 +8,6 @@ from configs import saved, strict_yaml
 from metrics import evaluators
 from run import layout, results
 
-CONFIG = "config.yml"  # all options, in a run's folder
 POINTS = 500  # of a curve; of a longer one each is the mean of several lines
 NEEDED = {"checkpoint_step": int, "num_samples": int, "num_steps": int, "weights": str}
 OF_LINES = ("step", "epoch")
@@ -57,7 +56,7 @@ def why_not(path):
     """In a line, why the folder at `path` holds no run; or ""."""
     if not path.is_dir():
         return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
-    left = (layout.JSONL, "results.json", "checkpoints", "samples", CONFIG)
+    left = (layout.METRICS, layout.RESULTS, layout.CHECKPOINTS, layout.SAMPLES, layout.CONFIG)
     if not any((path / name).exists() for name in left):
         return f"{path}: no run, for there is none of {', '.join(left)} in it"
     return ""
@@ -84,7 +83,7 @@ def read(path, name):
     notes += said
     lines, broken = layout.metric_lines(path)
     if broken:
-        notes.append(f"{layout.JSONL}: {broken} broken line{'s' * (broken > 1)} left out")
+        notes.append(f"{layout.METRICS}: {broken} broken line{'s' * (broken > 1)} left out")
     steps, curves = curves_of(lines)
     stored, said = results_of(path)
     grids = layout.grids(path)
@@ -101,16 +100,18 @@ def options_of(path):
 
     They are those of its newest checkpoint or, before there is one, of its config.yml.
     """
-    nested, file = layout.options(path), path / CONFIG
+    nested, file = layout.options(path), path / layout.CONFIG
     try:
         if nested is None and file.exists():
             nested = strict_yaml.parse(file.read_text("utf-8"))
             if not isinstance(nested, dict):
                 raise ValueError("no options in it")
     except ValueError as error:
-        return None, [f"{CONFIG}: {error}"]
+        return None, [f"{layout.CONFIG}: {error}"]
     if nested is None:
-        return None, [f"its options are not known: there is neither a checkpoint nor {CONFIG}"]
+        return None, [
+            f"its options are not known: there is neither a checkpoint nor {layout.CONFIG}"
+        ]
     return saved.of_run(nested), []
 
 
@@ -166,7 +167,7 @@ def results_of(path):
         and all(type(result.get(name)) is kind for name, kind in NEEDED.items())
     ]
     lost = len(stored) - len(whole)
-    return whole, [f"results.json: {lost} of {len(stored)} are no results"] if lost else []
+    return whole, [f"{layout.RESULTS}: {lost} of {len(stored)} are no results"] if lost else []
 
 
 def facts_of(lines, options):
