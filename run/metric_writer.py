@@ -7,10 +7,10 @@ resumed run takes back what was written after the step it resumes from.
 import json
 import math
 import re
-import shutil
 import socket
 import sys
 import time
+from shutil import get_terminal_size
 
 import numpy as np
 from tensorboardX import summary
@@ -109,7 +109,7 @@ class MetricWriter:
             return
         line = progress_line(step, total_steps, steps_per_second, metrics)
         if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
+            width = get_terminal_size().columns - 1
             print(f"\r{line[:width]}\033[K", end="", flush=True)
             self._open_line = True
         else:

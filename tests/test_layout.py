@@ -127,13 +127,14 @@ def test_no_heavy_framework_and_no_star(module):
 # They handle the folder of a run: only through utils/files.py, by the names of run/layout.py.
 OF_A_RUN = ("main", "train", "observe", "grids", "sample", "evaluate", "run")
 NAMES = [value for value in vars(layout).values() if isinstance(value, str)]
+OF_FILES = ("pathlib", "shutil", "fcntl", "tempfile", "glob", "io", "etils")
 OF_NO_FILE = "environ getpid path.basename kill _exit cpu_count"  # of the module os
 
 
 def touches(tree):
     """What a syntax tree has to do with files beside utils/files.py, and names below a WORKDIR."""
     for name in imported_names(tree):
-        if name.split(".")[0] in ("pathlib", "shutil", "fcntl", "tempfile", "glob", "io", "etils"):
+        if name != "shutil.get_terminal_size" and name.split(".")[0] in OF_FILES:
             yield name
     for node in ast.walk(tree):
         text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Call)) else ""

@@ -9,8 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from run import metric_writer
 from run.metric_writer import MetricWriter, progress_line
+from utils import files
 
 
 def read_jsonl(workdir):
@@ -98,7 +98,7 @@ def test_a_failing_cut_leaves_the_old_file(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metric_writer.os, "replace", no_space)
+    monkeypatch.setattr(files.os, "replace", no_space)
     with pytest.raises(OSError, match="No space"):
         MetricWriter(tmp_path, resume_step=0)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
