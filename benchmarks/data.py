@@ -1,27 +1,20 @@
-"""Speed and memory of the data iterator, beside a plain reader of one file per latent.
+"""Measures speed and memory of the data iterator.
 
     python -m benchmarks data [--num_records 100000] [--json FILE]
 
-Makes synthetic latents in a temporary folder: as records in float32 and float16, and as the `.pt`
-files of the published code, which are read in a shuffled order by a pool of threads, one
-`torch_files.load` each. All three are measured in turn, several times, from the page cache.
+Makes synthetic latents in a temporary folder, as records in float32 and float16. Both are measured
+in turn, several times, from the page cache.
 """
 
-import concurrent.futures
 import multiprocessing
 import os
-import struct
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import growth
-from benchmarks.growth import peak_memory
-from formats import torch_files
 from utils import dataset, iterator
 
 RECORDS_PER_SHARD = 4096
@@ -31,17 +24,12 @@ STORES = ("float32", "float16")
 def add_arguments(parser):
     """The options of `run`."""
     parser.add_argument("--num_records", type=int, default=16384, help="size of the synthetic set")
-    parser.add_argument("--pt_files", type=int, default=16384, help="as .pt files; 0: none")
     parser.add_argument("--latent_size", type=int, default=32, help="side, with 2 x 4 channels")
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--num_workers", type=int, default=2, help="threads, of either reader")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that read")
     parser.add_argument("--prefetch", type=int, default=4, help="batches read ahead")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--seconds", type=float, default=3, help="least length of a measurement")
-    parser.add_argument("--growth", type=int, nargs="*", help="instead: how it grows with these "
-                        "numbers of records; without numbers up to a billion")  # fmt: skip
-    parser.add_argument("--largest_stored", type=int, default=100_000_000, help="of --growth: up "
-                        "to how many records also with a permutation in memory")  # fmt: skip
     parser.add_argument("--folder", help="where to put the temporary data; default: the system's")
 
 
@@ -54,17 +42,10 @@ def run(args):
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
         print("writing synthetic latents ...", file=sys.stderr)
-        if args.growth is not None:
-            write_records(folder / "small", args.num_records, args.latent_size, "float32")
-            args.growth = args.growth or growth.COUNTS
-            return {"growth": growth.run(folder / "small", args)}
         readers = {}
         for store in STORES:
             write_records(folder / store, args.num_records, args.latent_size, store)
-            readers[f"records, {store}"] = record_batches(folder / store, args)
-        if args.pt_files:
-            write_pt_files(folder / "pt", args.pt_files, args.latent_size)
-            readers[".pt files"] = pt_batches(folder / "pt", args)
+            readers[store] = record_batches(folder / store, args)
         rates = {name: [] for name in readers}
         for batches in readers.values():
             next(batches)
@@ -92,7 +73,7 @@ def measure(batches, batch_size, seconds):
 
 
 def record_batches(root, args):
-    """The project's iterator."""
+    """Returns the iterator of the records in `root`."""
     return iterator.RecordIterator(
         dataset.open_records(root),
         args.batch_size,
@@ -100,29 +81,6 @@ def record_batches(root, args):
         num_workers=args.num_workers,
         prefetch=args.prefetch,
     )
-
-
-def pt_batches(folder, args):
-    """Shuffled batches of `.pt` files, `num_workers` threads, as many batches ahead."""
-    paths = sorted(folder.iterdir())
-    rng = np.random.default_rng(0)
-
-    def load(chosen):
-        contents = [torch_files.load(path) for path in chosen]
-        moments = np.stack([content["image"] for content in contents]).transpose(0, 2, 3, 1)
-        return {
-            "moments": np.ascontiguousarray(moments),
-            "label": np.array([content["label"] for content in contents], np.int32),
-        }
-
-    def draw():
-        return pool.submit(load, [paths[i] for i in rng.integers(len(paths), size=args.batch_size)])
-
-    with concurrent.futures.ThreadPoolExecutor(args.num_workers) as pool:
-        waiting = [draw() for _ in range(args.prefetch)]
-        while True:
-            waiting.append(draw())
-            yield waiting.pop(0).result()
 
 
 def epoch_apart(root, args):
@@ -144,6 +102,13 @@ def _epoch(root, args):
     return {"latents_per_second": rate, "peak_mib": peak_memory(), "peak_mib_by_tenth": memory}
 
 
+def peak_memory():
+    """Returns the largest resident memory of this process so far, in MiB."""
+    # Not getrusage: its figure goes on from that of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def report(results):
     """Prints the results as a table."""
     print(f"{results['cores']} cores, batch {results['options']['batch_size']}, shuffled")
@@ -157,14 +122,14 @@ def report(results):
     for store, epoch in results["epoch"].items():
         early = epoch["peak_mib_by_tenth"][min(1, len(epoch["peak_mib_by_tenth"]) - 1)]
         memory = f"{early:,.0f}, {epoch['peak_mib']:,.0f}"
-        print(f"{f'records, {store}':20} {epoch['latents_per_second']:20,.0f} {memory:>45}")
-
-
-# The synthetic data: values that do not compress, in the range of ImageNet's
+        print(f"{store:20} {epoch['latents_per_second']:20,.0f} {memory:>45}")
 
 
 def latents(count, size, seed=0):
-    """`count` pairs of moments float32 (size, size, 8) and a label."""
+    """Yields `count` pairs of moments float32 (size, size, 8) and a label.
+
+    The values do not compress and lie in the range of ImageNet's.
+    """
     rng = np.random.default_rng(seed)
     for i in range(count):
         moments = rng.standard_normal((size, size, 8), np.float32)
@@ -174,7 +139,7 @@ def latents(count, size, seed=0):
 
 
 def write_records(root, count, size, store):
-    """A dataset of `count` latents in the given precision."""
+    """Writes a dataset of `count` latents of the type `store` into `root`."""
     root.mkdir()
     starts = range(0, count, RECORDS_PER_SHARD)
     lengths = [min(RECORDS_PER_SHARD, count - start) for start in starts]
@@ -186,35 +151,3 @@ def write_records(root, count, size, store):
         dataset.write_shard(dataset.shard_path(root, "train", i, len(lengths)), examples)
     shape = (size, size, 8)
     dataset.write_metadata(root, "moments", shape, np.dtype(store), 1000, {"train": lengths})
-
-
-def write_pt_files(folder, count, size):
-    """Files as `torch.save({"image": tensor (8, size, size), "label": int})` makes them."""
-    folder.mkdir()
-    for i, (moments, label) in enumerate(latents(count, size)):
-        with zipfile.ZipFile(folder / f"{i:08d}.pt", "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("archive/data.pkl", _pickle((8, size, size), label))
-            archive.writestr("archive/byteorder", "little")
-            archive.writestr("archive/data/0", moments.transpose(2, 0, 1).tobytes())
-            archive.writestr("archive/version", "3\n")
-
-
-def _pickle(shape, label):
-    """The pickle in such a file, opcode by opcode, since torch is not at hand to make it."""
-
-    def text(word):
-        return b"X" + struct.pack("<I", len(word)) + word.encode()
-
-    def integer(value):
-        return b"J" + struct.pack("<i", value)
-
-    def integers(values):
-        return b"(" + b"".join(integer(value) for value in values) + b"t"
-
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
-    storage += integer(int(np.prod(shape))) + b"tQ"  # Q: a persistent id, the storage
-    strides = (shape[1] * shape[2], shape[2], 1)
-    hooks = b"ccollections\nOrderedDict\n)R"
-    arguments = storage + integer(0) + integers(shape) + integers(strides) + b"\x89" + hooks
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-    return b"\x80\x02}(" + text("image") + tensor + text("label") + integer(label) + b"u."

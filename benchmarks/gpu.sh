@@ -9,7 +9,7 @@ set -euo pipefail
 case ${1:-} in
   -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
 esac
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 folder=${1:-.}
 shift || true
 # By default jax leaves a quarter of a card to others.
