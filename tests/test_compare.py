@@ -14,6 +14,7 @@ from scripts.compare import __main__ as compare
 from scripts.compare import page, runs, tables
 from utils import images
 
+MEASURE = "meanflow, 500 samples, 01234567 as the reference"
 EVIL = "</script><img src=x onerror=alert(1)>{{CSS}}"
 
 
@@ -36,11 +37,11 @@ def write(folder, fids=(), options=(), lines=20, text=None, grids=(), **result):
     found = [
         {"checkpoint_step": 100 * (i + 1), "num_samples": 500, "num_steps": 1, "weights": "ema",
          "evaluator": "meanflow", "sampling_method": "ode", "fid": fid, "inception_score": 1 / fid,
-         **result}
+         "reference": "data", "reference_content": "0123456789", **result}
         for i, fid in enumerate(fids)
     ]  # fmt: skip
     for one in found:
-        names = {"fid": "fid@500/ema_1step", "inception_score": "inception_score@500/ema_1step"}
+        names = {k: f"{k}@{one['num_samples']}/ema_1step" for k in ("fid", "inception_score")}
         written.append({"step": one["checkpoint_step"], **{n: one[k] for k, n in names.items()}})
     text = "".join(json.dumps(line) + "\n" for line in written) if text is None else text
     (folder / "metrics.jsonl").write_text(text)
@@ -79,11 +80,53 @@ def test_the_table(two, capsys):
     assert ["images/s", "11,000", "11,000"] in lines
     assert ["method.kappa", "0.5", "0.25"] in lines
     assert sum(line[0].startswith(("training.", "method.", "model.")) for line in lines) == 2
-    assert ["fid@500/ema_1step", "last", "5 at 300", "4 at 200 *"] in lines
-    assert ["inception_score@500/ema_1step", "last", "0.2 at 300", "0.25 at 200 *"] in lines
-    assert ["raw_loss/r<t", "last", "2.5 at 200 *", "2.5 at 200 *"] in lines
-    best = [line for line in lines if line[0] == "best"]  # the lowest FID, the highest score
-    assert best == [["best", "3 at 200 *", "4 at 200"], ["best", "0.33333 at 200 *", "0.25 at 200"]]
+    assert [MEASURE] in lines  # the lowest FID is the best, and the highest score
+    assert ["fid@500/ema_1step", "3 at 200 *, last 5", "4 at 200"] in lines
+    assert ["inception_score@500/ema_1step", "0.33333 at 200 *, last 0.2", "0.25 at 200"] in lines
+    assert ["raw_loss/r<t", "2.5 at 200", "2.5 at 200"] in lines
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"evaluator": "adm"},
+        {"num_samples": 501},
+        {"labels": "data"},
+        {"features": "pixels"},
+        {"feature_weights_sha256": "ab"},
+        {"reference_content": "9876543210"},
+        {"reference_content": None, "reference": "elsewhere"},
+    ],
+)
+def test_only_equals_are_compared(tmp_path, capsys, other):
+    folders = [write(tmp_path / name, [x]) for name, x in (("a", 9.0), ("b", 8.0))]
+    folders.append(write(tmp_path / "c", [1.0], **other))
+    _, out, _ = run(capsys, *folders)
+    fids = [line.split()[1:] for line in out.splitlines() if line.startswith("  fid@")]
+    assert fids == [
+        ["9", "at", "100", "8", "at", "100", "*", "–"],
+        ["–", "–", "1", "at", "100"],
+    ]
+    heads = [line for line in out.splitlines() if re.match(r"\w+, 50\d samples", line)]
+    assert heads[0] == MEASURE and len({*heads}) == 2
+    found = runs.read_all(folders)[0]
+    drawn = [
+        lines for c in page.charts(found) if c["kind"] == "score" for lines in c["lines"].values()
+    ]
+    assert [sum(bool(line["steps"]) for line in lines) for lines in drawn] in (
+        [2, 1] * 2,
+        [1, 2] * 2,
+    )
+    ranks = sorted((result for one in found for result in one.results), key=page._rank)
+    assert [result["fid"] for result in ranks] in ([8, 9, 1], [1, 8, 9])
+
+
+def test_a_number_of_an_unknown_evaluator_leads_nowhere(tmp_path, capsys):
+    folders = [write(tmp_path / name, [x]) for name, x in (("a", 9.0), ("b", 8.0))]
+    for folder in folders:
+        (folder / "results.json").unlink()
+    _, out, _ = run(capsys, *folders)
+    assert re.search(r"^evaluator not known\n  fid@500/ema_1step +9 at 100 +8 at 100$", out, re.M)
 
 
 def test_a_narrow_terminal_gets_blocks(two):
@@ -145,7 +188,7 @@ def test_results_that_are_none_are_told(tmp_path, capsys, text):
     (folder / "results.json").write_text(text)
     status, out, err = run(capsys, folder, "--html", tmp_path / "page.html")
     assert status == 0 and "results.json" in err and len(err.splitlines()) == 1
-    assert re.search(r"fid@500/ema_1step +last +5 at 100", out)  # the log has it
+    assert re.search(r"fid@500/ema_1step +5 at 100", out)  # the log has it
 
 
 def test_what_is_no_run_is_left_out_in_a_line(two, tmp_path, capsys):
@@ -178,8 +221,8 @@ def test_two_evaluators_of_a_run_are_two_metrics(tmp_path):
         json.dumps([*both, both[0] | {"evaluator": "adm", "fid": 6.0}])
     )
     scores = runs.read(folder, "a").scores
-    assert scores["fid@500/ema_1step (meanflow)"] == {100: 5.0}
-    assert scores["fid@500/ema_1step (adm)"] == {100: 6.0} and "fid@500/ema_1step" not in scores
+    of = {metric.measure: scores[metric] for metric in scores if metric.name.startswith("fid")}
+    assert of == {MEASURE: {100: 5.0}, MEASURE.replace("meanflow", "adm"): {100: 6.0}}
 
 
 def test_a_long_curve_is_means_of_its_lines(tmp_path):
@@ -207,14 +250,21 @@ def test_the_page_stands_alone(two, tmp_path, capsys):
     status, out, _ = run(capsys, *two, "--html", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert status == 0 and out.rstrip().endswith("page.html")
-    assert Elements(text).outside == [] and "{{" not in text
-    assert "default-src 'none'" in text and not re.search(r"https?://(?!www.w3.org/2000/svg)", text)
-    a, b = data_of(text)
-    assert a["scores"]["fid@500/ema_1step"] == {
-        "steps": [100, 200, 300], "values": [9, 3, 5], "higher": False
-    }  # fmt: skip
-    assert a["scores"]["inception_score@500/ema_1step"]["higher"]
-    assert a["curves"]["raw_loss/r=t"][:2] == [100, 50] and a["steps"][:2] == [10, 20]
+    own = text.replace(page.plotly(), "")
+    assert len(text) > len(own) + 1_000_000  # plotly is in it
+    assert Elements(text).outside == [] and "{{" not in own
+    assert "default-src 'none'" in own and not re.search("https?://", own)
+    data = data_of(text)
+    charts = {chart["title"]: chart for chart in data["charts"]}
+    assert charts["fid@500"]["lines"]["ema_1step"] == [
+        {"steps": [100, 200, 300], "values": [9, 3, 5]}, {"steps": [100, 200], "values": [8, 4]}
+    ]  # fmt: skip
+    assert MEASURE in charts["fid@500"]["note"] and not charts["fid@500"]["higher"]
+    assert charts["inception_score@500"]["higher"]
+    loss = data["charts"][0]["lines"]["raw_loss/r=t"][0]
+    assert loss["values"][:2] == [100, 50] and loss["steps"][:2] == [10, 20]
+    assert list(charts[""]["lines"])[0] == "loss"
+    a, b = data["runs"]
     assert (a["batch"], b["batch"]) == (256, 64)
     assert list(a["grids"][""]) == ["100", "200"] and list(a["grids"]["2step"]) == ["200"]
     assert a["grids"].keys() == {"", "2step", "by steps"}
@@ -243,8 +293,15 @@ def test_words_of_a_run_are_never_markup(tmp_path, capsys):
     assert run(capsys, write(tmp_path / "a", [5.0]), "--html", tmp_path / "plain.html")[0] == 0
     evil, plain = (Elements((tmp_path / f"{name}.html").read_text()) for name in ("evil", "plain"))
     assert evil.outside == [] and not set(evil.tags) - set(plain.tags)
-    assert evil.tags.count("script") == 2
-    assert EVIL in data_of((tmp_path / "evil.html").read_text())[0]["curves"]
+    assert evil.tags.count("script") == 3
+    charts = data_of((tmp_path / "evil.html").read_text())["charts"]
+    assert EVIL in charts[-1]["lines"]
+
+
+def test_a_missing_plotly_is_told_in_a_line(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    status, out, err = run(capsys, *two, "--html", tmp_path / "page.html")
+    assert status == 1 and "fid@500" in out and 'pip install "plotly' in err.splitlines()[-1]
 
 
 def test_large_grids_become_smaller_and_broken_ones_are_told(tmp_path):
@@ -252,7 +309,7 @@ def test_large_grids_become_smaller_and_broken_ones_are_told(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), np.uint8)
     images.save_png(folder / "samples" / "grid_00000020.png", noise)
     (folder / "samples" / "grid_00000030.png").write_bytes(b"\x89PNG\r\n\x1a\n half")
-    (one,) = data_of(page.page(runs.read_all([folder])[0], 24))
+    (one,) = data_of(page.page(runs.read_all([folder])[0], 24))["runs"]
     assert list(one["grids"][""]) == ["10", "20"]
     assert one["notes"] == ["grid_00000030.png: no picture (UnidentifiedImageError)"]
     assert one["grids"][""]["20"].startswith("data:image/jpeg")

@@ -43,8 +43,9 @@ def main(argv=None):
         if args.html:
             files.write_text(args.html, page.page(found, max(args.grids, 1)))
             print(f"\n{args.html}")
-    except OSError as error:
-        print(f"error: {args.html}: {error.strerror or error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"error: {args.html}: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,15 +1,16 @@
-"""One page that shows runs: no file beside it, nothing from a network, all of it written here.
+"""Makes one page that shows runs: no file beside it, nothing from a network.
 
-The tables are made here. The curves and the grids are drawn by page.js from numbers that stand in
-the page as JSON.
+The tables are made here. Plotly, whose JavaScript stands in the page, draws the curves; page.js
+hands them to it from the numbers in the page, and shows the grids.
 """
 
 import base64
 import datetime
 import html
+import importlib.resources
 import io
+import itertools
 import json
-import math
 import pathlib
 
 from PIL import Image
@@ -23,48 +24,98 @@ LARGEST = 800  # pixels of a grid's longer side; a larger one is made smaller
 QUALITY = 85
 # What all evaluations of the page have alike is not shown in their table.
 SETTINGS = ("weights", "sampling_method", "num_steps", *results.GUIDANCE, "num_samples",
-            "evaluator", "features", "labels")  # fmt: skip
+            "evaluator", "features", "labels", "reference")  # fmt: skip
+OF_ROWS = {"r=t": "rows with r = t", "r<t": "rows with r < t"}
+NONE = "<span class=none>–</span>"
 
 
 def page(runs, most_grids):
-    """The page as text.
+    """Returns the page as text.
 
     Args:
       runs: list of `Run`.
       most_grids: of each run and kind, spread over time.
+
+    Raises:
+      ValueError: plotly is not installed.
     """
     parts = {name: (FOLDER / f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    data = {"runs": [_data(run, most_grids) for run in runs], "charts": charts(runs)}
     filled = {
         "TITLE": html.escape(", ".join(run.name for run in runs[:3]) + ", ..." * (len(runs) > 3)),
         "CSS": parts["css"],
+        "PLOTLY": plotly().replace("</script", "<\\/script"),
         "JS": parts["js"],
         "DATE": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "RUNS": _runs(runs),
         "SUMMARY": _summary(runs),
-        "DIFFERING": _differing(runs),
+        "DIFFER": "Options that " + ("differ" if len(runs) > 1 else "are not the default's"),
+        "DIFFERING": _values(runs, tables.differing(runs), "None."),
         "RESULTS": _results(runs),
-        "OPTIONS": _options(runs),
-        "DATA": _json([_data(run, most_grids) for run in runs]),
+        "OPTIONS": _values(runs, tables.options(runs), ""),
+        "DATA": _json(data),
     }
-    text = parts["html"]
-    head, *rest = text.split("{{")
+    head, *rest = parts["html"].split("{{")
     for piece in rest:  # one pass, so that nothing in a run's own words is filled in
         name, _, tail = piece.partition("}}")
         head += filled[name] + tail
     return head
 
 
-def _data(run, most_grids):
-    """What page.js draws of a run."""
-    curves = {name: list(map(_rounded, values)) for name, values in run.curves.items()}
-    scores = {
-        name: {
-            "steps": list(points),
-            "values": list(map(_rounded, points.values())),
-            "higher": reading.higher_is_better(name),
+def plotly():
+    """Returns the JavaScript of plotly. ValueError where the package is not installed."""
+    try:
+        folder = importlib.resources.files("plotly")
+    except ModuleNotFoundError:
+        raise ValueError('--html draws with plotly: pip install "plotly>=7.1,<8"') from None
+    return (folder / "package_data" / "plotly.min.js").read_text("utf-8")
+
+
+def charts(runs):
+    """Returns the charts of page.js as JSON has them: losses, metrics, and one for the rest.
+
+    A metric has a chart for each evaluator, number of samples and reference, with a line by name
+    for each kind of weights, steps and guidance.
+    """
+    found = []
+    for metric in dict.fromkeys(metric for run in runs for metric in tables.losses(run)):
+        title, rows = metric.name.split("/")
+        lines = {metric.name: [_line(tables.points(run, metric.name)) for run in runs]}
+        found.append(_chart(title.replace("_", " "), OF_ROWS[rows], "loss", lines))
+    scores = {metric for run in runs for metric in run.scores}
+    for (title, how), group in itertools.groupby(sorted(scores), key=_title):
+        group = sorted(group, key=lambda metric: -sum(metric in run.scores for run in runs))
+        lines = {
+            metric.name.partition("/")[2]: [_line(run.scores.get(metric, {})) for run in runs]
+            for metric in group
         }
-        for name, points in run.scores.items()
-    }
+        higher = group[0].higher_is_better
+        note = f"{'higher' if higher else 'lower'} is better; {how}"
+        found.append(_chart(title, note, "score", lines, higher))
+    drawn = {name for chart in found for name in chart["lines"]}
+    if names := {name for run in runs for name in run.curves} - drawn:
+        first = next((name for name in ("v_loss", "loss") if name in names), None)
+        order = sorted(names, key=lambda name: (name != first, name))
+        lines = {name: [_line(tables.points(run, name)) for run in runs] for name in order}
+        found.append(_chart("", "any other number", "other", lines))
+    return found
+
+
+def _title(metric):
+    return metric.name.split("/")[0], metric.measure
+
+
+def _chart(title, note, kind, lines, higher=False):
+    return {"title": title, "note": note, "kind": kind, "lines": lines, "higher": higher}
+
+
+def _line(points):
+    """A curve as JSON has it; five digits are more than a screen shows."""
+    return {"steps": list(points), "values": [float(f"{x:.5g}") for x in points.values()]}
+
+
+def _data(run, most_grids):
+    """What page.js shows of a run beside its curves."""
     grids, notes = {}, []
     for kind, files in run.grids.items():
         for step in spread(sorted(files), most_grids):
@@ -72,8 +123,8 @@ def _data(run, most_grids):
                 grids.setdefault(kind, {})[step] = data_uri(files[step])
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 notes.append(f"{files[step].name}: no picture ({type(error).__name__})")
-    return {"name": run.name, "batch": reading.batch_size(run.options), "steps": run.steps,
-            "curves": curves, "scores": scores, "grids": grids, "notes": notes}  # fmt: skip
+    batch = reading.batch_size(run.options)
+    return {"name": run.name, "batch": batch, "grids": grids, "notes": notes}
 
 
 def spread(values, most):
@@ -107,11 +158,6 @@ def _json(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _rounded(value):
-    """A number with five digits, which is more than a screen shows."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
-
-
 # Tables ---------------------------------------------------------------------------------------
 
 
@@ -130,42 +176,45 @@ def _runs(runs):
 
 def _summary(runs):
     """How far, how fast, how good."""
-    rows = [
-        _row(html.escape(name), map(_number, values)) for name, values in tables.facts(runs).items()
-    ]
-    for name, (last, best) in tables.scores(runs).items():
-        better = "higher" if reading.higher_is_better(name) else "lower"
-        label = f"{html.escape(name)} <small>{better} is better</small>"
-        rows.append(_row(label, map(_scores, last, best)))
+    facts = tables.facts(runs)
+    rows = [_row(html.escape(name), map(tables.number, facts[name])) for name in facts]
+    for metric, values in tables.scores(runs).items():
+        better = "higher is better" if metric.higher_is_better else "lower is better"
+        about = html.escape(f"{better}, {metric.measure}".removesuffix(", "))
+        label = f"{html.escape(metric.name)} <small>{about}</small>"
+        rows.append(_row(label, map(_best, values)))
     return _table(["", *(run.name for run in runs)], rows)
 
 
-def _differing(runs):
-    found = tables.differing(runs)
-    if not found:
-        return "<p>None." if any(run.options for run in runs) else "<p>Not known."
-    rows = [_row(_code(name), map(_value, values)) for name, values in found.items()]
+def _best(best):
+    if best is None:
+        return NONE
+    value = tables.number(best.value)
+    last = "" if best.last is None else f"; last {tables.number(best.last)}"
+    shown = f"<b>{value}</b>" if best.leads else value
+    return f"{shown} <small>step {best.step:,}{last}</small>"
+
+
+def _values(runs, options, none):
+    """A table of options, {option: [value by run]}."""
+    if not options:
+        return f"<p>{none if any(run.options for run in runs) else 'Not known.'}"
+    rows = [_row(_code(name), map(_value, values)) for name, values in options.items()]
     return _table(["", *(run.name for run in runs)], rows)
 
 
-def _options(runs):
-    names = dict.fromkeys(name for run in runs for name in run.options or ())
-    rows = [
-        _row(
-            _code(name),
-            [_value(tables.shown(run.options.get(name)) if run.options else None) for run in runs],
-        )
-        for name in names
-    ]
-    return _table(["", *(run.name for run in runs)], rows) if rows else "<p>Not known."
+def _value(text):
+    if text is None:
+        return "<span class=none>not known</span>"
+    return f"<div class={'long' if len(text) > 24 else 'short'}>{_code(text)}</div>"
 
 
 def _results(runs):
-    """All evaluations, the best first; a click on a column's head sorts by it."""
+    """All evaluations, by evaluator and the best of each first; a column's head sorts by it."""
     found = [(i, run, result) for i, run in enumerate(runs) for result in run.results]
-    found.sort(key=lambda one: _rank(one[2]))
     if not found:
         return "<p>No evaluation yet."
+    found.sort(key=lambda one: _rank(one[2]))
     everything = [result for _, _, result in found]
     settings = [
         name for name in SETTINGS
@@ -174,22 +223,32 @@ def _results(runs):
     alike = [f"{name} {_plain(everything[0][name])}" for name in SETTINGS
              if name not in settings and name in everything[0]]  # fmt: skip
     numbers = dict.fromkeys(name for result in everything for name in results.numbers(result))
-    rows = []
-    for i, run, result in found:
-        cells = [result["checkpoint_step"], *(result.get(name) for name in (*settings, *numbers))]
-        name = f'<span class="c{i % 8}"><i></i>{html.escape(run.name)}</span>'
-        rows.append(_row(name, (_sortable(cell) for cell in cells)))
-    head = ["run", "step", *settings, *numbers]
+    names = ["checkpoint_step", *settings, *numbers]
+    rows = [
+        _row(f'<span class="c{i % 8}"><i></i>{html.escape(run.name)}</span>',
+             (_sortable(result.get(name)) for name in names))
+        for i, run, result in found
+    ]  # fmt: skip
     said = f"<p>All: {html.escape(', '.join(alike))}." if alike else ""
-    return said + _table(head, rows, "sortable")
+    return said + _table(["run", "step", *names[1:]], rows, "sortable")
 
 
 def _rank(result):
-    """Puts the best by the first of its metrics first."""
+    """Puts equals together, and the best by the first of their metrics first."""
     name, value = next(iter(results.numbers(result).items()), ("", None))
     if not reading.number(value):
-        return True, 0
-    return False, -value if reading.higher_is_better(name) else value
+        return "", 0
+    sign = -1 if reading.Metric(name, "").higher_is_better else 1
+    return reading.measure(result, name), sign * value
+
+
+def _sortable(value):
+    shown = html.escape(_plain(value))
+    return f"<data value={value!r}>{shown}</data>" if reading.number(value) else shown
+
+
+def _plain(value):
+    return tables.number(value) if value is None or reading.number(value) else str(value)
 
 
 def _table(head, rows, kind=""):
@@ -206,32 +265,3 @@ def _row(label, cells):
 
 def _code(text):
     return f"<code>{html.escape(text)}</code>"
-
-
-def _value(text):
-    if text is None:
-        return "<span class=none>not known</span>"
-    return f"<div class={'long' if len(text) > 24 else 'short'}>{_code(text)}</div>"
-
-
-def _number(value):
-    return "<span class=none>–</span>" if value is None else tables.number(value)
-
-
-def _scores(last, best):
-    if last is None:
-        return "<span class=none>–</span>"
-    value = tables.number(best.value)
-    shown = f"<b>{value}</b>" if best.leads else value
-    where = f"step {best.step:,}" + ("" if last == best or last.step == best.step else
-                                      f"; last {tables.number(last.value)}")  # fmt: skip
-    return f"{shown} <small>{where}</small>"
-
-
-def _sortable(value):
-    shown = html.escape(_plain(value))
-    return f"<data value={value!r}>{shown}</data>" if reading.number(value) else shown
-
-
-def _plain(value):
-    return tables.number(value) if reading.number(value) else "–" if value is None else str(value)

@@ -11,6 +11,18 @@ from run import layout, results
 POINTS = 500  # of a curve; of a longer one each is the mean of several lines
 NEEDED = {"checkpoint_step": int, "num_samples": int, "num_steps": int, "weights": str}
 OF_LINES = ("step", "epoch")
+UNKNOWN = "evaluator not known"  # of a metric that stands in the log alone
+
+
+class Metric(NamedTuple):
+    """A number that is compared between runs: only with the same name and the same `measure`."""
+
+    name: str  # in the log: "fid@5k/ema_1step"
+    measure: str  # evaluator, samples and reference in words; "" for a loss, UNKNOWN
+
+    @property
+    def higher_is_better(self):
+        return self.name.split("/")[0].split("@")[0] in evaluators.HIGHER_IS_BETTER
 
 
 class Run(NamedTuple):
@@ -21,7 +33,7 @@ class Run(NamedTuple):
     options: dict | None  # {"section.option": value as JSON has it}
     steps: list[int]  # of the curves
     curves: dict[str, list[float | None]]  # of training, {name: as long as `steps`}
-    scores: dict[str, dict[int, float]]  # of evaluations, {name: {step: value}}
+    scores: dict[Metric, dict[int, float]]  # of evaluations, {metric: {step: value}}
     results: list[dict]  # as results.json has them
     grids: dict[str, dict[int, pathlib.Path]]  # {"" or what is special about them: {step: file}}
     facts: dict[str, float]  # {"steps": ..., "images/s": ...}
@@ -130,28 +142,45 @@ def curves_of(lines):
 
 
 def scores_of(lines, stored):
-    """The metrics of all evaluations: {name in the log: {step: value}}, without their spreads.
+    """Returns the metrics of all evaluations, {Metric: {step: value}}, without their spreads.
 
-    What results.json says comes first: it has those of `eval_only` too. Two evaluators of one run
-    stand under two names.
+    What results.json says comes first: it has those of `eval_only` too.
     """
-    found = {}
-    several = len({result.get("evaluator") for result in stored}) > 1
-    known = set()
-    for result in stored:
-        for name, value in results.scalars([result]).items():
-            step = result["checkpoint_step"]
-            known.add((name, step))
-            if number(value) and "_std" not in name.split("/")[0]:
-                name += f" ({result.get('evaluator')})" if several else ""
-                found.setdefault(name, {})[step] = value
+    rows = [(result["checkpoint_step"], results.scalars([result]), result) for result in stored]
+    known = {(name, step) for step, scores, _ in rows for name in scores}
     for line in lines:
-        for name, value in line.items():
-            if not results.is_score(name) or "_std" in name.split("/")[0]:
-                continue
-            if number(value) and (name, line["step"]) not in known:
-                found.setdefault(name, {})[line["step"]] = value
-    return {name: dict(sorted(points.items())) for name, points in found.items()}
+        step = line["step"]
+        left = {n: x for n, x in line.items() if results.is_score(n) and (n, step) not in known}
+        rows.append((step, left, None))
+    found = {}
+    for step, scores, result in rows:
+        for name, value in scores.items():
+            if number(value) and "_std" not in name.split("/")[0]:
+                how = measure(result, name) if result else UNKNOWN
+                found.setdefault(Metric(name, how), {})[step] = value
+    return {metric: dict(sorted(points.items())) for metric, points in found.items()}
+
+
+def measure(result, name):
+    """Returns in words what a metric of a result depends on beside the images: see `Metric`.
+
+    A reference is named by its contents where they are known, since one file lies in many places.
+    """
+    network, weights = "features", "feature_weights_sha256"
+    if name.startswith("fd_dinov2"):
+        network, weights = "dinov2", "dinov2_weights_sha256"
+    contents = [result.get(f"reference_{key}") for key in ("digest", "content", "images")]
+    contents = [str(x)[:8] for x in contents if x] + [result.get("reference", "not known")]
+    words = [
+        (result.get("evaluator", UNKNOWN), ""),
+        (f"{result['num_samples']:,}", " samples"),
+        (result.get("labels"), " labels"),
+        (result.get("rounding"), " values"),
+        (result.get(network), ""),
+        (str(result.get(weights) or "")[:8], " weights"),
+        (contents[0], " as the reference"),
+    ]
+    return ", ".join(f"{value}{what}" for value, what in words if value)
 
 
 def results_of(path):
@@ -194,11 +223,6 @@ def batch_size(options):
     """Images of a step, where the options are known, or None."""
     found = (options or {}).get("training.batch_size")
     return found if type(found) is int and found > 0 else None
-
-
-def higher_is_better(name):
-    """Whether a metric of this name in the log is the better the higher it is."""
-    return name.split("/")[0].split("@")[0] in evaluators.HIGHER_IS_BETTER
 
 
 def number(value):

@@ -2,91 +2,103 @@
 
 from typing import NamedTuple
 
-from configs import default, saved
+from configs import default, load_config, saved
 from scripts.compare import runs as reading
 
 WIDEST = 40  # characters of a value in the terminal
 LOSSES = ("r=t", "r<t")
 
 
-class Point(NamedTuple):
-    """A number and the step it belongs to; `leads`: no run has a better one."""
+class Best(NamedTuple):
+    """The best value of a metric of one run; `leads`: no run has a better one."""
 
     value: float
     step: int
     leads: bool
+    last: float | None  # the value at the last step, where that is another one
 
 
 def facts(runs):
-    """How far and how fast: {what: [number or None by run]}."""
+    """Returns how far and how fast runs are: {what: [number or None by run]}."""
     names = dict.fromkeys(name for run in runs for name in run.facts)
     return {name: [run.facts.get(name) for run in runs] for name in names}
 
 
-def differing(runs):
-    """The options that differ between runs: {option: [value by run, or None]}.
+def options(runs):
+    """Returns all options of runs: {option: [value as people write it by run, or None]}.
 
-    Of one run: those that are not the default's, beside it. A run whose options are not known
-    differs in none.
+    An option that a run does not have is empty; of a run whose options are not known all are None.
     """
-    known = [run.options for run in runs if run.options]
+    names = dict.fromkeys(name for run in runs for name in run.options or ())
+    return {name: [written(run, name) for run in runs] for name in names}
+
+
+def written(run, name):
+    """Returns an option of a run as people write it, or None where its options are not known."""
+    return load_config.written(run.options.get(name, "")) if run.options else None
+
+
+def differing(runs):
+    """Returns the options that differ between runs, as `options` does.
+
+    Of one run: those that are not the default's. A run whose options are not known differs in none.
+    """
+    beside = []
     if len(runs) == 1:
-        known.append(saved.flat(default.get_config()))
-    names = dict.fromkeys(name for options in known for name in options)
+        beside.append(runs[0]._replace(options=saved.flat(default.get_config())))
     return {
-        name: [shown(run.options.get(name)) if run.options else None for run in runs]
-        for name in names
-        if len({shown(options.get(name)) for options in known}) > 1
+        name: values[: len(runs)]
+        for name, values in options([*runs, *beside]).items()
+        if len({*values} - {None}) > 1
     }
 
 
 def scores(runs):
-    """Last and best of each metric: {name: ([Point or None by run] last, the same best)}.
+    """Returns the best of each metric: {Metric: [Best or None by run]}.
 
-    Evaluations come first, then the raw losses by kind of row.
+    Evaluations come first, then the raw losses by kind of row. None leads among the losses, which
+    depend on the objective's options, nor among numbers of an evaluator that is not known.
     """
     series = [run.scores | losses(run) for run in runs]
-    names = dict.fromkeys(name for run in runs for name in run.scores)
-    names |= dict.fromkeys(name for run in runs for name in losses(run))
     found = {}
-    for name in names:
-        sign = -1 if reading.higher_is_better(name) else 1
-        last = [max(x.get(name, {}).items(), default=None) for x in series]
-        best = [
-            min(x.get(name, {}).items(), key=lambda p: sign * p[1], default=None) for x in series
+    for metric in sorted({m: None for one in series for m in one}, key=lambda m: not m.measure):
+        sign = -1 if metric.higher_is_better else 1
+        points = [one.get(metric, {}) for one in series]
+        lowest = [min((sign * value for value in of.values()), default=None) for of in points]
+        values = [value for value in lowest if value is not None]
+        compared = len(values) > 1 and metric.measure not in ("", reading.UNKNOWN)
+        found[metric] = [
+            _best(of, sign, compared and value == min(values)) if of else None
+            for of, value in zip(points, lowest, strict=True)
         ]
-        found[name] = (_with_leader(last, sign), _with_leader(best, sign))
     return found
 
 
+def _best(points, sign, leads):
+    step, value = min(points.items(), key=lambda point: sign * point[1])
+    last = max(points)
+    return Best(value, step, leads, None if last == step else points[last])
+
+
 def losses(run):
-    """The raw losses by kind of row: {name: {step: value}}."""
+    """Returns the raw losses by kind of row: {Metric: {step: value}}."""
     return {
-        name: {step: x for step, x in zip(run.steps, values, strict=True) if x is not None}
-        for name, values in run.curves.items()
+        reading.Metric(name, ""): points(run, name)
+        for name in run.curves
         if name.startswith("raw_loss") and name.endswith(LOSSES)
     }
 
 
-def _with_leader(points, sign):
-    values = [sign * point[1] for point in points if point]
-    return [
-        Point(p[1], p[0], len(values) > 1 and sign * p[1] == min(values)) if p else None
-        for p in points
-    ]
-
-
-def shown(value):
-    """A value of an option for people."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return ",".join(map(shown, value))
-    return f"{value:g}" if type(value) in (int, float) and abs(value) < 1e6 else str(value)
+def points(run, name):
+    """Returns a curve of training without its gaps: {step: value}."""
+    pairs = zip(run.steps, run.curves.get(name, ()), strict=False)
+    return {step: value for step, value in pairs if value is not None}
 
 
 def number(value):
-    """A number for people: whole ones in groups of three, others with five digits."""
+    """Returns a number for people: whole ones in groups of three, others with five digits."""
+    if value is None:
+        return "–"
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
@@ -96,70 +108,52 @@ def number(value):
 
 
 def text(runs, width):
-    """All tables as text at most `width` characters wide, in blocks of as many runs as fit.
+    """Returns all tables as text at most `width` wide, in blocks of as many runs as fit.
 
     A single run or name that is wider than that stands alone.
     """
-    rows = [(["run"], [run.name for run in runs]), None]
-    rows += [([name], [_number(x) for x in values]) for name, values in facts(runs).items()]
-    if found := differing(runs):
+    rows = [("run", [run.name for run in runs]), ("", ())]
+    rows += [(name, list(map(number, values))) for name, values in facts(runs).items()]
+    if differ := differing(runs):
         title = "options that differ" if len(runs) > 1 else "options that are not the default's"
-        rows += [None, ([title], None)]
-        rows += [([f"  {name}"], list(map(_short, values))) for name, values in found.items()]
-    if found := scores(runs):
-        rows += [None, (["metrics" + " (*: the best of all runs)" * (len(runs) > 1)], None)]
-        for name, (last, best) in found.items():
-            rows.append(([f"  {name}", "last"], list(map(_point, last))))
-            if best != last:
-                rows.append((["", "best"], list(map(_point, best))))
+        rows += [("", ()), (title, ())]
+        rows += [(f"  {name}", list(map(_short, values))) for name, values in differ.items()]
+    measure = None
+    for metric, values in scores(runs).items():
+        if metric.measure != measure:
+            measure = metric.measure
+            rows += [("", ()), (measure or "losses", ())]
+        rows.append((f"  {metric.name}", list(map(_point, values))))
+    if any(values and "*" in "".join(values) for _, values in rows):
+        rows += [("", ()), ("*: the best of all runs with the same evaluator and reference", ())]
     return "\n\n".join(_block(rows, part) for part in _parts(rows, len(runs), width))
 
 
 def _parts(rows, count, width):
-    """Which runs stand beside each other: lists of their numbers."""
-    widths = [max(len(row[1][i]) for row in rows if row and row[1]) for i in range(count)]
+    """Returns which runs stand beside each other: lists of their numbers."""
+    label = max(len(name) for name, values in rows if values)
     parts, left = [], 0
-    for i, wide in enumerate(widths):
-        left -= wide + 2
-        if left < 0 or not parts:
+    for i in range(count):
+        wide = 2 + max(len(values[i]) for _, values in rows if values)
+        if not parts or left < wide:
             parts.append([])
-            left = width - _label_width(rows) - wide - 2
+            left = width - label
         parts[-1].append(i)
+        left -= wide
     return parts
 
 
-def _label_width(rows):
-    return sum(max(len(row[0][k]) for row in rows if row and row[1] and k < len(row[0]))
-               for k in _label_columns(rows)) + 2 * len(_label_columns(rows))  # fmt: skip
-
-
-def _label_columns(rows):
-    return range(max(len(row[0]) for row in rows if row))
-
-
 def _block(rows, part):
-    cells = [row and (row[0], row[1] and [row[1][i] for i in part]) for row in rows]
-    columns = _label_columns(rows)
-    full = [
-        [*row[0], *[""] * (len(columns) - len(row[0])), *row[1]] for row in cells if row and row[1]
-    ]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
-    lines = []
-    for row in cells:
-        if row is None or row[1] is None:
-            lines.append(row[0][0] if row else "")
-            continue
-        words = [*row[0], *[""] * (len(columns) - len(row[0])), *row[1]]
-        lines.append("  ".join(map(str.ljust, words, widths)).rstrip())
-    return "\n".join(lines)
+    cells = [[name, *(values[i] for i in part if values)] for name, values in rows]
+    widths = [max(map(len, column)) for column in zip(*(c for c in cells if c[1:]), strict=True)]
+    return "\n".join("  ".join(map(str.ljust, cell, widths)).rstrip() for cell in cells)
 
 
-def _number(value):
-    return "-" if value is None else number(value)
-
-
-def _point(point):
-    return f"{number(point.value)} at {point.step}{' *' * point.leads}" if point else "-"
+def _point(best):
+    if best is None:
+        return "–"
+    last = "" if best.last is None else f", last {number(best.last)}"
+    return f"{number(best.value)} at {best.step}{' *' * best.leads}{last}"
 
 
 def _short(value):
