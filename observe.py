@@ -59,16 +59,10 @@ class Observer:
         self._profiling = False
         self._last_result = None
 
-    def introduce(self, init):
-        """Says what the run will be, before anything is compiled.
-
-        Args:
-          init: pure function key -> a fresh state.
-        """
-        state = jax.eval_shape(init, jax.random.key(0))
-        loaded = {"autoencoder": self.grids.renderer.vae_params} if self.grids else {}
+    def introduce(self):
+        """Says what the run will be, before anything is compiled."""
         lengths = self.steps_per_epoch, self.total
-        rows = report.training(self.config, self.model, self.records, state, lengths, loaded)
+        rows = report.training(self.config, self.model, self.records, lengths)
         pictures = [("pictures", self.grids.describe())] if self.grids else []
         report.tell(rows + pictures)
 

@@ -257,7 +257,7 @@ def train(config, workdir):
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
-    observer.introduce(init)
+    observer.introduce()
     made = resume.made_from(records, observer.autoencoder)
     state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
     if place is None and config.load_from and int(state.step) >= total:
