@@ -21,6 +21,7 @@ import observe
 import parts
 from methods import objective
 from models import card, codec, network
+from optimizer import make_optimizer
 from run import checkpoint, folder, report, resume
 from utils import averages, files, iterator, processes, sharding, train_metrics
 
@@ -38,32 +39,6 @@ class TrainState(NamedTuple):
 
 
 # The step -------------------------------------------------------------------------------------
-
-
-def make_optimizer(training, total_steps, steps_per_epoch=0):
-    """AdamW as published (b1 0.9, b2 0.95, eps 1e-8, no decay, constant rate), and its schedule.
-
-    Args:
-      training: the options `training`.
-      total_steps: length of the run, where the cosine ends.
-      steps_per_epoch: in which `training.warmup_epochs` counts.
-
-    Returns:
-      An optax transformation, and the function step -> learning rate.
-    """
-    rate = training.learning_rate
-    warmup = training.warmup_steps or training.warmup_epochs * steps_per_epoch
-    if training.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
-    else:
-        after = optax.constant_schedule(rate)
-    before = optax.linear_schedule(training.warmup_init, rate, warmup)
-    schedule = optax.join_schedules([before, after], [warmup])
-    adamw = optax.adamw(
-        schedule, training.adam_b1, training.adam_b2, weight_decay=training.weight_decay
-    )
-    clip = [optax.clip_by_global_norm(training.grad_clip)] if training.grad_clip else []
-    return optax.chain(*clip, adamw), schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +191,9 @@ def update(recipe, state, x, given, draws, key):
 
 def make_recipe(config, model, total_steps, steps_per_epoch=0):
     """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
-    optimizer, schedule = make_optimizer(config.training, total_steps, steps_per_epoch)
+    optimizer, schedule = make_optimizer(
+        config.training, total_steps, steps_per_epoch, model.module.axes
+    )
     gather = sharding.gather(model.mesh)
     recipe = Recipe(
         net=network.function(model.module),

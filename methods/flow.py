@@ -53,14 +53,13 @@ class Flow(objective.Objective):
     def loss(self, net, params, x, given, draws, held):
         """See `Objective`; with `guidance_eq: cfg` towards the guided velocity."""
         t, _, noise, drop = draws
-        v, z, y = noise - x, path.z_t(x, noise, t), given["y"]
-        unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}
-        kept = given | {"y": jnp.where(drop, self.num_classes, y)}
-        u = self.velocity(net, params, z, t, t, kept)
+        v, z = noise - x, path.z_t(x, noise, t)
+        u = self.velocity(net, params, z, t, t, self.dropped(given, drop))
         v_g = v
         if path.is_guided(self):
-            v_u = stop_gradient(self.velocity(net, params, z, t, t, unlabelled))
-            v_g = path.guided_velocity(v, v_u, stop_gradient(u), *path.scales(self, t), drop)
+            v_u = self.velocity(net, params, z, t, t, self.unconditional(given))
+            scales = path.scales(self, t)
+            v_g = path.guided_velocity(v, stop_gradient(v_u), stop_gradient(u), *scales, drop)
         error = path.squared_error(u, v_g)
         weight = path.adaptive_weight(error, self.norm_p, self.norm_eps)
         v_loss = path.squared_error(stop_gradient(u), v)
@@ -77,15 +76,7 @@ class Flow(objective.Objective):
         c = {"t": t, "h": jnp.zeros_like(t), **given}
         if guidance is None:
             return net(params, (z, c))[0].u
-        unlabelled = c | {"y": without_label(given["y"], self.num_classes)}
-        v_c, v_u = (velocity.u for velocity in net(params, (z, c), (z, unlabelled)))
+        v_c, v_u = (velocity.u for velocity in net(params, (z, c), (z, self.unconditional(c))))
         channels = jnp.where(guidance.channels == 0, z.shape[-1], guidance.channels)
-        guided = v_u + by_row(guidance.omega) * (v_c - v_u)
+        guided = v_u + by_row(guidance.omega, z) * (v_c - v_u)
         return jnp.where(jnp.arange(z.shape[-1]) < channels, guided, v_c)
-
-
-def without_label(y, num_classes):
-    """Labels like y, int32 (B,) or weights float32 (B, K + 1), that stand for no label."""
-    if y.ndim == 1:
-        return jnp.full_like(y, num_classes)
-    return jnp.zeros_like(y).at[:, num_classes].set(1)

@@ -119,7 +119,7 @@ class Improved(objective.Objective):
         adaptive weight, `loss_u` and `loss_v` the same as means.
         """
         u, v, du_dt, v_g, _ = self.fields(net, params, x, given, draws)
-        V = u + by_row(draws.t - draws.r) * du_dt
+        V = u + by_row(draws.t - draws.r, u) * du_dt
         error_u, error_v = path.squared_error(V, v_g), path.squared_error(v, v_g)
         weighted = [
             error * path.adaptive_weight(error, self.norm_p, self.norm_eps)
@@ -135,19 +135,20 @@ class Improved(objective.Objective):
         num_equal = self.equal_count(len(x))
         v_t = noise - x
         z = path.z_t(x, noise, t)
-        y = given["y"]
-        unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}
-        kept = given | {"y": jnp.where(drop, self.num_classes, y)}
         scale = jnp.where((t_min <= t) & (t <= t_max), omega, 1.0)
 
         # 0: rows with r != t; 1: rows with r = t, where h = 0
-        c = {"t": t, "h": t - r, "omega": omega, "t_min": t_min, "t_max": t_max, **kept}
+        c = {"t": t, "h": t - r, "omega": omega, "t_min": t_min, "t_max": t_max}
+        c |= self.dropped(given, drop)
         (z0, z1), (c0, c1) = (path.split_tree(a, num_equal) for a in (z, c))
         (given0, _), (scale0, _) = (path.split_tree(a, num_equal) for a in (given, scale))
 
         # By the current parameters, and one batch for all that is not differentiated: v_c of the
         # rows with r != t, v_u of all rows.
-        c_g = instant(c0["t"], scale0, given0), instant(t, jnp.ones_like(t), unlabelled)
+        c_g = (
+            instant(c0["t"], scale0, given0),
+            instant(t, jnp.ones_like(t), self.unconditional(given)),
+        )
         guides = merge_rows(z0, z), jax.tree.map(merge_rows, *c_g)
         v_c0, v_u = split_rows(stop_gradient(net(stop_gradient(params), guides)[0].v), len(x))
 
@@ -161,12 +162,12 @@ class Improved(objective.Objective):
         u0, du_dt, (v0, equal) = jax.jvp(predict, (z0, t0, h0), tangents, has_aux=True)
 
         v_c = merge_rows(v_c0, stop_gradient(equal.v))
-        v_g = v_t + by_row(1 - 1 / scale) * (v_c - v_u)
+        v_g = v_t + by_row(1 - 1 / scale, x) * (v_c - v_u)
         return Fields(
             u=merge_rows(u0, equal.u),
             v=merge_rows(v0, equal.v),
             du_dt=merge_rows(stop_gradient(du_dt), jnp.zeros_like(equal.u)),
-            v_g=jnp.where(by_row(drop), v_t, v_g),
+            v_g=jnp.where(by_row(drop, x), v_t, v_g),
             v_c=v_c,
         )
 

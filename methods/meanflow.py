@@ -97,23 +97,21 @@ class MeanFlow(objective.Objective):
         num_equal = self.equal_count(len(x))
         v = noise - x
         z = path.z_t(x, noise, t)
-        y = given["y"]
-        unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}
-        kept = given | {"y": jnp.where(drop, self.num_classes, y)}
+        dropped, unconditional = self.dropped(given, drop), self.unconditional(given)
 
         # 0: rows with r != t; 1: rows with r = t, where h = 0
-        split = [path.split_tree(a, num_equal) for a in (z, t, r, v, drop, given, kept)]
-        (z0, z1), (t0, t1), (r0, _), (v0, v1), (drop0, drop1), (given0, _), (kept0, kept1) = split
+        split = [path.split_tree(a, num_equal) for a in (z, t, r, v, drop, given, dropped)]
+        (z0, z1), (t0, t1), (r0, _), (v0, v1), (drop0, drop1), (given0, _), (c0, c1) = split
         h0 = t0 - r0
 
         v_g0, v_g1 = v0, v1
         if path.is_guided(self):
             # By the current parameters, and one batch for all that is not differentiated: v_u of
             # all rows, v_c of the rows with r != t.
-            v_c0, z_g, t_g, c_g = None, z, t, unlabelled
+            v_c0, z_g, t_g, c_g = None, z, t, unconditional
             if self.kappa != 0:
                 z_g, t_g = merge_rows(z0, z), merge_rows(t0, t)
-                c_g = jax.tree.map(merge_rows, given0, unlabelled)
+                c_g = jax.tree.map(merge_rows, given0, unconditional)
             c_g = {"t": t_g, "h": jnp.zeros_like(t_g), **c_g}
             v_u = stop_gradient(net(stop_gradient(params), (z_g, c_g))[0].u)
             if self.kappa != 0:
@@ -124,14 +122,14 @@ class MeanFlow(objective.Objective):
         # du/dt along the trajectory: d/dt u(z, t, h) with dz = v, dh = dt - dr (eq. 8)
         dr, dt = self.tangent
         tangents = (v_g0, jnp.full_like(t0, dt), jnp.full_like(t0, dt - dr))
-        c1 = {"t": t1, "h": jnp.zeros_like(t1), **kept1}
+        c1 = {"t": t1, "h": jnp.zeros_like(t1), **c1}
 
         def u_of(z, t, h):
-            differ, equal = net(params, (z, {"t": t, "h": h, **kept0}), (z1, c1), jvp=0)
+            differ, equal = net(params, (z, {"t": t, "h": h, **c0}), (z1, c1), jvp=0)
             return differ.u, equal.u
 
         (u0, u1), (du_dt, _) = jax.jvp(u_of, (z0, t0, h0), tangents)
-        u_tgt0 = v_g0 - by_row(jnp.clip(h0, 0, 1)) * du_dt  # the MeanFlow identity, eq. 6
+        u_tgt0 = v_g0 - by_row(jnp.clip(h0, 0, 1), z0) * du_dt  # the MeanFlow identity, eq. 6
         if path.is_guided(self):  # in the rows with r = t, v_c is u1
             v_g1 = path.guided_velocity(v1, v_u1, stop_gradient(u1), *path.scales(self, t1), drop1)
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from methods import path
 
@@ -72,6 +73,25 @@ class Objective:
           guidance: `Guidance`, or None; traced, so that a sweep compiles once.
         """
         return net(params, (z, {"t": t, "h": t - r, **given}))[0].u
+
+    def unconditional(self, given):
+        """Returns `given` with the label of no class in every row.
+
+        Args:
+          given: `y`, int32 (B,) or weights float32 (B, K + 1), and more.
+        """
+        y = given["y"]
+        if y.ndim == 1:
+            return given | {"y": jnp.full_like(y, self.num_classes)}
+        return given | {"y": jnp.zeros_like(y).at[:, self.num_classes].set(1)}
+
+    def dropped(self, given, drop):
+        """Returns `given`, and in the rows where `drop`, bool (B,), what `unconditional` has."""
+
+        def choose(without, own):
+            return jnp.where(path.by_row(drop, own), without, own)
+
+        return jax.tree.map(choose, self.unconditional(given), given)
 
     def guidance_at(self, guidance, t):
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 
-def by_row(s):
-    """(B,) -> (B, 1, 1, 1), to multiply images."""
-    return s[:, None, None, None]
+def by_row(s, like):
+    """Gives numbers s (B,) the rank of `like` (B, ...), to multiply it row by row."""
+    return jnp.expand_dims(s, tuple(range(1, like.ndim)))
 
 
 def z_t(x, noise, t):
     """The point of the path at time t."""
-    return (1 - by_row(t)) * x + by_row(t) * noise
+    return (1 - by_row(t, x)) * x + by_row(t, x) * noise
 
 
 def adaptive_weight(error, p, eps):
@@ -31,8 +31,8 @@ def adaptive_weight(error, p, eps):
 
 
 def squared_error(a, b):
-    """|a - b|^2 summed over H, W, C: float32 (B,)."""
-    return jnp.sum((a - b) ** 2, axis=(1, 2, 3))
+    """|a - b|^2 summed over all axes but the first: float32 (B,)."""
+    return jnp.sum((a - b) ** 2, axis=tuple(range(1, a.ndim)))
 
 
 # Rows -----------------------------------------------------------------------------------------
@@ -96,11 +96,11 @@ def guided_velocity(v, v_u, v_c, omega, kappa, drop):
     omega, kappa and drop by row; rows without a label keep v_g = v. `v_c` may be None where
     kappa = 0.
     """
-    omega, kappa = by_row(omega), by_row(kappa)
+    omega, kappa = by_row(omega, v), by_row(kappa, v)
     v_g = omega * v + (1 - omega - kappa) * v_u
     if v_c is not None:
         v_g = v_g + kappa * v_c
-    return jnp.where(by_row(drop), v, v_g)
+    return jnp.where(by_row(drop, v), v, v_g)
 
 
 # Draws ----------------------------------------------------------------------------------------

@@ -55,18 +55,18 @@ def integrate(
     def step(z, t_r):
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
         u = velocity(z, t, t if sampler in ("euler", "heun") else r, start=t)
-        return z - path.by_row(t - r) * u, None
+        return z - path.by_row(t - r, z) * u, None
 
     def heun_step(z, t_r):
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
         first = velocity(z, t, t, start=t)
-        second = velocity(z - path.by_row(t - r) * first, r, r, start=t)
-        return z - path.by_row(t - r) * (first + second) / 2, None
+        second = velocity(z - path.by_row(t - r, z) * first, r, r, start=t)
+        return z - path.by_row(t - r, z) * (first + second) / 2, None
 
     def consistency_step(z, k_t_r):
         k, t_r = k_t_r
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
-        x = z - path.by_row(t) * velocity(z, t, jnp.zeros_like(t), start=t)
+        x = z - path.by_row(t, z) * velocity(z, t, jnp.zeros_like(t), start=t)
         return path.z_t(x, fresh(k), r), None
 
     steps = jnp.stack([times[:-1], times[1:]], axis=1)  # (N, 2)

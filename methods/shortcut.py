@@ -84,8 +84,7 @@ class Shortcut(objective.Objective):
         """See `Objective`; `error` and `v_loss` as in `methods.meanflow`."""
         t, r, noise, drop, guided = draws
         v, z, h = noise - x, path.z_t(x, noise, t), t - r
-        kept = given | {"y": jnp.where(drop, self.num_classes, given["y"])}
-        batch = (z, {"t": t, "h": h, **kept}), guided, v
+        batch = (z, {"t": t, "h": h, **self.dropped(given, drop)}), guided, v
         ((long, guided, _), (flow, _, v_flow)) = path.split_tree(batch, self.equal_count(len(x)))
         u_long, u_flow = (velocity.u for velocity in net(params, long, flow))
         target = self.target(net, held["ema_params"], *long, guided)
@@ -101,15 +100,15 @@ class Shortcut(objective.Objective):
         half = c["h"] / 2
 
         def average(z, t):
-            labelled = z, c | {"t": t, "h": half}
+            c_half = c | {"t": t, "h": half}
             if not self.guided:
-                return net(params, labelled)[0].u
-            unlabelled = z, labelled[1] | {"y": jnp.full_like(c["y"], self.num_classes)}
-            u, u_null = (velocity.u for velocity in net(params, labelled, unlabelled))
-            return jnp.where(by_row(guided), u_null + self.omega * (u - u_null), u)
+                return net(params, (z, c_half))[0].u
+            batches = (z, c_half), (z, self.unconditional(c_half))
+            u, u_null = (velocity.u for velocity in net(params, *batches))
+            return jnp.where(by_row(guided, z), u_null + self.omega * (u - u_null), u)
 
         a = average(z, c["t"])
-        b = average(self.clipped(z - by_row(half) * a), c["t"] - half)
+        b = average(self.clipped(z - by_row(half, z) * a), c["t"] - half)
         return self.clipped((a + b) / 2)
 
     def clipped(self, a):

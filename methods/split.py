@@ -46,9 +46,9 @@ class Rows(NamedTuple):
     r: jax.Array
     drop: jax.Array
     alpha: jax.Array
-    labelled: dict  # what the network is given: with the row's own label,
-    kept: dict  # with the label that dropping left,
-    unlabelled: dict  # and with none
+    given: dict  # the conditions of the rows,
+    dropped: dict  # those that dropping leaves,
+    unconditional: dict  # and none
 
     def at(self, h, given):
         """A batch for the network."""
@@ -143,16 +143,14 @@ class Split(objective.Objective):
     def loss(self, net, params, x, given, draws, held):
         """See `Objective`; `error` and `v_loss` as in `methods.meanflow`."""
         t, r, noise, drop, alpha = draws
-        v, y = noise - x, given["y"]
-        unlabelled = given | {"y": jnp.full_like(y, self.num_classes)}
-        kept = given | {"y": jnp.where(drop, self.num_classes, y)}
-        z = path.z_t(x, noise, t)
-        batch = Rows(z, v, t, r, drop, alpha, given, kept, unlabelled)
+        v, z = noise - x, path.z_t(x, noise, t)
+        conditions = given, self.dropped(given, drop), self.unconditional(given)
+        batch = Rows(z, v, t, r, drop, alpha, *conditions)
         differ, equal = path.split_tree(batch, self.equal_count(len(x)))
 
         ask, held = _asker(net), held | {"params": stop_gradient(params)}
         h, zero = differ.t - differ.r, jnp.zeros_like(equal.t)
-        u0, u1 = ask(params, differ.at(h, differ.kept), equal.at(zero, equal.kept))
+        u0, u1 = ask(params, differ.at(h, differ.dropped), equal.at(zero, equal.dropped))
         v_g0, v_g1 = self.guided(ask, held, differ, equal, stop_gradient(u1))
         by = held["ema_params" if self.target_by_ema else "params"]
         u_tgt0 = self.target(lambda *batches: ask(by, *batches), differ, v_g0)
@@ -174,13 +172,13 @@ class Split(objective.Objective):
         def now(rows, given):
             return rows.at(jnp.zeros_like(rows.t), given)
 
-        batches = {"v_u1": now(equal, equal.unlabelled)}
+        batches = {"v_u1": now(equal, equal.unconditional)}
         if self.guides_differ:
-            batches["v_u0"] = now(differ, differ.unlabelled)
+            batches["v_u0"] = now(differ, differ.unconditional)
         if takes_v_c(self) and self.guides_differ:
-            batches["v_c0"] = now(differ, differ.labelled)
+            batches["v_c0"] = now(differ, differ.given)
         if takes_v_c(self) and self.guided_by_ema:
-            batches["v_c1"] = now(equal, equal.labelled)
+            batches["v_c1"] = now(equal, equal.given)
         by = held["ema_params" if self.guided_by_ema else "params"]
         found = dict(zip(batches, ask(by, *batches.values()), strict=True))
 
@@ -214,9 +212,9 @@ def split_target(ask, rows, a):
     """alpha a + (1 - alpha) u(z_t - alpha h a, s, s - r), for a the average over [s, t]."""
     h = rows.t - rows.r
     first = rows.alpha * h
-    z_s = rows.z - by_row(first) * a
-    (u,) = ask((z_s, {"t": rows.t - first, "h": h - first, **rows.kept}))
-    return by_row(rows.alpha) * a + by_row(1 - rows.alpha) * u
+    z_s = rows.z - by_row(first, a) * a
+    (u,) = ask((z_s, {"t": rows.t - first, "h": h - first, **rows.dropped}))
+    return by_row(rows.alpha, a) * a + by_row(1 - rows.alpha, a) * u
 
 
 def _asker(net):

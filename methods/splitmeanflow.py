@@ -25,5 +25,5 @@ class SplitMeanFlow(split.Split):
 
     def target(self, ask, rows, v_g):
         h = rows.alpha * (rows.t - rows.r)
-        (a,) = ask((rows.z, {"t": rows.t, "h": h, **rows.kept}))
+        (a,) = ask((rows.z, {"t": rows.t, "h": h, **rows.dropped}))
         return split.split_target(ask, rows, a)

@@ -41,10 +41,10 @@ class Difference(split.Split):
         e, h = self.difference_step, rows.t - rows.r
         d = rows.v if self.difference_path == "data" else v_g
         after, before = (
-            (rows.z + s * d, {"t": rows.t + s, "h": h + s, **rows.kept}) for s in (e, -e)
+            (rows.z + s * d, {"t": rows.t + s, "h": h + s, **rows.dropped}) for s in (e, -e)
         )
         u_after, u_before = ask(after, before)
-        return v_g - by_row(h) * (u_after - u_before) / (2 * e)
+        return v_g - by_row(h, v_g) * (u_after - u_before) / (2 * e)
 
 
 class TiM(Difference):

@@ -25,31 +25,34 @@ MAX_PERIOD = 10000.0
 normal = nn.initializers.normal(0.02)
 
 
-def position_embedding(hidden_size, side):
-    """Fixed sin-cos embedding of a `side` x `side` grid, float32 (side * side, hidden_size).
+def position_embedding(hidden_size, height, width):
+    """Fixed sin-cos embedding of a grid of patches, float32 (height * width, hidden_size).
 
     The first half of the features encodes the column, the second half the row.
     """
     omega = MAX_PERIOD ** -(np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
-    angle = np.arange(side)[:, None] * omega  # (side, D/4)
-    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (side, D/2)
-    column = np.tile(line, (side, 1))
-    row = np.repeat(line, side, axis=0)
+
+    def line(length):
+        angle = np.arange(length)[:, None] * omega  # (length, D/4)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (length, D/2)
+
+    column = np.tile(line(width), (height, 1))
+    row = np.repeat(line(height), width, axis=0)
     return np.concatenate([column, row], axis=1).astype(np.float32)
 
 
 def patchify(x, p):
-    """(B, S, S, C) -> (B, N, p, p, C), row by row."""
-    B, S, _, C = x.shape
-    x = x.reshape(B, S // p, p, S // p, p, C).swapaxes(2, 3)  # (B, side, side, p, p, C)
-    return x.reshape(B, (S // p) ** 2, p, p, C)
+    """(B, h, w, C) -> (B, N, p, p, C), row by row."""
+    B, h, w, C = x.shape
+    x = x.reshape(B, h // p, p, w // p, p, C).swapaxes(2, 3)  # (B, h/p, w/p, p, p, C)
+    return x.reshape(B, (h // p) * (w // p), p, p, C)
 
 
-def unpatchify(x, p, C):
-    """(B, N, p p C) -> (B, S, S, C), the inverse."""
-    B, side = len(x), round(x.shape[1] ** 0.5)
-    x = x.reshape(B, side, side, p, p, C).swapaxes(2, 3)  # (B, side, p, side, p, C)
-    return x.reshape(B, side * p, side * p, C)
+def unpatchify(x, p, shape):
+    """(B, N, p p C) -> (B, *shape) with `shape` = (h, w, C), the inverse."""
+    B, (h, w, C) = len(x), shape
+    x = x.reshape(B, h // p, w // p, p, p, C).swapaxes(2, 3)  # (B, h/p, p, w/p, p, C)
+    return x.reshape(B, h, w, C)
 
 
 class TimeEmbedder(nn.Module):
@@ -152,7 +155,7 @@ class DiT(Network):
     predicts_v: bool = False
 
     only_for_training = ("v_final_layer",)
-
+    stacks = ("blocks",)
     label_table = "y_embedder/embedding"
 
     def __call__(self, z, c):
@@ -160,9 +163,8 @@ class DiT(Network):
 
     @nn.compact
     def together(self, *batches, jvp=None):
-        _, S, _, C = batches[0][0].shape
+        shape = h, w, C = batches[0][0].shape[1:]
         p, D = self.patch_size, self.hidden_size
-        side = S // p
 
         # The kernel has the shape of the convolution it stands for, (p, p, C, D).
         x_embedder = Linear(D, xavier, self.dtype, name="x_embedder")
@@ -176,7 +178,7 @@ class DiT(Network):
             numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
             vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
             vector = vector + embed_labels(y_embedder, c["y"])  # (B, D)
-            x = x + position_embedding(D, side)
+            x = x + position_embedding(D, h // p, w // p)
             # each adaLN begins with silu
             return x.astype(residual), nn.silu(vector)
 
@@ -202,7 +204,7 @@ class DiT(Network):
         def images(name):
             final_layer = FinalLayer(p * p * C, self.dtype, name=name)
             outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
-            return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
+            return [unpatchify(x, p, shape).astype(jnp.float32) for x in outs]
 
         us, vs = images("final_layer"), [None] * len(xs)
         if (

@@ -230,6 +230,7 @@ class ImfDiT(Network):
 
     conditions = tuple(CONSTANTS)
     only_for_training = ("v_blocks", "v_final_layer")
+    stacks = ("blocks", "u_blocks", "v_blocks")
     takes_t = False
     label_table = "embedding/y_embedder/embedding"
 
@@ -238,7 +239,7 @@ class ImfDiT(Network):
 
     @nn.compact
     def together(self, *batches, jvp=None):
-        C = batches[0][0].shape[-1]
+        shape = batches[0][0].shape[1:]
         p = self.patch_size
         fused = card.fused_attention(self.fused_attention, self.dtype)
         unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
@@ -265,9 +266,9 @@ class ImfDiT(Network):
 
         def head(name, xs):
             xs, _ = stack(self.aux_head_depth, f"{name}_blocks")(xs)
-            final_layer = FinalLayer(p * p * C, self.dtype, name=f"{name}_final_layer")
+            final_layer = FinalLayer(p * p * shape[-1], self.dtype, name=f"{name}_final_layer")
             outs = [final_layer(x[:, NUM_PREFIX:]) for x in xs]
-            return [unpatchify(x, p, C).astype(jnp.float32) for x in outs]
+            return [unpatchify(x, p, shape).astype(jnp.float32) for x in outs]
 
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
         us = head("u", xs)
@@ -283,7 +284,7 @@ class ImfDiT(Network):
         def cast(path, p):
             return p.astype(self.dtype) if path[-1].key == "kernel" else p
 
-        stacks = {name: params[name] for name in params if name.endswith("blocks")}
+        stacks = {name: params[name] for name in params if name in self.stacks}
         return params | jax.tree_util.tree_map_with_path(cast, stacks)
 
     def flops(self, image_shape, both=False):

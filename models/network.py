@@ -20,6 +20,14 @@ class Velocity(NamedTuple):
     v: jax.Array | None = None  # the instantaneous one, by a head of its own, where there is one
 
 
+class Axes(NamedTuple):
+    """What the axes of an array of parameters are; each a tuple of axis numbers."""
+
+    stacked: tuple[int, ...]  # over which there are several arrays of one kind: blocks, classes
+    into: tuple[int, ...]  # by which a product takes its input; () where the array is no kernel
+    out: tuple[int, ...]  # by which its result leaves
+
+
 class Network(nn.Module):
     """Base of all backbones. A subclass has `__call__`, and overrides what it does better.
 
@@ -29,6 +37,7 @@ class Network(nn.Module):
     """
 
     conditions = ()
+    stacks = ()  # first names of the parameters that have a leading axis by block
     label_table = ""  # name of the parameters with a row for each class and a last one for none
     predicts_v = False
     takes_t = True  # whether it is told t beside h
@@ -73,6 +82,23 @@ class Network(nn.Module):
     def cast(self, params):
         """The parameters in the type of their products, once for all passes of a step."""
         return params
+
+    def axes(self, params):
+        """Tells the axes of every array: a tree like `params`, of `Axes`.
+
+        Kernels are flax's, their last axis goes out and all before go in; any other array is a
+        vector, or a stack of vectors (a table of labels, learned tokens).
+        """
+
+        def axes_of(path, a):
+            names = [key.key for key in path]
+            first = int(names[0] in self.stacks)
+            rest, out = tuple(range(first, a.ndim - 1)), (a.ndim - 1,)
+            if names[-1] == "kernel":
+                return Axes(tuple(range(first)), rest, out)
+            return Axes((*range(first), *rest), (), out)
+
+        return jax.tree_util.tree_map_with_path(axes_of, params)
 
     def flops(self, image_shape, both=False):
         """FLOPs of the matrix products of one pass on an image (h, w, c); None: not known.
@@ -150,9 +176,11 @@ def sizes_of(cls, named, names, options, image_shape):
     missing = [f"model.{name}" for name in names if not sizes[name]]
     if missing:
         raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
-    if image_shape[0] % sizes["patch_size"]:
+    height, width, _ = image_shape
+    if height % sizes["patch_size"] or width % sizes["patch_size"]:
+        size = height if height == width else f"{height} x {width}"
         raise ValueError(
-            f"dataset.image_size ({image_shape[0]}) must be a multiple of the patch size "
+            f"dataset.image_size ({size}) must be a multiple of the patch size "
             f"{sizes['patch_size']} of model.cls {cls}"
         )
     return sizes

@@ -273,7 +273,7 @@ class UNet(Network):
 
         return {k: of_block(v) if "norm0" in v else v for k, v in params.items()}
 
-    def flops(self, image_shape):
+    def flops(self, image_shape, both=False):
         side, _, channels = image_shape
         M, E = self.model_channels, self.model_channels * self.channel_mult_emb
         encoder, decoder = self.layers(side)

@@ -177,7 +177,8 @@ def begin(config, module, fresh):
 def _check_positions(positions, path):
     """Raises ValueError where the positions of a file are not those that the network computes."""
     _, tokens, width = np.shape(positions)
-    ours = dit.position_embedding(width, round(tokens**0.5))
+    side = round(tokens**0.5)
+    ours = dit.position_embedding(width, side, side)
     if ours.shape != positions.shape[1:] or not np.allclose(ours, positions[0], atol=1e-4):
         raise ValueError(f"{path}: pos_embed is not the fixed embedding of sines and cosines")
 

@@ -122,7 +122,7 @@ def export_sit(source, folder, step=None, *, weights="ema", steps=None, omega=No
     arrays = weights_of.without(arrays, model.parts.module.only_for_training)
     arrays = trees.flatten(arrays)
     patch, _, _, width = np.shape(arrays.get("x_embedder/kernel", np.zeros((1, 1, 1, 4))))
-    positions = dit.position_embedding(width, model.image_shape[0] // patch)
+    positions = dit.position_embedding(width, *(side // patch for side in model.image_shape[:2]))
     state = sit.state_of(arrays, constants(model, steps, omega), positions)
     kind = f"{steps}step" if steps else "velocity"
     path = Path(folder) / f"sit_{model.step}_{kind}.pt"

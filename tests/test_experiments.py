@@ -18,6 +18,7 @@ import sample
 import train
 from configs import load_config
 from models import dit, network
+from optimizer import make_optimizer
 from scripts import prepare_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,7 +248,7 @@ def test_which_times_are_embedded(time_cond):
 def optimizer(total_steps=100, **options):
     training = load("default").copy_and_resolve_references().training.unlock()
     training.update(options)
-    return train.make_optimizer(training, total_steps)
+    return make_optimizer(training, total_steps)
 
 
 def test_learning_rates():

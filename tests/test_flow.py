@@ -46,7 +46,7 @@ def test_it_goes_on_bit_for_bit(tmp_path):
 
 def exact(params, z, t, h, y):
     """The velocity of x ~ N(label, 0.5^2)."""
-    mean, t = y[:, None, None, None], path.by_row(t)
+    mean, t = y[:, None, None, None], path.by_row(t, z)
     variance = ((1 - t) * 0.5) ** 2 + t**2
     return (t - (1 - t) * 0.25) / variance * (z - (1 - t) * mean) - mean
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("utils", "configs"),
     ("formats",),
     ("methods", "models", "metrics"),
-    ("parts", "run"),
+    ("parts", "run", "optimizer"),
     ("train", "sample", "evaluate", "observe", "grids"),
     ("generator",),
     ("main", "scripts", "benchmarks"),

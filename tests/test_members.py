@@ -91,6 +91,19 @@ def test_no_pass_needs_a_forward_mode_derivative_and_parts_of_a_batch_are_the_wh
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), rows_in_parts, rows)
 
 
+@pytest.mark.parametrize("name", ["meanflow", "flow", *MEMBERS])
+def test_an_objective_knows_no_rank(name):
+    """Vectors of numbers are images of as many pixels."""
+    method = make.method(name, **MEMBERS.get(name, {}))
+    net = make.as_net(forwards_too)
+    params, x, given, draws, held = toy_problem(method)
+    (loss, rows), grads = gradient(method, net, params, x, given, draws, held)
+    noise = draws.noise.reshape(len(x), -1)
+    flat = x.reshape(len(x), -1), given, draws._replace(noise=noise)
+    found = gradient(method, net, params, *flat, held)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, ((loss, rows), grads))
+
+
 def test_only_the_last_phase_of_alpha_flow_has_a_jvp():
     method = make.method("alphaflow").at(16, 16)
     assert isinstance(method, alphaflow.End)

@@ -19,6 +19,7 @@ import parts
 import sample
 import train
 from configs import load_config
+from optimizer import make_optimizer
 from run.metric_writer import MetricWriter
 from utils import chips, dataset, processes, train_metrics
 
@@ -89,7 +90,7 @@ def test_what_tensorboard_shows(run, events):
 
 def test_the_numbers_belong_to_their_steps(run):
     config, workdir, _ = run
-    _, schedule = train.make_optimizer(config.training, TOTAL)
+    _, schedule = make_optimizer(config.training, TOTAL)
     rates = column(workdir, "learning_rate")
     assert rates == pytest.approx({step: float(schedule(step - 1)) for step in (2, 4, 6, 7)})
     assert rates[2] == pytest.approx(0.01 / 4) and rates[7] < rates[6]

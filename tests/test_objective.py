@@ -98,7 +98,7 @@ def test_data_of_one_point_has_no_loss():
     x_0 = jax.random.normal(jax.random.key(1), SHAPE)
 
     def exact(params, z, t, h, y):
-        return (z - x_0) / path.by_row(t)
+        return (z - x_0) / path.by_row(t, z)
 
     method = make.method(data_proportion=0.5, norm_p=0.0)
     x, y, draws = toy_batch(16, method, 0)
@@ -116,7 +116,7 @@ def test_r_equal_to_t_is_flow_matching():
     np.testing.assert_array_equal(draws.r, draws.t)
 
     def flow_matching(params):
-        z = (1 - path.by_row(draws.t)) * x + path.by_row(draws.t) * draws.noise
+        z = (1 - path.by_row(draws.t, x)) * x + path.by_row(draws.t, x) * draws.noise
         v = toy_net(params, z, draws.t, jnp.zeros_like(draws.t), y)
         return jnp.mean(jnp.sum((v - (draws.noise - x)) ** 2, axis=(1, 2, 3)))
 
@@ -138,11 +138,11 @@ def test_target_matches_finite_differences():
         )
         t, r, noise, _ = draws
         u = lambda t: toy_net(  # noqa: E731
-            params, x + path.by_row(t) * (noise - x), t, t - r, y
+            params, x + path.by_row(t, x) * (noise - x), t, t - r, y
         )
         step = 1e-5
         du_dt = (u(t + step) - u(t - step)) / (2 * step)
-        target = noise - x - path.by_row(t - r) * du_dt
+        target = noise - x - path.by_row(t - r, x) * du_dt
         expected = np.sum((u(t) - target) ** 2, axis=(1, 2, 3))
         _, rows = method.loss(make.as_net(toy_net), params, x, {"y": y}, draws, {})
         np.testing.assert_allclose(rows["error"], expected, rtol=1e-7)
@@ -161,7 +161,7 @@ def test_no_gradient_flows_through_the_target():
 def _distance_to_fixed_target(moved, base, x, y, draws, method):
     """mean |u(moved) - u_tgt(base)|^2 from the definition."""
     v = draws.noise - x
-    z = x + path.by_row(draws.t) * v
+    z = x + path.by_row(draws.t, v) * v
     zero = jnp.zeros_like(draws.t)
     v_u = toy_net(base, z, draws.t, zero, jnp.full_like(y, CLASSES))
     v_c = toy_net(base, z, draws.t, zero, y)
@@ -171,7 +171,7 @@ def _distance_to_fixed_target(moved, base, x, y, draws, method):
     one = jnp.ones_like(h)
     _, du_dt = jax.jvp(lambda z, t, h: toy_net(base, z, t, h, y), (z, draws.t, h), (v_g, one, one))
     u = toy_net(moved, z, draws.t, h, y)
-    return jnp.mean(jnp.sum((u - v_g + path.by_row(h) * du_dt) ** 2, axis=(1, 2, 3)))
+    return jnp.mean(jnp.sum((u - v_g + path.by_row(h, u) * du_dt) ** 2, axis=(1, 2, 3)))
 
 
 # Gaussian data: the average velocity in closed form --------------------------------------------
@@ -338,7 +338,7 @@ def test_one_step_is_exact_for_one_point_and_many_steps_agree():
     x_0 = jax.random.normal(jax.random.key(1), SHAPE)
 
     def exact(params, z, t, h, y):
-        return (z - x_0) / path.by_row(t)
+        return (z - x_0) / path.by_row(t, z)
 
     noise, y = jax.random.normal(jax.random.key(2), (4, *SHAPE)), jnp.zeros(4, jnp.int32)
     for times in (sample_times(1), sample_times(3)):

@@ -19,6 +19,7 @@ import train
 from configs import load_config
 from formats import published
 from models import codec, dit
+from optimizer import make_optimizer
 from run import checkpoint, resume
 from run import weights as weights_of
 from utils import sharding, train_metrics
@@ -352,7 +353,7 @@ def one_step(scale=1.0, **options):
         return params["a"] * z + params["b"] * t[:, None, None, None]
 
     config = config_of(*[f"training.{name}={value}" for name, value in options.items()])
-    optimizer, _ = train.make_optimizer(config.training, 10)
+    optimizer, _ = make_optimizer(config.training, 10)
     skip = config.training.skip_nonfinite
     method = make.method(guidance_eq="none")
     recipe = train.Recipe(

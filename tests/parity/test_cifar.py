@@ -18,6 +18,7 @@ from formats import published_cifar
 from methods import meanflow, objective, path
 from methods.sampler import integrate, sample_times
 from models import augment, codec, network, unet
+from optimizer import make_optimizer
 from utils import averages, images, trees
 
 pytestmark = pytest.mark.parity
@@ -222,7 +223,7 @@ def training_options(**options):
 def test_learning_rate():
     info = INFO["schedule"]
     training = training_options(learning_rate=info["lr"], warmup_steps=info["warmup_steps"])
-    _, schedule = train.make_optimizer(training, 10**6)
+    _, schedule = make_optimizer(training, 10**6)
     found = [float(schedule(step)) for step in ARRAYS["schedule/step"]]
     # in float32, so that the first rates, near 1e-8, are exact to a part in 10^7 of the last
     np.testing.assert_allclose(found, ARRAYS["schedule/lr"], rtol=1e-5, atol=1e-7 * info["lr"])
@@ -246,7 +247,7 @@ def test_trajectory(net):
         learning_rate=info["lr"], warmup_steps=info["warmup_steps"],
         adam_b1=info["betas"][0], adam_b2=info["betas"][1],
     )  # fmt: skip
-    optimizer, _ = train.make_optimizer(training, info["steps"])
+    optimizer, _ = make_optimizer(training, info["steps"])
     recipe = train.Recipe(
         function, method(info), codec.Codec(), optimizer, (info["ema_decay"],),
         ema_period=info["ema_period"],

@@ -17,6 +17,7 @@ from formats import published_imf
 from methods import improved, objective, path
 from methods.sampler import integrate, sample_times
 from models import codec, imf_dit, network
+from optimizer import make_optimizer
 from utils import trees
 
 pytestmark = pytest.mark.parity
@@ -133,7 +134,7 @@ def test_parts(data):
     close(found, jax.nn.silu(a["frequencies"]))
     close(imf_dit.rotate(a["rope_in"]), a["rope_out"])
     patch = INFO["model"]["patch_size"]
-    close(imf_dit.unpatchify(a["tokens"], patch, a["unpatchified"].shape[-1]), a["unpatchified"])
+    close(imf_dit.unpatchify(a["tokens"], patch, a["unpatchified"].shape[1:]), a["unpatchified"])
 
     rows = len(a["sequence"])
     c = {name: forward[name][:rows] for name in ("h", "omega", "t_min", "t_max", "y")}
@@ -268,7 +269,7 @@ def test_trajectory(data):
     options |= {"adam_b1": info["adam_b1"], "adam_b2": info["adam_b2"]}
     training = default.get_config().training
     training.update(options)
-    optimizer, schedule = train.make_optimizer(training, info["steps"])
+    optimizer, schedule = make_optimizer(training, info["steps"])
     recipe = train.Recipe(
         net=network.function(data.net),
         method=make_objective(info["norm_p"], info["norm_eps"], num_equal, len(x)),
