@@ -23,8 +23,6 @@ from utils import environment, sharding
 from utils import images as image_utils
 
 OUTPUTS = ("uint8", "float", "latents")
-# What a run's own config says of sampling, where nothing else does.
-OWN = ("sampling.omega", "sampling.t_min", "sampling.t_max", "sampling.channels")
 
 
 def load(source, *options, config=None, step=None, average="ema"):
@@ -246,7 +244,7 @@ def _config(name, options, source):
     config, rest = load_config.from_command_line(argv)
     if rest:
         raise ValueError(f"options: {rest[0]!r} is not 'section.option=value'")
-    return inherit.adopt(config, source, load_config.given(argv), own=OWN)
+    return inherit.adopt(config, source, load_config.given(argv), sampling=True)
 
 
 def _published_config(source, found, options):

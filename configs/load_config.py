@@ -1,8 +1,9 @@
-"""Configuration of a run: default.py <- NAME.yml <- command line.
+"""Reads the config of a run: default.py <- NAME.yml <- command line.
 
 `--config=configs/load_config.py:NAME --config.section.option=value ...`, or `--config=FILE.yml` for
 a file anywhere, such as the `config.yml` of a run. YAML files and the command line obey the same
 rules: an option that `default.py` does not name, or a value of another type, is refused by name.
+Until all is read, the options are a dict {"section.option": value}.
 """
 
 import contextlib
@@ -16,10 +17,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from configs import checks, default, strict_yaml
+from configs.default import OPTIONS
+from configs.option import EXPECTED, OF_RECORDS, Role
 from configs.strict_yaml import shown
 
 FOLDER = Path(__file__).resolve().parent
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+SECTIONS = {path.split(".")[0] for path in OPTIONS if "." in path}
 
 # Options of the published code that mean nothing here: (values accepted, why it is dropped).
 DROPPED = {
@@ -30,44 +34,13 @@ DROPPED = {
     "training.ema_type": (("const",), "only constant decays exist"),
 }
 
-# Types of the elements where the default is empty and cannot tell.
-ELEMENTS = {
-    "dataset.latent_mean": float,
-    "dataset.latent_std": float,
-    "training.profile_steps": int,
-    "sampling.omega": float,
-    "sampling.sampling_timesteps": float,
-    "sampling.labels": int,
-    "training.ema_sigma": float,
-    "fid.metrics": str,
-}
-
-# What may be left empty, and stands for what the records say (`parts.settle`).
-FROM_RECORDS = {"dataset.num_classes": -1}
-
-# $VARIABLES and ~ are expanded in these.
-PATHS = (
-    "dataset.root dataset.vae fid.cache_ref fid.inception_weights fid.dinov2_weights load_from "
-    "init_from"
-).split()
-
-EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "a list",
-}
-
 
 def get_config(name=None):
     """Returns `default.py` overridden by `configs/NAME.yml`, paths expanded, as a ConfigDict.
 
     This is what ml_collections' `DEFINE_config_file` calls. Raises ValueError with one line.
     """
-    config = _from_file(name)
-    _expand_paths(config)
-    return config
+    return _config(_expand_paths(_from_file(name)))
 
 
 def from_command_line(argv):
@@ -77,34 +50,49 @@ def from_command_line(argv):
     Raises ValueError with one line that names the option and, if unknown, the nearest one.
     """
     name, overrides, rest = _split(argv)
-    config = _from_file(name)
+    values = _from_file(name)
     for path, text in overrides:
         try:
-            _set_from_text(config, path, text)
+            _set_from_text(values, path, text)
         except ValueError as error:
             raise ValueError(f"command line: {error}") from None
-    _expand_paths(config)
+    return make(_expand_paths(values)), rest
+
+
+def make(values):
+    """Makes a checked, locked ConfigDict of {"section.option": value}; others keep their defaults.
+
+    Raises:
+      ValueError: values of the right types that cannot be meant, in one line.
+    """
+    config = _config(values)
     checks.validate(config)
-    return config.lock(), rest
+    return config.lock()
+
+
+def _config(values):
+    config = default.get_config()
+    config.update_from_flattened_dict(values)
+    return config
 
 
 def given(argv):
-    """Where options are set: {"section.option": "configs/NAME.yml" or "command line"}."""
+    """Says where options are set: {"section.option": "configs/NAME.yml" or "command line"}."""
     name, overrides, _ = _split(argv)
-    found = {}
+    places = {}
     for section, values in _read(name).items():
         paths = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [section]
-        found |= dict.fromkeys(paths, _where(name))
-    return found | {path: "command line" for path, _ in overrides}
+        places |= dict.fromkeys(paths, _where(name))
+    return places | {path: "command line" for path, _ in overrides}
 
 
 def source(argv):
-    """The file that a command line names: "configs/NAME.yml", or a path as it was given."""
+    """Returns the file that a command line names: "configs/NAME.yml", or a path as it was given."""
     return _where(_split(argv)[0])
 
 
 def text(config):
-    """A config as a YAML file: all of it, and it loads again as the very same values."""
+    """Writes a config as a YAML file: all of it, and it loads again as the very same values."""
     return strict_yaml.dump(config.to_dict())
 
 
@@ -121,7 +109,7 @@ def options(config, prefix=""):
 
 
 def written(value):
-    """The value of an option as it stands on the command line."""
+    """Writes the value of an option as it stands on the command line."""
     if isinstance(value, tuple | list):
         return ",".join(map(written, value))
     if value is None or isinstance(value, bool):
@@ -133,16 +121,16 @@ def written(value):
 
 
 def _from_file(name):
-    config, values = default.get_config(), _read(name)
+    values, nested = {}, _read(name)
     try:
-        _merge(config, config, values, "")
+        _merge(values, nested)
     except ValueError as error:
         raise ValueError(f"{_where(name)}: {error}") from None
-    return config
+    return values
 
 
 def _where(name):
-    """How lines call the file of a config; a `Path` is a file that is none of this folder."""
+    """Names the file of a config in a line; a `Path` is a file that is none of this folder."""
     return str(name) if isinstance(name, Path) else f"configs/{name}.yml"
 
 
@@ -159,7 +147,7 @@ def _file(name):
 
 
 def _read(name):
-    """The nested values of a YAML file."""
+    """Reads the nested values of a YAML file."""
     if name == "default":
         return {}
     file, where = _file(name), _where(name)
@@ -177,20 +165,21 @@ def _read(name):
     return values or {}
 
 
-def _merge(config, section, values, prefix):
-    """Sets the nested `values` of a YAML file in `section`, a part of `config`."""
-    for key, value in values.items():
+def _merge(values, nested, prefix=""):
+    """Adds the `nested` values of a YAML file, or those of one of its sections, to `values`."""
+    for key, value in nested.items():
         if not isinstance(key, str):
             raise ValueError(f"unknown option {prefix}{shown(key)}; the name of an option is text")
         path = f"{prefix}{key}"
-        if isinstance(section.get(key), ConfigDict):
+        if path in SECTIONS:
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path} is a section of options, not an option")
-            _merge(config, section[key], value or {}, f"{path}.")
-        elif isinstance(value, dict) and key not in section and not prefix:
-            raise ValueError(f"unknown section {shown(path)}{_nearest(path, list(config))}")
+            _merge(values, value or {}, f"{path}.")
+        elif isinstance(value, dict) and path not in OPTIONS and not prefix:
+            known = {option.split(".")[0] for option in OPTIONS}
+            raise ValueError(f"unknown section {shown(path)}{_nearest(path, known)}")
         elif not _is_dropped(path, value):
-            _set(config, path, value)
+            _set(values, path, value)
 
 
 # Command line ----------------------------------------------------------------------------------
@@ -226,21 +215,20 @@ def _split(argv):
     return name, overrides, rest
 
 
-def _set_from_text(config, path, text):
+def _set_from_text(values, path, text):
     """Sets an option from the command line: `text` as it would stand in a YAML file."""
     if _is_dropped(path, text):
         return
-    kind = _kind(config, path)
-    may_be_null = options(default.get_config())[path] is None
-    if kind is str and not (may_be_null and text in ("", "null", "None")):
+    option = _option(path)
+    if option.type is str and not (option.may_be_null and text in ("", "null", "None")):
         value = text  # as it is: a folder may be named 42
-    elif kind is tuple:
+    elif option.type is tuple:
         # 2 or 1,2 or (1, 2) or [1, 2]
         words = text.strip().removesuffix(",").strip("()[] ").removesuffix(",")
         value = [_scalar(path, word) for word in words.split(",")] if words else []
     else:
         value = _scalar(path, text)
-    _set(config, path, value)
+    _set(values, path, value)
 
 
 def _scalar(path, text):
@@ -267,38 +255,31 @@ def _is_dropped(path, value):
     return True
 
 
-def _kind(config, path):
-    """Returns the type of an option; raises ValueError where there is no such option."""
-    *parents, key = path.split(".")
-    section = config
-    for parent in parents:
-        section = section.get(parent) if isinstance(section, ConfigDict) else None
-    if not isinstance(section, ConfigDict) or key not in section:
-        known = options(config)
-        same_name = [other for other in known if other.split(".")[-1] == key]
-        raise ValueError(f"unknown option {shown(path)}{_nearest(path, known, same_name)}")
-    if isinstance(section[key], ConfigDict):
+def _option(path):
+    """Looks an option up; raises ValueError where there is no such option."""
+    if path in SECTIONS:
         raise ValueError(f"{path} is a section of options, not an option")
-    return section.get_type(key)  # of an option that is null: the type it would have
+    if path not in OPTIONS:
+        same_name = [known for known in OPTIONS if known.split(".")[-1] == path.split(".")[-1]]
+        raise ValueError(f"unknown option {shown(path)}{_nearest(path, OPTIONS, same_name)}")
+    return OPTIONS[path]
 
 
-def _set(config, path, value):
-    kind = _kind(config, path)
-    section = config
-    *parents, key = path.split(".")
-    for parent in parents:
-        section = section[parent]
-    schema = options(default.get_config())[path]
-    if value is None and (schema is None or path in FROM_RECORDS):
-        section[key] = FROM_RECORDS.get(path)
-    elif kind is tuple:
-        element = type(schema[0]) if schema else ELEMENTS[path]
+def _set(values, path, value):
+    option = _option(path)
+    if value is None and Role.FROM_RECORDS in option.roles:
+        values[path] = OF_RECORDS
+    elif value is None and option.may_be_null:
+        values[path] = None
+    elif value is None and option.type is tuple and option.default:
+        raise ValueError(f"{path} expects a list, got null")
+    elif option.type is tuple:
         items = value if isinstance(value, list) else [] if value is None else [value]
-        if value is None and schema:
-            raise ValueError(f"{path} expects a list, got null")
-        section[key] = tuple(_convert(f"{path}[{i}]", v, element) for i, v in enumerate(items))
+        values[path] = tuple(
+            _convert(f"{path}[{i}]", item, option.element) for i, item in enumerate(items)
+        )
     else:
-        section[key] = _convert(path, value, kind)
+        values[path] = _convert(path, value, option.type)
 
 
 def _convert(path, value, kind):
@@ -306,8 +287,8 @@ def _convert(path, value, kind):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML takes 1e-4, without a point, for text
     if type(value) is not kind:
-        found = "null" if value is None else shown(repr(value) if type(value) is str else value)
-        raise ValueError(f"{path} expects {EXPECTED[kind]}, got {found}")
+        got = "null" if value is None else shown(repr(value) if type(value) is str else value)
+        raise ValueError(f"{path} expects {EXPECTED[kind]}, got {got}")
     if kind is str and CONTROL.search(value):
         raise ValueError(f"{path} holds control characters: {shown(repr(value))}")
     if kind is float and not math.isfinite(value):
@@ -323,14 +304,15 @@ def _nearest(word, known, preferred=()):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _expand_paths(config):
-    """Expands variables and ~ in the options that are paths, and finds the dataset's folder."""
-    root = config.dataset.root
+def _expand_paths(values):
+    """Expands variables and ~ in all paths, and names the dataset's folder; returns all options."""
+    values = {path: option.default for path, option in OPTIONS.items()} | values
+    root = values["dataset.root"]
     if not root:
-        root = f"$DATA_ROOT/{config.dataset.name}"
+        root = f"$DATA_ROOT/{values['dataset.name']}"
     elif "DATA_ROOT" in os.environ:
         root = root.replace(checks.DATA_PLACEHOLDER, "$DATA_ROOT")
-    config.dataset.root = root
+    values["dataset.root"] = root
     variables = {**os.environ, "DATA_ROOT": os.environ.get("DATA_ROOT") or "data"}
 
     def variable(match):
@@ -339,10 +321,8 @@ def _expand_paths(config):
             raise ValueError(f"{path}: the environment variable {name} is not set")
         return variables[name]
 
-    flat = options(config)
-    for path in PATHS:
-        if flat[path]:
-            expanded = re.sub(r"\$(\w+|\{\w+\})", variable, flat[path])
-            *parents, key = path.split(".")
-            section = config[parents[0]] if parents else config
-            section[key] = os.path.expanduser(expanded)
+    for path, option in OPTIONS.items():
+        if Role.PATH in option.roles and values[path]:
+            expanded = re.sub(r"\$(\w+|\{\w+\})", variable, values[path])
+            values[path] = os.path.expanduser(expanded)
+    return values

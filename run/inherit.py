@@ -8,36 +8,32 @@ checkpoint tells no options; its shapes are compared, and the rest is taken on t
 
 import logging
 
-from configs import checks
-from run import resume
+from configs import load_config, saved
+from configs.default import OPTIONS
+from configs.option import OF_RECORDS, Role
 from run import weights as weights_of
 from utils import identity
 
-# Taken from the run as well: places on a machine, where nothing else says what to take, and what is
-# one's own choice on the command line.
-PLACES = ("dataset.vae", "dataset.root", "dataset.name")
-CHOICES = ("training.half_precision", "training.ema_val")
 
-
-def belongs(option):
-    """Whether an option belongs to the weights."""
-    return option.startswith(("dataset.", "model.", "method.")) and not resume.may_change(option)
+def belongs(name):
+    """Says whether an option belongs to the weights."""
+    return name.startswith(("dataset.", "model.", "method.")) and not OPTIONS[name].may_change
 
 
 def digest(config):
-    """One short text that stands for all options that belong to the weights."""
-    found = {name: value for name, value in resume.flat(config).items() if belongs(name)}
-    return identity.of_arrays({}, sorted(found.items()))
+    """Makes one short text that stands for all options that belong to the weights."""
+    options = {name: value for name, value in saved.flat(config).items() if belongs(name)}
+    return identity.of_arrays({}, sorted(options.items()))
 
 
-def adopt(config, workdir, given, own=()):
-    """A config with the options of the weights that it is to sample from or to evaluate.
+def adopt(config, workdir, given, sampling=False):
+    """Takes the options of the weights that a config is to sample from or to evaluate.
 
     Args:
       config: locked, as from `load_config.from_command_line`; not changed.
       workdir: the run's folder, which holds the weights where `load_from` names none.
       given: from `load_config.given`.
-      own: options that are taken from the weights too, where nothing else sets them.
+      sampling: whether to take its preferences in sampling too; a job has its own.
 
     Returns:
       A locked config; the same one where it trains, or the weights tell no options.
@@ -48,34 +44,27 @@ def adopt(config, workdir, given, own=()):
     if not (config.eval_only or config.sample_only):
         return config
     where = config.load_from or workdir
-    saved = weights_of.options(where)
-    if saved is None:
+    nested = weights_of.options(where)
+    if nested is None:
         return config
-    saved, now, taken = resume.of_run(saved), resume.flat(config), {}
-    choices = (*CHOICES, *own)
-    for name, value in now.items():
-        if not (belongs(name) or name in (*PLACES, *choices)) or saved[name] == value:
+    theirs, taken, told = saved.of_run(nested), {}, []
+    for name, value in saved.flat(config).items():
+        roles = OPTIONS[name].roles
+        prefers = Role.PREFERENCE in roles and (sampling or not name.startswith("sampling."))
+        if theirs[name] == value or not (belongs(name) or Role.PLACE in roles or prefers):
             continue
         source = given.get(name) or (given.get("dataset.name") if name == "dataset.root" else None)
-        explicit = source == "command line" and value != -1  # -1: as the records say
-        if (name in PLACES and source) or (name in choices and explicit):
+        explicit = source == "command line" and value != OF_RECORDS
+        if (Role.PLACE in roles and source) or (prefers and explicit):
             continue
         if explicit:
-            _refuse(where, {name: (saved[name], value)})
-        taken[name] = f"{name} {saved[name]}" + (f" (not {value}, {source})" if source else "")
-        now[name] = saved[name]
+            _refuse(where, {name: (theirs[name], value)})
+        told.append(f"{name} {theirs[name]}" + (f" (not {value}, {source})" if source else ""))
+        taken[name] = tuple(theirs[name]) if isinstance(theirs[name], list) else theirs[name]
     if not taken:
         return config
-    logging.info("as the weights of %s have it: %s", where, ", ".join(taken.values()))
-    adopted = config.copy_and_resolve_references()
-    with adopted.unlocked():
-        for name in taken:
-            *parents, key = name.split(".")
-            section = adopted[parents[0]] if parents else adopted
-            value = saved[name]
-            section[key] = tuple(value) if isinstance(value, list) else value
-    checks.validate(adopted)
-    return adopted.lock()
+    logging.info("as the weights of %s have it: %s", where, ", ".join(told))
+    return load_config.make(load_config.options(config) | taken)
 
 
 def check(config, weights, where):
@@ -86,10 +75,10 @@ def check(config, weights, where):
     if weights["config"] is None:
         logging.info("%s does not tell its options: those of the config are taken on trust", where)
         return
-    saved, now = resume.of_run(weights["config"]), resume.flat(config)
+    theirs, ours = saved.of_run(weights["config"]), saved.flat(config)
     _refuse(where, {
-        name: (saved[name], value)
-        for name, value in now.items() if belongs(name) and saved[name] != value
+        name: (theirs[name], value)
+        for name, value in ours.items() if belongs(name) and theirs[name] != value
     })  # fmt: skip
 
 

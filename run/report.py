@@ -13,12 +13,13 @@ import textwrap
 
 import jax
 
-from configs import default, load_config
+from configs import load_config
+from configs.default import OPTIONS
+from configs.option import Role
 from run import layout
 from utils import environment, files
 
 WIDTH, INDENT = 100, 14  # of the lines, and of what stands behind the names
-NOT_TOLD = ("dataset.root",)  # stands with the records
 
 
 def tell(rows):
@@ -48,9 +49,9 @@ def job(config, source, given, workdir):
       workdir: folder of the run.
     """
     rows = [("devices", devices()), ("config", source)]
-    defaults, sections = load_config.options(default.get_config()), {}
+    sections = {}
     for path, value in load_config.options(config).items():
-        if value != defaults[path] and path not in NOT_TOLD:
+        if value != OPTIONS[path].default and Role.UNTOLD not in OPTIONS[path].roles:
             section, _, name = path.rpartition(".")
             sections.setdefault(section or "job", []).append(f"{name} {shown(value)}")
     rows += [(f"  {section}", ", ".join(values)) for section, values in sections.items()]

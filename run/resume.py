@@ -10,43 +10,11 @@ import jax
 import numpy as np
 import optax
 
+from configs.default import OPTIONS
 from configs.saved import flat, of_run
 from run import checkpoint, weights
 from utils import environment, processes, sharding, train_metrics
 from utils import identity as identities
-
-# Options that may change within a run, and those that would make it another run. Every option of
-# configs/default.py is in one of the two (or below MAY_CHANGE_BELOW).
-MAY_CHANGE = (
-    "dataset.name dataset.root dataset.vae dataset.num_workers dataset.prefetch_factor "
-    "model.unroll model.remat model.fused_attention model.half_residual "
-    "training.batch_size training.num_epochs training.num_steps training.grad_accum_steps "
-    "training.skip_nonfinite training.log_per_step training.sample_on_training "
-    "training.sample_per_epoch training.sample_steps training.checkpoint_per_epoch "
-    "training.ema_snapshot_per_epoch training.fid_per_epoch "
-    "training.sample_per_step training.checkpoint_per_step training.fid_per_step "
-    "training.keep_best training.profile_steps training.wandb load_from init_from init_weights "
-    "init_format eval_only sample_only"
-).split()
-MAY_CHANGE_BELOW = ("sampling.", "fid.", "mesh.")
-MAKE_THE_RUN = (
-    "dataset.image_size dataset.image_channels dataset.num_classes dataset.latent_mean "
-    "dataset.latent_std dataset.use_flip dataset.augment_prob "
-    "model.cls model.depth model.hidden_size model.num_heads model.patch_size "
-    "model.aux_head_depth model.time_cond "
-    "model.model_channels model.channel_mult model.channel_mult_emb model.channel_mult_noise "
-    "model.num_blocks model.attn_resolutions model.dropout model.resample_filter model.augment_dim "
-    "training.seed training.learning_rate training.lr_schedule training.warmup_steps "
-    "training.warmup_epochs training.warmup_init "
-    "training.adam_b1 training.adam_b2 training.weight_decay training.grad_clip training.ema_val "
-    "training.ema_period training.ema_sigma training.half_precision"
-).split()
-MAKE_THE_RUN_BELOW = ("method.",)
-
-
-def may_change(option):
-    """Whether an option may change within a run."""
-    return option in MAY_CHANGE or option.startswith(MAY_CHANGE_BELOW)
 
 
 def made_from(records, autoencoder):
@@ -198,7 +166,7 @@ def check_options(saved, config, workdir):
     now, before = flat(config), of_run(saved)
     changes = [name for name in now if now[name] != before[name]]
     described = {name: f"{name} {before[name]} -> {now[name]}" for name in changes}
-    refused = [described[name] for name in changes if not may_change(name)]
+    refused = [described[name] for name in changes if not OPTIONS[name].may_change]
     if refused:
         raise ValueError(
             f"the run in {workdir} was made with other options: {', '.join(refused)}; take the "
@@ -219,7 +187,7 @@ def check_network(saved, config):
     refused = [
         f"{name} {before[name]}, not {now[name]}"
         for name in now
-        if name.startswith("model.") and not may_change(name) and before[name] != now[name]
+        if name.startswith("model.") and not OPTIONS[name].may_change and before[name] != now[name]
     ]
     if refused:
         raise ValueError(f"the weights of {config.load_from} belong to {', '.join(refused)}")

@@ -1,69 +1,70 @@
-"""The options reference, made from the comments of configs/default.py.
+"""Writes the options reference from configs/default.py.
 
 python -m scripts.list_options > docs/options.md
 """
 
 import argparse
 import ast
-import io
-import tokenize
 from pathlib import Path
 
 from configs import default, load_config
+from configs.default import OPTIONS
 from utils import signals
 
 INTRODUCTION = """\
 # Options
 
-Made by `python -m scripts.list_options` from the comments of `configs/default.py`; a test keeps it
-true. Set an option in a YAML file of `configs/`, or behind any command as
-`--config.section.option=value`. Lists are written `1,2`; `null` stands for nothing given.
+Made by `python -m scripts.list_options` from `configs/default.py`; a test keeps it true. Set an
+option in a YAML file of `configs/`, or behind any command as `--config.section.option=value`. Lists
+are written `1,2`; `null` stands for nothing given; in paths $VARIABLES and ~ are expanded. A run
+goes on with other values of the options that may change (yes); with other values of the rest it
+would be another run.
 """
 
 
 def comments(source):
-    """The source of default.py -> [(title, {option: comment})], in its order.
+    """Reads the source of default.py: [(title, {option: comment})], in its order.
 
-    A title is a comment that ends in dashes; an option's comment stands behind its value.
+    A title is the docstring of a class; an option's comment stands behind its value.
     """
-    sections = []
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
+    sections, lines = [], source.splitlines()
+    for section in ast.parse(source).body:
+        if not isinstance(section, ast.ClassDef):
             continue
-        text = token.string.removeprefix("#").strip()
-        before = lines[token.start[0] - 1][: token.start[1]].strip()
-        if not before and text.endswith("--"):
-            sections.append((text.rstrip("- "), {}))
-        elif before and text != "fmt: skip":
-            target = ast.unparse(ast.parse(before).body[0].targets[0])
-            sections[-1][1][target.removeprefix("config.")] = text
+        prefix = "" if section.name == "Config" else f"{section.name.lower()}."
+        found = {}
+        for line in section.body:
+            if isinstance(line, ast.AnnAssign) and line.value:
+                behind = lines[line.end_lineno - 1][line.end_col_offset :]
+                found[f"{prefix}{line.target.id}"] = behind.strip().removeprefix("# ")
+        sections.append((ast.get_docstring(section).rstrip("."), found))
     return sections
 
 
-def table(title, options, defaults):
-    """The options of a section as a Markdown table."""
-    lines = [f"\n## {title}\n", "| option | default | meaning |", "|---|---|---|"]
-    for path, comment in options.items():
-        value = load_config.written(defaults[path])
-        shown = f"`{value}`" if value else "empty"
-        text = comment.replace("|", "\\|")
-        lines.append(f"| `{path}` | {shown} | {text} |")
+def table(title, comments):
+    """Writes the options of a section as a Markdown table."""
+    lines = [f"\n## {title}\n", "| option | default | values | may change | meaning |"]
+    lines.append("|---|---|---|---|---|")
+    for path, comment in comments.items():
+        option = OPTIONS[path]
+        value = load_config.written(option.default)
+        words = [f"`{path}`", f"`{value}`" if value else "empty", option.range()]
+        words += ["yes" if option.may_change else "", comment]
+        lines.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
     return "\n".join(lines) + "\n"
 
 
 def reference():
-    """The whole of docs/options.md.
+    """Writes the whole of docs/options.md.
 
     Raises:
       ValueError: an option has no comment.
     """
-    defaults = load_config.options(default.get_config())
     sections = comments(Path(default.__file__).read_text(encoding="utf-8"))
-    missing = defaults.keys() - {path for _, options in sections for path in options}
-    if missing:
+    explained = {path for _, part in sections for path, comment in part.items() if comment}
+    if missing := OPTIONS.keys() - explained:
         raise ValueError(f"configs/default.py: no comment behind {', '.join(sorted(missing))}")
-    return INTRODUCTION + "".join(table(title, found, defaults) for title, found in sections)
+    return INTRODUCTION + "".join(table(*section) for section in sections)
 
 
 if __name__ == "__main__":

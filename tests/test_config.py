@@ -380,16 +380,3 @@ def test_config_flags_can_read_the_same_file(write, monkeypatch):
     values(argv)
     assert values.config.training.batch_size == 8
     assert values.config.dataset.root == "/records"
-
-
-def test_the_checks_and_the_schema_agree():
-    flat = load_config.options(default.get_config())
-    named = {*checks.CHOICES, *checks.POSITIVE, *checks.NOT_NEGATIVE, *checks.FROM_0_TO_1}
-    assert named | {*load_config.ELEMENTS, *load_config.PATHS} <= flat.keys()
-    assert not load_config.DROPPED.keys() & flat.keys()
-    empty = {path for path, value in flat.items() if value == ()}
-    assert empty == load_config.ELEMENTS.keys()
-    numbers = {path for path, value in flat.items() if type(value) in (int, float)}
-    of_parts = {path for path in numbers if path.startswith(("method.", "model."))}
-    elsewhere = of_parts - named | {"fid.num_samples", "dataset.num_classes"}
-    assert numbers - named == elsewhere, "a number without a range check"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import generator
 import parts
-from configs import load_config
+from configs import load_config, saved
 from formats import hugging_face, sit, start, torch_files
 from models import dit, network
 from run import inherit, results, resume, weights
@@ -125,7 +125,7 @@ def test_the_card(exported, run):
     config, rest = load_config.from_command_line(
         [*command.replace("\\\n", "").split(), "--config.dataset.root=none"]
     )
-    ours, theirs = resume.flat(config), resume.of_run(generator.load(run).options)
+    ours, theirs = saved.flat(config), saved.of_run(generator.load(run).options)
     different = {name for name in ours if ours[name] != theirs[name]}
     assert rest == [] and different == set(), different
     assert ours["training.learning_rate"] == 0.5

@@ -186,10 +186,14 @@ ALIASES = {
 
 
 def reads(tree):
-    """(holder, option) pairs that the code reads: (training, seed) for config.training.seed."""
+    """(holder, option) pairs that the code reads: (training, seed) for config.training.seed, and
+    for values["training.seed"]."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield re.split(r"\W", ast.unparse(node.value))[-1], node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            section, _, option = str(getattr(node.slice, "value", "")).rpartition(".")
+            yield section, option
         elif isinstance(node, ast.FunctionDef):
             for argument in [*node.args.args, *node.args.kwonlyargs]:
                 yield "(argument)", argument.arg

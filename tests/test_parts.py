@@ -1,19 +1,9 @@
-"""What the parts of a run refuse, and that every option has its place."""
+"""What the parts of a run refuse."""
 
 import make
 import pytest
 
 import parts
-from configs import default, load_config
-from run import resume
-
-
-def test_every_option_says_whether_a_run_may_change_it():
-    for path in load_config.options(default.get_config()):
-        makes = path in resume.MAKE_THE_RUN or path.startswith(resume.MAKE_THE_RUN_BELOW)
-        assert makes != resume.may_change(path), path
-    named = {*resume.MAKE_THE_RUN, *resume.MAY_CHANGE}
-    assert named <= load_config.options(default.get_config()).keys()
 
 
 @pytest.mark.parametrize(

@@ -235,13 +235,6 @@ def test_an_option_that_is_newer_than_the_checkpoint_had_its_default(workdir):
         resume.check_options(saved, config_of("method.norm_p=0.5"), workdir)
 
 
-def test_every_option_that_may_change_exists():
-    known = load_config.options(config_of())
-    assert set(resume.MAY_CHANGE) <= known.keys()
-    for prefix in resume.MAY_CHANGE_BELOW:
-        assert any(name.startswith(prefix) for name in known)
-
-
 # From other weights ---------------------------------------------------------------------------
 
 
