@@ -23,7 +23,8 @@ from configs.strict_yaml import shown
 
 FOLDER = Path(__file__).resolve().parent
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-SECTIONS = {path.split(".")[0] for path in OPTIONS if "." in path}
+NAMES = {path.split(".")[0] for path in OPTIONS}  # that may stand at the left of a file
+SECTIONS = NAMES - OPTIONS.keys()
 
 # Options of the published code that mean nothing here: (values accepted, why it is dropped).
 DROPPED = {
@@ -175,9 +176,8 @@ def _merge(values, nested, prefix=""):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{path} is a section of options, not an option")
             _merge(values, value or {}, f"{path}.")
-        elif isinstance(value, dict) and path not in OPTIONS and not prefix:
-            known = {option.split(".")[0] for option in OPTIONS}
-            raise ValueError(f"unknown section {shown(path)}{_nearest(path, known)}")
+        elif isinstance(value, dict) and not prefix and path not in NAMES:
+            raise ValueError(f"unknown section {shown(path)}{_nearest(path, NAMES)}")
         elif not _is_dropped(path, value):
             _set(values, path, value)
 
