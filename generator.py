@@ -5,28 +5,57 @@
     model = generator.load("logs/me/quickstart")
     images = model.sample([3, 1, 4])  # uint8 (3, H, W, C)
 
-docs/python.md shows the rest. What is loaded lies on one device, the first.
+docs/python.md shows the rest. What is loaded lies on one device, the first of this process. The
+settings of jax that images depend on hold within each call, and leave the process's own alone.
 """
 
 import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = ("configs", "formats", "methods", "metrics", "models", "parts", "run", "sample", "utils")
+
+
+def check_names():
+    """Raises ImportError where a module of another project has a name that this one needs."""
+    for name in NAMES:
+        if module := sys.modules.get(name):
+            file, folders = getattr(module, "__file__", None), getattr(module, "__path__", ())
+            taken = "was imported before; rename it, or work in another process"
+        elif spec := importlib.util.find_spec(name):
+            file, folders = spec.origin, spec.submodule_search_locations or ()
+            taken = f"comes first in sys.path: sys.path.insert(0, {str(FOLDER)!r})"
+        else:
+            continue
+        place = file or next(iter(folders), "a module without a file")
+        if not Path(place).resolve().is_relative_to(FOLDER):
+            raise ImportError(f"{FOLDER / 'generator.py'} needs its own {name}: {place} {taken}")
+
+
+check_names()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import parts
 import sample
-from configs import load_config
-from methods.sampler import SAMPLERS, check_times, sample_times
+from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from models import network
+from run import config as run_config
 from run import inherit, weights
-from utils import environment, sharding
+from utils import environment, files, sharding
 from utils import images as image_utils
 
+TRACED = "a call of a generator gives numbers: within jit, grad or vmap use model.function()"
 OUTPUTS = ("uint8", "float", "latents")
 
 
+@environment.pinned()
 def load(source, *options, config=None, step=None, average="ema"):
-    """A `Generator` of a run, a published or an exported checkpoint.
+    """Loads a `Generator` from a run, a published or an exported checkpoint.
 
     Args:
       source: a run's folder (WORKDIR, or the `best` in it); a published checkpoint of MeanFlow or
@@ -42,14 +71,13 @@ def load(source, *options, config=None, step=None, average="ema"):
       FileNotFoundError, ValueError: nothing there, damaged, or options that contradict the
         weights; one line.
     """
-    environment.pin()
-    source = str(source)
+    source = str(files.user_path(source))
     found = weights.read(source, step=step)
     if config is None:
-        config = "default" if found["config"] else _published_config(source, found, options)
-    config = _config(config, options, source)
+        config = "default" if found["config"] else run_config.published(source, found, options)
+    config = run_config.of_weights(config, options, source)
     parts.check(config)
-    mesh = sharding.make_mesh(1, jax.devices()[:1])
+    mesh = sharding.make_mesh(1, jax.local_devices()[:1])
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
     found = weights.checked(found, source, model.param_shapes(), config, may_lack)
@@ -62,7 +90,7 @@ def load(source, *options, config=None, step=None, average="ema"):
 
 
 def mix(first, second, share):
-    """Noise between two noises: cos(share pi/2) first + sin(share pi/2) second.
+    """Mixes two noises into one between them: cos(share pi/2) first + sin(share pi/2) second.
 
     A mixture of independent standard normal noises is standard normal, which a straight line
     between them would not be. `share` is a number in [0, 1], or an array that is broadcast.
@@ -76,32 +104,39 @@ class Generator:
 
     Attributes:
       config: the whole config, a locked ConfigDict; parts: what it makes, `parts.Parts`.
-      params: the parameters on the device; step: of their checkpoint.
+      params: the parameters on the device; vae_params: those of the autoencoder, {} without one.
+      step: that of their checkpoint.
       options, identity: those of the run, which the weights bring along; nested dicts.
       num_classes: K; 0: unconditional.
       image_shape: (h, w, c) of noise and latents.
 
     `labels` and `y` are either classes, whole numbers (N,) in 0..K-1 or K for no label; or weights
     over the classes, float (N, K) or (N, K + 1) with no label last, whose embeddings are mixed
-    accordingly. Of an unconditional network they only say how many. All arrays are numpy's.
+    accordingly. Of an unconditional network they only say how many. All arrays are numpy's, but
+    for those of `function`.
     """
 
-    def __init__(self, config, model, params, source, step, options, identity):
-        self.config, self.step, self.parts, self._source = config, step, model, source
+    def __init__(self, config, parts, params, source, step, options, identity):
+        # On one device nothing has to be gathered, and others may differentiate it as they like.
+        self.parts = parts._replace(net=network.function(parts.module))
+        self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
-        self.num_classes, self.image_shape = model.num_classes, model.image_shape
-        self.params = sharding.place(params, sharding.by_parameter(model.mesh, params))
+        self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
+        self._device = parts.mesh.devices.flat[0]
+        self.params = jax.device_put(params, self._device)
         self._sample = jax.jit(self._draw, static_argnames="output")
         self._velocity = jax.jit(self._velocity_of)
 
+    @environment.pinned()
     def noise(self, count, seed=0):
-        """The noise that `sample` draws for `count` images of a seed, float32 (count, h, w, c)."""
-        return np.asarray(sample.draw_noise(seed, np.arange(count), self.image_shape))
+        """Draws the noise of `sample` for `count` images of a seed, float32 (count, h, w, c)."""
+        return _numbers(sample.draw_noise(seed, np.arange(count), self.image_shape))
 
+    @environment.pinned()
     def sample(
         self, labels, noise=None, num_steps=1, omega=None, seed=0, *, output="uint8", sampler="ode"
     ):
-        """Images of the classes `labels`.
+        """Draws images of the classes `labels`.
 
         Args:
           labels: (N,) or (N, K), see the class.
@@ -119,38 +154,81 @@ class Generator:
           ValueError: an argument that does not fit; FileNotFoundError: no weights of the
             autoencoder that turns latents into images.
         """
-        y = self._labels(labels)
+        y = _numbers(self._labels(labels))
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed: a whole number from 0 to 2^31 - 1, got {seed}")
-        if output not in OUTPUTS:
-            raise ValueError(f"output: {output!r} is not one of {', '.join(OUTPUTS)}")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-        z = self.noise(len(y), seed) if noise is None else self._images(noise, len(y), "noise")
-        vae_params = {} if output == "latents" else self._autoencoder[1]
-        setting = sample.Setting(sampler, _times(num_steps), self.guidance(omega))
+        _one_of("output", output, OUTPUTS)
+        setting = self._setting(sampler, num_steps, omega)
+        z = self.noise(len(y), seed) if noise is None else noise
+        z = _numbers(self._images(z, len(y), "noise"))
+        vae_params = {} if output == "latents" else self.vae_params
         arguments = self.params, vae_params, z, y, setting, np.int32(seed)
-        return np.asarray(self._sample(*arguments, output=output))
+        return _numbers(self._sample(*arguments, output=output))
 
+    @environment.pinned()
     def u(self, z, t, h, y, omega=None):
-        """The average velocity over [t - h, t] at z, float32 (N, h, w, c); h = 0: the velocity v.
+        """Computes the average velocity over [t - h, t] at z; h = 0: the velocity v.
 
         Args:
           z: float (N, h, w, c).
           t, h: numbers or (N,), in [0, 1] with h <= t; t = 1 is noise, t = 0 is data.
           y: labels of z, see the class.
           omega: see `sample`.
-        """
-        y = self._labels(y)
-        z = self._images(z, len(y), "z")
-        t, h = (np.broadcast_to(np.asarray(a, np.float32), len(y)) for a in (t, h))
-        arguments = self.params, z, t, t - h, y, self.guidance(omega)
-        return np.asarray(self._velocity(*arguments))
 
+        Returns:
+          float32 (N, h, w, c).
+        """
+        y = _numbers(self._labels(y))
+        z = _numbers(self._images(z, len(y), "z"))
+        t, h = (np.broadcast_to(_numbers(a, np.float32), len(y)) for a in (t, h))
+        arguments = self.params, z, t, t - h, y, self.guidance(omega)
+        return _numbers(self._velocity(*arguments))
+
+    @environment.pinned()
     def decode(self, latents):
-        """Latents (N, h, w, c), as `sample` gives them -> images uint8 (N, H, W, C)."""
-        latents = self._images(latents, len(latents), "latents")
-        return np.asarray(self._decode(self._autoencoder[1], latents))
+        """Decodes latents (N, h, w, c), as `sample` gives them: images uint8 (N, H, W, C)."""
+        latents = _numbers(self._images(latents, len(latents), "latents"))
+        return _numbers(self._decode(self.vae_params, latents))
+
+    def function(self, num_steps=1, omega=None, *, output="float", sampler="ode"):
+        """Makes a pure function of jax, for `jit`, `grad`, `vmap` and programs of one's own.
+
+        Args:
+          num_steps, omega, sampler: as in `sample`.
+          output: `float` or `latents`, as there.
+
+        Returns:
+          images(params, z, labels, vae_params=None, fresh=None) -> float32 (N, H, W, C), which can
+          be differentiated by each argument, by `labels` where they are weights. `params` as
+          `Generator.params`; `z` the noise (N, h, w, c); `labels` as in `sample`, traced ones are
+          not checked for their range; `vae_params` as `Generator.vae_params`, where images of
+          latents are asked for; `fresh` (num_steps - 1, N, h, w, c) the noise before each further
+          step of the sampler `consistency`.
+
+        Raises:
+          ValueError: an argument that does not fit, here or in a call; FileNotFoundError: see
+            `sample`.
+        """
+        _one_of("output", output, OUTPUTS[1:])
+        setting = self._setting(sampler, num_steps, omega)
+        decode = None if output == "latents" else self._autoencoder.decode
+        needs = bool(decode and self.vae_params)
+
+        @environment.pinned()
+        def images(params, z, labels, vae_params=None, fresh=None):
+            y = self._labels(labels)
+            z = self._images(z, len(y), "z")
+            if needs and vae_params is None:
+                raise ValueError("vae_params: images need those of the generator, model.vae_params")
+            if sampler == "consistency":
+                _check_shape("fresh", np.shape(fresh), (len(setting.times) - 2, *z.shape))
+            x = integrate(
+                self.parts.method, self.parts.net, params, z, {"y": y}, setting.times,
+                guidance=setting.guidance, sampler=sampler, fresh=lambda k: fresh[k - 1],
+            )  # fmt: skip
+            return decode(vae_params, x) if decode else x
+
+        return images
 
     # Pure, compiled ------------------------------------------------------------------------------
 
@@ -159,7 +237,7 @@ class Generator:
         x = sample.generate(self.parts, seed, params, index, y, setting, noise)
         if output == "latents":
             return x
-        images = self._autoencoder[0].decode(vae_params, x)
+        images = self._autoencoder.decode(vae_params, x)
         return image_utils.to_uint8(images) if output == "uint8" else images
 
     def _velocity_of(self, params, z, t, r, y, guidance):
@@ -168,41 +246,50 @@ class Generator:
 
     @functools.cached_property
     def _decode(self):
-        decode = self._autoencoder[0].decode
+        decode = self._autoencoder.decode
         return jax.jit(lambda vae_params, x: image_utils.to_uint8(decode(vae_params, x)))
 
     @functools.cached_property
     def _autoencoder(self):
-        """The autoencoder of `dataset.vae`, and its parameters on the device."""
+        """The autoencoder of `dataset.vae`."""
         try:
-            found = parts.load_autoencoder(self.config)
+            autoencoder = parts.load_autoencoder(self.config)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder({"identity": self.identity}, found, self._source)
-        return found, sharding.place_everywhere(self.parts.mesh, found.params)
+        inherit.check_autoencoder({"identity": self.identity}, autoencoder, self._source)
+        return autoencoder
+
+    @functools.cached_property
+    def vae_params(self):
+        """The parameters of the autoencoder on the device, a nested dict; {} where it is none."""
+        return jax.device_put(self._autoencoder.params, self._device)
 
     # Arguments -----------------------------------------------------------------------------------
 
     def _labels(self, labels):
-        labels, classes = np.asarray(labels), self.num_classes
+        labels, classes = _array(labels), self.num_classes
+        traced = isinstance(labels, jax.core.Tracer)
+        xp = jnp if traced else np
         if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels):
             if not classes:
                 return np.zeros(len(labels), np.int32)
-            if labels.min() >= 0 and labels.max() <= classes:
+            if traced or (labels.min() >= 0 and labels.max() <= classes):
                 return labels.astype(np.int32)
         if labels.ndim == 2 and labels.dtype.kind in "iuf" and len(labels) and classes:
             missing = classes + 1 - labels.shape[1]
-            if missing in (0, 1) and np.isfinite(labels).all():
-                return np.pad(labels.astype(np.float32), ((0, 0), (0, missing)))
+            if missing in (0, 1) and (traced or np.isfinite(labels).all()):
+                return xp.pad(labels.astype(np.float32), ((0, 0), (0, missing)))
         kinds = f"classes 0..{classes} ({classes}: none), or finite weights (N, {classes})"
         raise ValueError(f"labels: {kinds if classes else 'whole numbers'}, not {_shown(labels)}")
 
     def _images(self, array, count, name):
-        array = np.asarray(array, np.float32)
-        if array.shape != (count, *self.image_shape):
-            wanted = (count, *self.image_shape)
-            raise ValueError(f"{name}: {array.shape} instead of {wanted}, one for each label")
-        return array
+        array = _array(array)
+        _check_shape(name, array.shape, (count, *self.image_shape))
+        return array.astype(np.float32)
+
+    def _setting(self, sampler, num_steps, omega):
+        _one_of("sampler", sampler, SAMPLERS)
+        return sample.Setting(sampler, _times(num_steps), self.guidance(omega))
 
     def guidance(self, omega=None):
         """What `omega` stands for, see `sample`: a `Guidance`, or None."""
@@ -221,44 +308,42 @@ class Generator:
         return sample.guidances(options)[0]
 
 
+def _numbers(array, dtype=None):
+    """An array of numpy.
+
+    Raises:
+      ValueError: it is traced.
+    """
+    try:
+        return np.asarray(array, dtype)
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(TRACED) from None
+
+
+def _array(array):
+    return array if isinstance(array, jax.Array) else _numbers(array)
+
+
+def _check_shape(name, shape, expected):
+    if shape != expected:
+        raise ValueError(f"{name}: {shape} instead of {expected}, one for each label")
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
 def _times(num_steps):
     if not np.ndim(num_steps):
         if num_steps != int(num_steps) or num_steps < 1:
             raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
-        return np.asarray(sample_times(int(num_steps)))
+        return _numbers(sample_times(int(num_steps)))
     check_times(times := tuple(map(float, num_steps)))
-    return np.asarray(sample_times(0, times))
+    return _numbers(sample_times(0, times))
 
 
 def _shown(labels):
     if labels.ndim == 1 and 0 < len(labels) <= 10:
         return labels.tolist()
     return f"{labels.dtype} {labels.shape}"
-
-
-def _config(name, options, source):
-    """The config `name` with `options`, and with those of the weights of `source`."""
-    file = name if str(name).endswith(".yml") else f"configs/load_config.py:{name}"
-    argv = [f"--config={file}", "--config.sample_only=True"]
-    argv += ["--config.dataset.root=none", *(f"--config.{option}" for option in options)]
-    config, rest = load_config.from_command_line(argv)
-    if rest:
-        raise ValueError(f"options: {rest[0]!r} is not 'section.option=value'")
-    return inherit.adopt(config, source, load_config.given(argv), sampling=True)
-
-
-def _published_config(source, found, options):
-    """The name of the config whose network has the shapes of published weights."""
-    for name in found["configs"]:
-        config = _config(name, options, source)
-        module = parts.make_module(config)
-        shapes = network.param_shapes(module, parts.image_shape(config))
-        try:
-            weights.check_parameters("", shapes, found["ema_params"][0], module.only_for_training)
-        except ValueError:
-            continue
-        return name
-    raise ValueError(
-        f"{source} does not tell its options, and its shapes are those of none of "
-        f"{', '.join(found['configs'])}: name one of configs/ that fits, load(..., config=NAME)"
-    )

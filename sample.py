@@ -21,6 +21,7 @@ from run import inherit, layout, report, weights
 from utils import files, processes, sharding
 from utils import images as image_utils
 
+GENERATOR = "threefry2x32"  # by name: whoever draws from Python may have chosen another one
 GRID_CLASSES = 10  # rows of the grid that is drawn during training
 GRID_COLUMNS = 10
 SMALLEST_SHOWN = 32  # pixels of an image's side in a picture for people
@@ -29,13 +30,13 @@ GRID_WIDEST = 16  # columns and rows of the grid of a sampling job
 
 def draw_noise(seed, index, shape):
     """z_1 of images number `index` (N,): standard normal float32 (N, *shape)."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
+    key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 0)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
 def draw_fresh(seed, index, shape, k):
     """The noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
-    key = jax.random.fold_in(jax.random.key(seed), 2)
+    key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 2)
 
     def draw(i):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), k), shape)
@@ -47,7 +48,7 @@ def draw_labels(seed, index, num_classes, kind):
     """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
     if kind == "balanced":
         return index % max(num_classes, 1)
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 

@@ -23,7 +23,7 @@ def sample_times(num_steps, timesteps=()):
     """Times 1 = t_0 > ... > t_N = 0, float32 (N + 1,): `timesteps`, or `num_steps` equal steps."""
     if timesteps:
         return jnp.array(timesteps, jnp.float32)
-    return jnp.linspace(1.0, 0.0, num_steps + 1)
+    return jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
 
 
 def integrate(

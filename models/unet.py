@@ -251,7 +251,7 @@ class UNet(Network):
             table = nn.Embed(self.num_classes + 1, 2 * width, embedding_init=xavier, name="label")
             e = e + embed_labels(table, c["y"])
         if self.augment_dim:
-            labels = c.get("augment", jnp.zeros((len(e), self.augment_dim)))
+            labels = c.get("augment", jnp.zeros((len(e), self.augment_dim), jnp.float32))
             e = e + nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)
         e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(e))
         return nn.Dense(E, **exact, name="map_layer1")(e)

@@ -4,6 +4,7 @@ jax takes its settings from variables of the shell too, where a recipe for anoth
 left them. Those that the numbers of this project rest on are pinned, the others are recorded.
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -37,10 +38,45 @@ DEVICE_PACKAGES = ("jax", "libtpu", "nvidia-")  # what jax[tpu] and jax[cuda13] 
 def pin():
     """Sets jax as this project needs it, before anything is computed; says what that overrules."""
     for name, (value, reason) in PINNED.items():
-        found = getattr(jax.config, name, value)  # another version may not have it
-        if found not in (value, None):
+        now = _setting(name)
+        if now not in (value, None):
             jax.config.update(name, value)
-            logging.warning("%s=%s is not used, but %s: %s", name.upper(), found, value, reason)
+            logging.warning("%s=%s is not used, but %s: %s", name.upper(), now, value, reason)
+
+
+@contextlib.contextmanager
+def pinned():
+    """Has jax as `pin` sets it, and no mesh, within a block; the process's own settings stay.
+
+    Within a trace (`jax.jit`, `jax.grad`) a mesh of the process stays too: jax takes none away.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, (value, _) in PINNED.items():
+            if _setting(name) not in (value, None):
+                stack.enter_context(_switched(name, value))
+        if not jax.sharding.get_abstract_mesh().empty:
+            with contextlib.suppress(ValueError):  # within a trace
+                stack.enter_context(jax.set_mesh(None))
+        yield
+
+
+def _setting(name):
+    return getattr(jax.config, name, PINNED[name][0])  # another version may not have it
+
+
+@contextlib.contextmanager
+def _switched(name, value):
+    own = getattr(jax, name.removeprefix("jax_"), None)  # of this thread alone; most have one
+    if own is not None:
+        with own(value):
+            yield
+        return
+    before = _setting(name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def describe():
