@@ -190,6 +190,7 @@ class Generator:
         latents = _numbers(self._images(latents, len(latents), "latents"))
         return _numbers(self._decode(self.vae_params, latents))
 
+    @environment.pinned()
     def function(self, num_steps=1, omega=None, *, output="float", sampler="ode"):
         """Makes a pure function of jax, for `jit`, `grad`, `vmap` and programs of one's own.
 
@@ -334,13 +335,14 @@ def _one_of(name, value, choices):
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
 
 
+@jax.ensure_compile_time_eval()
 def _times(num_steps):
     if not np.ndim(num_steps):
         if num_steps != int(num_steps) or num_steps < 1:
             raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
-        return _numbers(sample_times(int(num_steps)))
+        return np.asarray(sample_times(int(num_steps)))
     check_times(times := tuple(map(float, num_steps)))
-    return _numbers(sample_times(0, times))
+    return np.asarray(sample_times(0, times))
 
 
 def _shown(labels):
