@@ -154,12 +154,13 @@ def test_the_commands_run(copy):
     (block,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/monitoring.md"], re.M | re.S)
     assert "[(20, " in copy(f"python -c {shlex.quote(block + 'print(fid)')}")
     # That of docs/python.md, in another place.
-    block, _ = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
+    block, search, _ = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/python.md"], re.M | re.S)
     block = block.replace("/path/to/meanflow", str(copy.folder))
     block = block.replace("logs/me/quickstart", str(job))
-    said = "print(images.shape, between.shape, abs(walk - (noise - u)).max() > 0)"
-    command = f"cd {copy.folder.parent} && python -c {shlex.quote(block + said)}"
-    assert copy(command).split("\n")[0] == "(3, 8, 8, 1) (1, 8, 8, 1) True"
+    said = "print(images.shape, between.shape, abs(walk - (noise - u)).max() > 0)\n"
+    search += "print(values[-1] < values[0] / 10)"
+    command = f"cd {copy.folder.parent} && python -c {shlex.quote(block + said + search)}"
+    assert copy(command).split("\n")[:2] == ["(3, 8, 8, 1) (1, 8, 8, 1) True", "True"]
 
 
 @pytest.mark.parametrize("command", sorted(set(LAUNCHES)))
