@@ -49,7 +49,6 @@ from run import inherit, weights
 from utils import environment, files, sharding
 from utils import images as image_utils
 
-TRACED = "a call of a generator gives numbers: within jit, grad or vmap use model.function()"
 OUTPUTS = ("uint8", "float", "latents")
 
 
@@ -162,8 +161,8 @@ class Generator:
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
         vae_params = {} if output == "latents" else self.vae_params
-        arguments = self.params, vae_params, z, y, setting, np.int32(seed)
-        return _numbers(self._sample(*arguments, output=output))
+        x = self._sample(self.params, vae_params, z, y, setting, np.int32(seed), output=output)
+        return _numbers(x)
 
     @environment.pinned()
     def u(self, z, t, h, y, omega=None):
@@ -310,15 +309,12 @@ class Generator:
 
 
 def _numbers(array, dtype=None):
-    """An array of numpy.
-
-    Raises:
-      ValueError: it is traced.
-    """
+    """Makes an array of numpy; raises ValueError where jax traces it."""
     try:
         return np.asarray(array, dtype)
     except jax.errors.TracerArrayConversionError:
-        raise ValueError(TRACED) from None
+        line = "a call of a generator gives numbers: within jit, grad or vmap use model.function()"
+        raise ValueError(line) from None
 
 
 def _array(array):
