@@ -12,34 +12,38 @@ options `fid` and, where `fid.cache_ref` is empty, from the training images of `
 import argparse
 import json
 import logging
+import os
 import pathlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from configs import load_config
-from utils import pictures, signals
+from utils import npy, pictures, signals
 from utils.files import system_reason
 
 SHUFFLE_SEED = 2020
 
 
-def open_images(path):
+def open_images(path, notes):
     """(read, count, image shape): `read(index)` gives images number `index` (N,) as uint8.
+
+    notes: a `pictures.Notes` of what is done to pictures.
 
     Raises:
       FileNotFoundError, ValueError: no images there, or of several sizes.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, notes)
     if not path.is_file():
         raise FileNotFoundError(f"--images: no such folder or file: {path}")
     images = read_npz(path)
     return images.__getitem__, len(images), images.shape[1:]
 
 
-def open_folder(path):
+def open_folder(path, notes):
     """`open_images` of a folder of pictures, those in deeper folders too."""
     listing = pictures.Listing()
     files = pictures.below(path, listing)
@@ -51,39 +55,38 @@ def open_folder(path):
         known = ", ".join(pictures.EXTENSIONS)
         raise FileNotFoundError(f"--images: {path} holds no pictures ({known}); {listing}")
     logging.warning("%s: %d pictures%s", path, len(files), f"; {listing}" if str(listing) else "")
-    told = set()
-
-    def note(line):
-        if line not in told:
-            logging.warning("pictures of %s %s", path, line)
-        told.add(line)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shapes = list(pool.map(pictures.shape, files))  # before anything goes through the network
+    for file, shape in zip(files, shapes, strict=True):
+        if shape[:2] != shapes[0][:2]:
+            raise ValueError(
+                f"{file} is {shape[0]}x{shape[1]}, {files[0]} {shapes[0][0]}x{shapes[0][1]} "
+                "(height x width): pictures of one size are compared"
+            )
+    channels = max(shape[2] for shape in shapes)
+    if gray := sum(shape[2] == 1 for shape in shapes) if channels == 3 else 0:
+        logging.warning("%d of %d pictures are gray, and read as colour", gray, len(files))
 
     def read_one(file):
-        image = np.asarray(pictures.read(file, notes=note))
-        return image[..., None] if image.ndim == 2 else image
-
-    shape = read_one(files[0]).shape
+        tell = lambda line, value=None: notes.tell(line, file, value)  # noqa: E731
+        image = pictures.read(file, notes=tell).convert("L" if channels == 1 else "RGB")
+        return np.asarray(image).reshape(*shapes[0][:2], channels)
 
     def read(index):
-        images = [read_one(files[i]) for i in index]
-        for i, image in zip(index, images, strict=True):
-            if image.shape != shape:
-                raise ValueError(f"{files[i]} is {image.shape}, {files[0]} is {shape}")
-        return np.stack(images)
+        return np.stack([read_one(files[i]) for i in index])
 
-    return read, len(files), shape
+    return read, len(files), (*shapes[0][:2], channels)
 
 
 def read_npz(path):
-    """The images of an npz, uint8 (N, H, W, C)."""
+    """The images of an npz, uint8 (N, H, W, C); they stay in the file until they are asked for."""
     try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it is an npy, one array without a name: save it by np.savez")
-        with file:
-            if "arr_0" not in file.files:
-                raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}")
-            images = file["arr_0"]
+        with path.open("rb") as file:
+            if file.read(len(npy.MAGIC)) == npy.MAGIC:
+                raise ValueError("it is an npy, one array without a name: save it by np.savez")
+        if "arr_0" not in (names := npy.names(path)):
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
+        images = npy.member(path, "arr_0")
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         reason = system_reason(error) or (str(error).strip() or type(error).__name__)
         raise ValueError(
@@ -116,13 +119,15 @@ def evaluate(config, images):
     from utils import dataset, environment, sharding
 
     environment.pin()
-    read, count, shape = open_images(images)
+    notes = pictures.Notes(logging.warning)
+    read, count, shape = open_images(images, notes)
     options = evaluators.fill(config.fid)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     mesh = sharding.make_mesh(fsdp=1)
     score = scorer.Scorer(features.load(options), mesh, options, shape)
     real = reference.Reference(options, score, records)
     results = real.compare(*score.read(shuffled(read, count), count, "images"), count)
+    notes.report()
     described = {"evaluator": evaluators.describe(options), **score.describe(), **real.describe()}
     described["shuffled_by_seed"] = SHUFFLE_SEED
     return {**results, **described, "num_samples": count, "images": str(images)}

@@ -96,9 +96,9 @@ def parse(argv):
 
 def _add_images(add):
     """What encodes images, or stores their pixels."""
-    folders = add("images", help="a folder of images with class subfolders")
+    folders = add("images", help="a folder of images, or a .zip: in class folders, or with a list")
     folders.add_argument(
-        "--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/"
+        "--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/; docs/data.md"
     )
     tables = add("huggingface", help="an image set of Hugging Face on disk: parquet, save_to_disk")
     tables.add_argument("--input", required=True, help="a folder of .parquet or .arrow, or a file")
@@ -106,7 +106,7 @@ def _add_images(add):
     tables.add_argument("--label_key", help="column of the labels; default: the one there is")
     tars = add("webdataset", help="WebDataset's .tar shards of images, or of .npy latents")
     tars.add_argument("--input", required=True, help="a folder of .tar files, or a file")
-    tars.add_argument("--label_key", help="of .json; default: .cls, or label of .json")
+    tars.add_argument("--label_key", help="of .json, or an ending; default: .cls, label of .json")
     cifar10 = add("cifar10", help="CIFAR-10 from what there is on disk")
     cifar10.add_argument(
         "--input", required=True, help="an archive, or a folder of batches, downloads or pictures"
@@ -127,14 +127,18 @@ def _add_images(add):
         command.add_argument(
             "--flip", type=_bool, default=False, help="latents of mirrored images too"
         )
+        _add_background(command)
         command.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
         command.add_argument(
             "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
         )
         command.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
         command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
-    for command in (tables, tars):
+    for command in (folders, tables, tars):
         command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
+    for command in (tables, tars):
+        command.add_argument("--config_name", help="of several sets in a repository, by its README")
+    _add_labels(folders)
     _add_form(tars)
     for command, resize in zip(
         (folders, tables, tars, cifar10), ("half_pixel",) * 3 + ("tf1",), strict=True
@@ -178,7 +182,24 @@ def _add_named(add):
     named.add_argument("--data_dir", help="where TFDS keeps its own sets; default: its default")
     named.add_argument("--splits", type=_words, default=(), help="default: all there are")
     named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
+    _add_background(named)
     _add_shared(named)
+
+
+def _add_background(command):
+    command.add_argument(
+        "--background", choices=("keep", "white", "black"), default="keep",
+        help="behind transparent pictures; keep: the colours stored there",
+    )  # fmt: skip
+
+
+def _add_labels(command):
+    """Where labels are to be from."""
+    command.add_argument(
+        "--labels", choices=("auto", "folders", "none"), default="auto",
+        help="auto: a list such as dataset.json, else the class folders",
+    )  # fmt: skip
+    command.add_argument("--label_key", help="column of the list; default: the one there is")
 
 
 def _add_shared(command):

@@ -1,5 +1,6 @@
 """What people's folders hold beside classes and pictures, and what pictures hold beside 8 bits."""
 
+import logging
 import os
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 from PIL import Image
 
 from scripts import evaluate_images, prepare_dataset
-from scripts.prepare import images as prepare_images
-from scripts.prepare import pt
+from scripts.prepare import folders, pt
 from utils import dataset, images, pictures
 
 RNG = np.random.default_rng(0)
 SIZE = 8
+
+NOTES = pictures.Notes(logging.warning)
 
 
 def save(path, **how):
@@ -123,7 +125,7 @@ def test_a_class_without_validation_images_is_none_of_these(tmp_path):
     folder(root / "val", a=0, b=1)
     (root / "val" / "a").mkdir(exist_ok=True)
     listing = pictures.Listing()
-    _, items = prepare_images.list_images(root, listing=listing)
+    _, items = folders.list_images(root, listing=listing)
     assert items["val"] == [("val/b/im0.png", 1)]
     assert str(listing) == f"left out 1: 1 class folders without images ({root}/val/a)"
 
@@ -216,14 +218,14 @@ def test_scored_folders_follow_the_same_rules(tmp_path, caplog):
     folder(root, **{".hidden": 1})
     save(root / "grid.png")
     (root / "notes.txt").write_text("x")
-    read_images, count, shape = evaluate_images.open_images(root)
+    read_images, count, shape = evaluate_images.open_images(root, NOTES)
     assert (count, shape) == (3, (SIZE, SIZE, 3))
     with Image.open(root / "b" / "im0.png") as file:
         np.testing.assert_array_equal(read_images([2])[0], np.asarray(file))
     assert "3 pictures; left out 4: 2 hidden" in caplog.text and "1 grids" in caplog.text
     (root / "c").symlink_to(root / "gone")
     with pytest.raises(ValueError, match="c links to"):
-        evaluate_images.open_images(root)
+        evaluate_images.open_images(root, NOTES)
 
 
 def write_npy(path):
@@ -245,7 +247,7 @@ def write_npy(path):
 def test_what_is_no_set_of_images_is_told_in_one_line(tmp_path, name, write, said):
     write(tmp_path / name)
     with pytest.raises(ValueError) as error:
-        evaluate_images.open_images(tmp_path / name)
+        evaluate_images.open_images(tmp_path / name, NOTES)
     assert said in str(error.value) and str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -17,7 +17,7 @@ from metrics import inception, inception_weights
 from metrics.reference import load_reference
 from models import vae
 from scripts import prepare_dataset
-from scripts.prepare.images import list_images
+from scripts.prepare.folders import list_images
 from utils import dataset, images
 
 ROOT = Path(__file__).resolve().parent.parent

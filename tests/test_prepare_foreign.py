@@ -149,7 +149,7 @@ WRONG = {
         "latents": np.where(np.arange(12)[:, None, None, None] == 11, np.nan, MEAN),
         "labels": LABELS,
     },
-    "Object arrays cannot be loaded": {"latents": MEAN, "labels": np.array([{}], object)},
+    "it holds Python's objects, not numbers": {"latents": MEAN, "labels": np.array([{}], object)},
 }
 
 

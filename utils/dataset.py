@@ -7,7 +7,7 @@ shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Ex
 - `moments` (h, w, 2c) float32, float16 or bfloat16: mean, then standard deviation, of the VAE's
   posterior, unscaled; beside it, where prepared so, `moments_flipped`, those of the mirrored image
 - or `image` (h, w, c) uint8
-- `label`, an index into the sorted classes.
+- `label`, an index into the sorted classes; not there where there are no classes.
 
 Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
 then one hash check and one copy.
@@ -46,6 +46,11 @@ def shard_path(root, split, index, count):
     return Path(root) / f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
+def example(label, **tensors):
+    """One record for `write_shard`; the label None: without classes."""
+    return tensors if label is None else tensors | {"label": label}
+
+
 def write_shard(path, examples):
     """Writes dicts of numpy arrays (see the module) as one shard; returns how many.
 
@@ -54,8 +59,8 @@ def write_shard(path, examples):
     count, content = 0, identity.Sum()
     with files.complete(path) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE_OPTIONS)
-        for example in examples:
-            record = _serialise(example)
+        for one in examples:
+            record = _serialise(one)
             content.add(record)
             with _writing(path):
                 writer.write(record)
@@ -93,15 +98,17 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
 
     Args:
       key: "moments" or "image"; `shape` (h, w, channels) and `dtype` of that tensor.
-      classes: the class names in the order of their labels, or their number.
+      classes: the class names in the order of their labels, or their number, which may be 0.
       shard_lengths: {split: [records in shard 0, 1, ...]}.
       settings: what it is made from and how, for JSON; with a digest of the records they become the
         description, which `Records.identity` tells.
     """
     root = Path(root)
     tensor = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
-    label = {"num_classes": classes} if isinstance(classes, int) else {"names": list(classes)}
-    features = {key: tensor, "label": tfds.features.ClassLabel(**label)}
+    features = {key: tensor}
+    if classes:
+        label = {"num_classes": classes} if isinstance(classes, int) else {"names": list(classes)}
+        features["label"] = tfds.features.ClassLabel(**label)
     if flipped:
         features["moments_flipped"] = tensor
     builder = tfds.core.dataset_info.DatasetIdentity(
@@ -180,13 +187,13 @@ class Records:
     def read(self, indices, flipped=True):
         """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
 
-        Safe to call from several threads. With `flipped`, `moments_flipped` too, where stored.
-        Raises ValueError naming the shard where a record is damaged, OSError where the system does
-        not let it be read.
+        Without classes all labels are 0. Safe to call from several threads. With `flipped`,
+        `moments_flipped` too, where stored. Raises ValueError naming the shard where a record is
+        damaged, OSError where the system does not let it be read.
         """
         keys = [self.key] + ["moments_flipped"] * (flipped and self.has_flipped)
         batch = {key: np.empty((len(indices), *self.shape), self.dtype) for key in keys}
-        batch["label"] = np.empty(len(indices), np.int32)
+        batch["label"] = np.zeros(len(indices), np.int32)
         shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
         rows_of = collections.defaultdict(list)
         for row, shard in enumerate(shards.tolist()):
@@ -205,7 +212,8 @@ class Records:
         features = tf_example_pb2.Example.FromString(record).features.feature
         for key, out in batch.items():
             if key == "label":
-                out[row] = features[key].int64_list.value[0]
+                if self.num_classes:
+                    out[row] = features[key].int64_list.value[0]
             else:
                 content = features[key].bytes_list.value[0]
                 out[row] = np.frombuffer(content, self.dtype).reshape(self.shape)
@@ -251,7 +259,7 @@ def open_records(root, split="train"):
     try:
         info = tfds.builder_from_directory(root).info
         key, feature = _tensor_of(info.features)
-        classes = info.features["label"].num_classes
+        classes = info.features["label"].num_classes if "label" in info.features else 0
     except Exception as error:  # whatever tfds makes of foreign or damaged metadata
         if reason := files.system_reason(error):
             raise OSError(f"the dataset at {root} cannot be read: {reason}") from error

@@ -1,6 +1,7 @@
 """Pictures as people keep them: which files of a folder are meant, and one of them -> 8 bits."""
 
 import collections
+import contextlib
 import operator
 import os
 from pathlib import Path
@@ -100,27 +101,66 @@ def below(folder, listing, extensions=EXTENSIONS, seen=()):
     return sorted(found)
 
 
-def read(path, turn=False, notes=None, file=None):
+class Notes:
+    """What was done to pictures while they were read: told with the first, and counted.
+
+    say: function of a line.
+    """
+
+    def __init__(self, say):
+        self.say, self._paths, self._largest = say, collections.defaultdict(set), {}
+
+    def tell(self, line, path, value=None):
+        """value: a number of the picture of which the largest is told in the end."""
+        if line not in self._paths:
+            self.say(f"{path}, and maybe others, {line}")
+        self._paths[line].add(path)
+        if value is not None:
+            self._largest[line] = max(value, self._largest.get(line, 0))
+
+    def report(self):
+        """Says how many there were."""
+        for line, paths in self._paths.items():
+            count = f"{len(paths)} images {line}"
+            if (largest := self._largest.get(line)) is None:
+                self.say(count)
+            else:
+                bits = max(int(largest).bit_length(), 1)
+                hint = f": {bits} bits, so they are dark here" if bits < 16 else ""
+                self.say(f"{count}; the largest value is {largest} of 65535{hint}")
+
+
+def read(path, turn=False, notes=None, file=None, background=None):
     """A picture of 8 bits, a PIL image in mode L or RGB, whatever the file holds.
 
-    16 bits become 8 by 1 / 257; palettes, CMYK and transparency become RGB without it.
+    16 bits become 8 by 1 / 257; palettes and CMYK become RGB.
 
     Args:
       turn: whether the orientation in the EXIF data counts.
-      notes: function of a line, told what was done to the numbers or left undone.
+      notes: function of a line and at times a number, told what was done or left undone.
+      background: what lies behind transparent pictures: white or black; else the colours that are
+        stored where nothing is to be seen count.
       file: what to read, opened, where it is no file of its own; `path` then only names it.
 
     Raises:
       ValueError: no picture, a damaged one, or one of floats or 32 bits.
       OSError: the system does not let it be read.
     """
-    notes = notes or (lambda line: None)
+    notes = notes or (lambda line, value=None: None)
+    with _opened(path, file) as image:
+        deep = ";16" in str(image.tile)  # before its EXIF data: those of a PNG load it
+        if not turn and _is_turned(image):
+            notes("carry an EXIF orientation, which is ignored")
+        turned = ImageOps.exif_transpose(image) if turn else image
+        return _eight_bits(turned, image.format, notes, background, deep)
+
+
+@contextlib.contextmanager
+def _opened(path, file=None):
+    """The picture by its content (ImageNet has a PNG named JPEG); one line for all that fails."""
     try:
-        with Image.open(file or path) as image:  # by content: ImageNet has a PNG named JPEG
-            if not turn and _is_turned(image):
-                notes("carry an EXIF orientation, which is ignored")
-            turned = ImageOps.exif_transpose(image) if turn else image
-            return _eight_bits(turned, image.format, notes)
+        with Image.open(file or path) as image:
+            yield image
     except Exception as error:  # PIL raises nearly anything on damaged files
         if reason := files.system_reason(error):
             raise OSError(f"{path} cannot be read: {reason}") from error
@@ -135,13 +175,39 @@ def _is_turned(file):
         return False
 
 
-def _eight_bits(image, kind, notes):
+def _eight_bits(image, kind, notes, background, deep):
     if image.mode == "F":
         raise ValueError("it holds floats, whose range no one knows; save it with 8 bits")
     if image.mode == "I" and kind not in ("PNG", "PPM"):
         raise ValueError("it holds 32 bits a pixel; save it with 8")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)  # 0..65535
-        notes("have 16 bits a pixel, made 8 by 1 / 257")
+        notes("have 16 bits a pixel, made 8 by 1 / 257", int(values.max()))
         return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
-    return image.convert("L" if image.mode == "L" else "RGB")
+    colours = image.convert("L" if is_gray(image) else "RGB")
+    if deep:
+        highest = max(high for _, high in np.reshape(colours.getextrema(), (-1, 2)).tolist())
+        notes("have 16 bits a colour, of which Pillow takes the upper 8", 256 * highest + 255)
+    if not image.has_transparency_data:
+        return colours
+    layers = image.convert("RGBA")
+    if layers.getchannel("A").getextrema()[0] < 255:
+        hint = "" if background is None else "; --background=white or black lays them on that"
+        if background not in ("white", "black"):
+            notes(f"have transparent parts, where the colours that are stored count{hint}")
+        else:
+            notes(f"have transparent parts, laid on {background}")
+            behind = Image.new("RGBA", layers.size, background)
+            return Image.alpha_composite(behind, layers).convert(colours.mode)
+    return colours
+
+
+def is_gray(image):
+    """Whether `read` makes an opened picture, of which the header is enough, one of mode L."""
+    return image.mode == "L" or image.mode.startswith("I")
+
+
+def shape(path):
+    """(height, width, 1 or 3) of what `read` makes of a file, from its header; raises as it."""
+    with _opened(path) as image:
+        return image.height, image.width, 1 if is_gray(image) else 3

@@ -13,13 +13,12 @@ Three layouts; splits are told by a word in the path, as in `labels.by_split`:
 import collections
 import json
 import threading
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from scripts.prepare import labels, latents
-from utils import files, pictures
+from scripts.prepare import labels, latents, manifest
+from utils import files, npy, pictures
 
 WORDS = ("moments", "samples", "latents", "features")  # what latents are called
 LABELS = "labels"
@@ -98,8 +97,14 @@ def list_records(root, listing, chosen=(), only=None):
             f"no latents in {root}: looked for {INDEX}, NAME.npz, or pairs of .npy files such as "
             f"latents.npy and labels.npy{f'; {listing}' if str(listing) else ''}"
         )
+    manifest.check_configs(root)
     found = labels.by_split(names, chosen)
-    return {split: [row for name in n for row in read(root, name)] for split, n in found.items()}
+    rows = {}
+    for split, of_split in found.items():
+        of_name = {name: read(root, name) for name in of_split}
+        manifest.check_versions(root, [(n, y) for n, of in of_name.items() for *_, y in of])
+        rows[split] = [row for of in of_name.values() for row in of]
+    return rows
 
 
 def _word(name):
@@ -127,16 +132,16 @@ def _of_file(root, name, there):
         place = root / (f"{LABELS}.npy" if word == name else beside)
         raise ValueError(f"{path} has no labels: {place} is expected to hold them")
     with files.reading(root / beside, "not an array of labels"):
-        of_file = np.load(root / beside, allow_pickle=False)
+        of_file = npy.mapped(root / beside)
     with files.reading(path, "not an array of latents"):
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        shape = npy.mapped(path).shape
     return _rows(name, shape, of_file, path)
 
 
 def _rows(name, shape, found, path):
     """One entry for each record of a file, where its latents and labels fit together."""
     found = found.reshape(-1) if found.ndim == 2 and 1 in found.shape else found
-    if len(shape) != 4 or found.shape != shape[:1]:
+    if len(shape) != 4 or found.shape[:1] != shape[:1] or found.ndim > 2:  # 2: one-hot
         raise ValueError(
             f"{path}: latents {shape} and labels {found.shape} do not fit together: they are "
             "(N, h, w, c) or (N, c, h, w), and (N,)"
@@ -151,17 +156,9 @@ def _rows(name, shape, found, path):
 
 def _read_npz(path):
     """Shape of the latents, and the labels, of a `.npz`; the latents stay where they are."""
-    with files.reading(path, "not a .npz of latents and labels"), zipfile.ZipFile(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        key = _key(path, names)
-        with archive.open(f"{key}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            header = {1: np.lib.format.read_array_header_1_0}.get(
-                version[0], np.lib.format.read_array_header_2_0
-            )
-            shape = header(file)[0]
-        with np.load(path, allow_pickle=False) as content:
-            return shape, content[LABELS]
+    with files.reading(path, "not a .npz of latents and labels"):
+        key = _key(path, npy.names(path))
+        return npy.header_of_member(path, key)[0], npy.member(path, LABELS)
 
 
 def _key(path, names):
@@ -203,8 +200,7 @@ class Arrays:
         path = self._root / name
         if not name.endswith(".npz"):
             return ""
-        with zipfile.ZipFile(path) as archive:
-            return _key(path, [name.removesuffix(".npy") for name in archive.namelist()])
+        return _key(path, npy.names(path))
 
     def record(self, name, row):
         """One record, as it is in the file; `row` None: the file is one."""
@@ -221,7 +217,4 @@ class Arrays:
     def _load(self, name):
         path = self._root / name
         with files.reading(path, "not an array of numbers, or damaged"):
-            if not name.endswith(".npz"):
-                return np.load(path, mmap_mode="r", allow_pickle=False)
-            with np.load(path, allow_pickle=False) as content:
-                return content[self.key(name)]
+            return npy.member(path, self.key(name)) if name.endswith(".npz") else npy.mapped(path)

@@ -10,21 +10,21 @@ import json
 import threading
 from pathlib import Path
 
-from scripts.prepare import images, labels
+from scripts.prepare import images, labels, manifest
 from utils import files, pictures
 
 ENDINGS = (".parquet", ".arrow")
-IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "cls")  # names of columns
+IMAGES = ("image", "img", "jpg", "png")  # names of columns
 OPEN = 4  # groups of rows in memory
 
 
 def run(args):
     """The job behind `prepare_dataset huggingface`; returns whether the records are complete."""
     root, listing = Path(args.input), pictures.Listing()
-    root, names = list_files(root, listing)
+    root, names, said = list_files(root, listing, args.config_name)
     tables = Tables(root, names)
     image_key, label_key = columns(tables, args.image_key, args.label_key)
-    found = labels.by_split(names, args.splits)
+    found = labels.by_split(names, args.splits, said)
     places = {
         split: [(name, row) for name in of_split for row in range(tables.length(name))]
         for split, of_split in found.items()
@@ -40,6 +40,9 @@ def run(args):
         ]
         for split, of_split in found.items()
     }
+
+    for split, of_split in read.items():
+        manifest.check_versions(root, [(places[split][i][0], y) for i, y in enumerate(of_split)])
 
     def where(split, i):
         name, row = places[split][i]
@@ -62,18 +65,20 @@ def run(args):
     return images.convert(args, classes, items, find, settings)
 
 
-def list_files(root, listing):
-    """(folder, names of the files with tables below it); `root` may be one file itself."""
+def list_files(root, listing, config=None):
+    """(folder, names of the tables below it, {name: split}) as `manifest.members` gives them;
+    `root` may be one file itself."""
     if root.is_file():
-        return root.parent, [root.name]
+        return root.parent, [root.name], {}
     if not root.is_dir():
         raise FileNotFoundError(f"no folder, and no file, at {root}")
     names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, ENDINGS)]
+    names, said = manifest.members(root, names, listing, config)
     kinds = {ending for ending in ENDINGS for name in names if name.lower().endswith(ending)}
     if len(kinds) != 1:
         what = f"both {' and '.join(sorted(kinds))}" if kinds else f"no {' or '.join(ENDINGS)}"
         raise ValueError(f"{what} files below {root}{f'; {listing}' if str(listing) else ''}")
-    return root, names
+    return root, names, said
 
 
 def columns(tables, image_key=None, label_key=None):
@@ -87,7 +92,7 @@ def columns(tables, image_key=None, label_key=None):
     keys = []
     for option, given, kind, common in (
         ("image_key", image_key, "Image", IMAGES),
-        ("label_key", label_key, "ClassLabel", LABELS),
+        ("label_key", label_key, "ClassLabel", labels.KEYS),
     ):
         typed = [key for key in there if _kind(features.get(key)) == kind]
         known = typed or [key for key in there if key in common]

@@ -1,4 +1,4 @@
-"""Images -> records of latents or pixels; folders of images."""
+"""Images -> records of latents or pixels."""
 
 import collections
 import functools
@@ -12,8 +12,8 @@ import numpy as np
 
 from metrics import inception_weights
 from models import vae
-from scripts.prepare import moments, shards, statistics
-from utils import environment, images, pictures, sharding
+from scripts.prepare import folders, moments, shards, statistics
+from utils import dataset, environment, images, pictures, sharding
 
 
 def run(args):
@@ -21,15 +21,18 @@ def run(args):
 
     Returns whether the records are complete.
     """
-    root, listing = Path(args.input), pictures.Listing()
-    classes, items = list_images(root, args.splits, listing)
-    counts = ", ".join(f"{len(files)} {split}" for split, files in items.items())
+    listing = pictures.Listing()
+    classes, items, find, settings = folders.find_images(Path(args.input), args, listing)
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in items.items())
     left = f"; {listing}" if str(listing) else ""
-    print(f"{args.input}: {len(classes)} classes; {counts} images{left}", flush=True)
-    if all(name.isdecimal() for name in classes) and sorted(classes, key=int) != classes:
-        i = next(i for i, name in enumerate(sorted(classes, key=int)) if name != classes[i])
-        print(f"the class folders are numbers, and sorted as text: label {i} is {classes[i]}")
-    return convert(args, classes, items, lambda name: (root / name, None))
+    names = () if isinstance(classes, int) else classes
+    print(
+        f"{args.input}: {len(names) or classes or 'no'} classes; {counts} images{left}", flush=True
+    )
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        i = next(i for i, name in enumerate(sorted(names, key=int)) if name != names[i])
+        print(f"the class folders are numbers, and sorted as text: label {i} is {names[i]}")
+    return convert(args, classes, items, find, settings)
 
 
 def convert(args, classes, items, find, settings=None):
@@ -51,7 +54,9 @@ def convert(args, classes, items, find, settings=None):
         size=args.image_size,
         workers=args.workers,
         notes=notes,
-        read=functools.partial(pictures.read, turn=args.exif_orientation),
+        read=functools.partial(
+            pictures.read, turn=args.exif_orientation, background=args.background
+        ),
     )
     split = next(iter(items))  # whose statistics are made
     if args.compute_fid:
@@ -65,96 +70,27 @@ def convert(args, classes, items, find, settings=None):
     return complete
 
 
-# The files
+# Decoding
 
 
-def list_images(root, splits=(), listing=None):
-    """Image files below `root/SPLIT/CLASS/`, or `root/CLASS/` where there is no `root/train`.
-
-    Returns (class names sorted, {split: [(path below root, label)] sorted}); the label is the
-    index of the class folder among the sorted ones of the first split. What is left out is counted
-    in `listing`.
-    """
-    listing = pictures.Listing() if listing is None else listing
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder of images at {root}")
-    there, _ = pictures.entries(root, pictures.Listing())
-    if not splits:
-        splits = [split for split in ("train", "val") if split in there]
-    for name in set(there).difference(splits) if splits else ():
-        listing.leave_out("folders that are not among the splits", root / name)
-    folders = {split: root / split for split in splits} or {"train": root}
-    classes, items = None, {}
-    for split, folder in folders.items():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder} for the split '{split}'")
-        found, loose = pictures.entries(folder, listing)
-        if not found:
-            raise ValueError(
-                f"{folder} has no class folders; images belong into {folder}/CLASS/, and --splits "
-                "says which splits to take"
-            )
-        for name in loose:
-            listing.leave_out("beside the class folders", folder / name)
-        classes = classes or found
-        labels = {name: label for label, name in enumerate(classes)}
-        if unknown := [name for name in found if name not in labels]:
-            raise ValueError(f"{folder / unknown[0]}: no such class in the first split")
-        of_class = {name: list_class(folder / name, listing) for name in found}
-        empty = [name for name, names in of_class.items() if not names]
-        if len(empty) == len(found):
-            known = " ".join(pictures.EXTENSIONS)
-            left = f"; {listing}" if str(listing) else ""
-            raise ValueError(f"no images below {folder}; known are {known}{left}")
-        if empty and not items:
-            raise ValueError(
-                f"{folder / empty[0]} is a class folder without images, one of {len(empty)}: take "
-                "them away, or put the images there; a class without images would move the labels"
-            )
-        for name in empty:
-            listing.leave_out("class folders without images", folder / name)
-        prefix = folder.relative_to(root)
-        items[split] = [
-            (str(prefix / name / file), labels[name])
-            for name, names in of_class.items()
-            for file in names
-        ]
-    return classes, items
-
-
-def list_class(folder, listing):
-    """The names of the images in a class folder, sorted."""
-    deeper, names = pictures.entries(folder, listing, links_matter=False)
-    for name in deeper:
-        for path in pictures.below(folder / name, pictures.Listing()):
-            listing.leave_out("in deeper folders", path)
-    return pictures.wanted(folder, names, listing)
-
-
-class Notes:
-    """What images are told of: unreadable ones, by policy ("fail" at the first, or "skip"), and
-    those that are not stored as they are in the file."""
+class Notes(pictures.Notes):
+    """What images are told of; unreadable ones by policy: "fail" at the first, or "skip"."""
 
     def __init__(self, policy):
-        self.policy, self.problems, self.told = policy, set(), collections.defaultdict(set)
+        super().__init__(lambda line: print(line, flush=True))
+        self.policy, self.problems = policy, set()
 
     def add(self, problem):
         if self.policy == "fail":
             raise ValueError(f"{problem}; --on_bad_image=skip leaves such images out")
         if problem not in self.problems:  # the statistics read them a second time
-            print(f"left out: {problem}", flush=True)
+            self.say(f"left out: {problem}")
         self.problems.add(problem)
 
-    def tell(self, line, path):
-        if line not in self.told:
-            print(f"{path}, and maybe others, {line}", flush=True)
-        self.told[line].add(path)
-
     def report(self):
-        for line, paths in self.told.items():
-            print(f"{len(paths)} images {line}", flush=True)
+        super().report()
         if self.problems:
-            print(f"{len(self.problems)} unreadable images were left out", flush=True)
+            self.say(f"{len(self.problems)} unreadable images were left out")
 
 
 def decoded(items, find, size, workers, notes, read=pictures.read):
@@ -169,18 +105,21 @@ def decoded(items, find, size, workers, notes, read=pictures.read):
     for image, label, problem, told in files.to_iter_dataset(
         grain.ReadOptions(workers, 8 * workers)
     ):
-        for line, path in told:
-            notes.tell(line, path)
+        for line, path, value in told:
+            notes.tell(line, path, value)
         if problem:
             notes.add(problem)
         yield image, label
 
 
 def _decode(find, size, read, item):
-    (path, file), told = find(item[0]), []
+    told = []
     try:
-        image = read(path, notes=lambda line: told.append((line, path)), file=file).convert("RGB")
-        return np.asarray(images.center_crop(image, size)), item[1], None, told
+        path, file = find(item[0])
+        image = read(
+            path, notes=lambda line, value=None: told.append((line, path, value)), file=file
+        )
+        return np.asarray(images.center_crop(image.convert("RGB"), size)), item[1], None, told
     except ValueError as error:
         return None, item[1], str(error), told
 
@@ -193,6 +132,8 @@ def write_records(args, classes, items, decode, settings):
     settings = {"image_size": args.image_size, "vae": args.vae} | settings
     if args.exif_orientation:
         settings["exif_orientation"] = True
+    if args.background != "keep":
+        settings["background"] = args.background
     if args.vae == "none":
         key, shape, dtype, flipped = "image", (args.image_size, args.image_size, 3), np.uint8, False
         make = functools.partial(_pixels, decode)
@@ -221,7 +162,7 @@ def write_records(args, classes, items, decode, settings):
 
 def _pixels(decode, items):
     for image, label in decode(items):
-        yield None if image is None else {"image": image, "label": label}
+        yield None if image is None else dataset.example(label, image=image)
 
 
 class Encoder:
@@ -274,7 +215,7 @@ class Encoder:
             where = f"dataset.vae {self._name}, an image of class {label}"
             stored = {k: moments.check(where, v[i], self.dtype) for k, v in encoded.items()}
             self._measure(encoded["moments"][i], stored["moments"])
-            yield stored | {"label": label}
+            yield dataset.example(label, **stored)
 
     def _measure(self, exact, stored):
         mean, kept = (np.split(a.astype(np.float64), 2, axis=-1)[0] for a in (exact, stored))

@@ -13,15 +13,22 @@ SPLITS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+KEYS = ("label", "labels", "cls", "class")  # what people call a column of labels
 SHOWN = 5  # labels in a line
+# How str() writes a whole number: 3, 3.0, tensor(3), np.float32(3.0), b'3', [3].
+WRAPPED = re.compile(
+    r"(?:tensor|array|Array|(?:np|numpy|jnp|torch)\.\w+)\((.*?)(?:, *(?:device|dtype)=.*)?\)"
+    r"|b'(.*)'"
+)
 
 
-def by_split(names, chosen=()):
+def by_split(names, chosen=(), said=None):
     """{split: names} of relative paths, from a word such as `train` in the file's name, or else in
     that of a folder above it; train where there is none. Train comes first, then val, then test.
 
     Args:
       chosen: the splits that are wanted; () for all.
+      said: {name: split} where the set itself tells it.
 
     Raises:
       ValueError: a split is chosen that is not there.
@@ -30,7 +37,8 @@ def by_split(names, chosen=()):
     for name in names:
         words = [re.split(r"[^a-z]+", part.lower()) for part in reversed(name.split("/"))]
         known = [SPLITS[word] for word in itertools.chain(*words) if word in SPLITS]
-        found[known[0] if known else "train"].append(name)
+        split = (said or {}).get(name) or (known[0] if known else "train")
+        found.setdefault(SPLITS.get(split, split), []).append(name)
     found = {split: names for split, names in found.items() if names}
     if unknown := [split for split in chosen if split not in found]:
         raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
@@ -40,11 +48,24 @@ def by_split(names, chosen=()):
 def read(where, value):
     """One label as it stands in a file: an int, or the name of a class, str.
 
+    A number may be written as str() of any library does it, or as a vector of one 1 among zeros.
+
     Raises:
       ValueError: anything else, in a line that begins with `where`.
     """
     if isinstance(value, str):
-        return int(value) if re.fullmatch(r"-?\d+", value.strip()) else value.strip()
+        text = value.strip()
+        wrapped = WRAPPED.fullmatch(text)
+        inner = text if wrapped is None else wrapped[1] or wrapped[2] or ""
+        if number := re.fullmatch(r"\[?\s*(-?\d+)(?:\.0*)?\s*\]?", inner):
+            return int(number[1])
+        if wrapped or not text:
+            raise ValueError(f"{where}: the label {value!r} is no whole number and no name")
+        return text
+    if isinstance(value, (list, np.ndarray)) and len(value) > 1:
+        array = np.asarray(value)
+        if array.dtype.kind in "iufb" and sorted(array.tolist()) == [0] * (len(array) - 1) + [1]:
+            return int(array.argmax())
     return whole_number(where, value)
 
 
@@ -57,14 +78,70 @@ def whole_number(where, label):
     return int(value.item())
 
 
+def of_folders(tree, endings, without=False):
+    """{split: [(file, name of its class folder, or None)]} of a tree of SPLIT/CLASS/ or CLASS/.
+
+    Args:
+      endings: of the files that count.
+      without: whether to take no classes, whatever the folders.
+
+    Raises:
+      ValueError: files beside class folders, or in deeper ones.
+    """
+    names = [name for name in tree.names if name.lower().endswith(endings)]
+    first = {name.split("/")[0] for name in names if "/" in name}
+    if not first & {"train", "training"}:
+        first = set()  # of classes
+    found = {}
+    for name in names:
+        top, _, rest = name.partition("/")
+        split, path = (SPLITS.get(top), rest) if first else ("train", name)
+        if split is not None:
+            found.setdefault(split, []).append((name, path.rpartition("/")[0] or None))
+    if without:
+        return {split: [(name, None) for name, _ in rows] for split, rows in found.items()}
+    for rows in found.values():
+        for name, folder in rows:
+            if (folder is None) != (rows[0][1] is None) or "/" in (folder or ""):
+                raise ValueError(
+                    f"{tree.where(name)} lies not in a class folder as others do; --labels=none "
+                    "goes without classes"
+                )
+    return found
+
+
+def numbered(found, args, where):
+    """{split: [(name, label as `read` gives it, or None)]} -> (classes, the same with numbers).
+
+    Args:
+      args: `splits`, those that are wanted, and `num_classes`.
+      where: function of a name -> its place, for people.
+    """
+    if unknown := [split for split in args.splits if split not in found]:
+        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
+    order = [*dict.fromkeys(SPLITS.values()), *found]
+    chosen = args.splits or [split for split in dict.fromkeys(order) if split in found]
+    found = {split: found[split] for split in chosen}
+    classes, numbers = settle(
+        {split: [label for _, label in rows] for split, rows in found.items()},
+        lambda split, i: where(found[split][i][0]),
+        args.num_classes,
+    )
+    return classes, {
+        split: [(name, y) for (name, _), y in zip(rows, numbers[split], strict=True)]
+        for split, rows in found.items()
+    }
+
+
 def settle(found, where, num_classes=None, names=()):
     """Labels of all splits, as `read` gives them -> (classes, {split: [int]}).
 
     Numbers have to be 0, 1, ... without a hole in the first split, unless `num_classes` or `names`
-    say how many there are; names of classes are numbered in their order as text.
+    say how many there are; names of classes are numbered in their order as text; where all are None
+    there are 0 classes.
 
     Args:
-      found: {split: [int or str]}.
+      found: {split: [int, str or None]}.
       where: function (split, index) -> whose label it is, for people.
       num_classes: how many there are; names: what they are called, in their order.
 
@@ -76,13 +153,16 @@ def settle(found, where, num_classes=None, names=()):
     """
     if empty := [split for split, of_split in found.items() if not of_split]:
         raise ValueError(f"no records in the split '{empty[0]}'; --splits chooses others")
-    kind, words = type(next(iter(found.values()))[0]), {int: "a number", str: "a name"}
+    words = {int: "a number", str: "a name", type(None): "none"}
+    kind = type(next(iter(found.values()))[0])
     for split, i, label in _each(found):
         if type(label) is not kind:
             other = words[type(label)]
             raise ValueError(
                 f"{where(split, i)}: label {label!r} is {other}, the first is {words[kind]}"
             )
+    if kind is type(None):
+        return 0, found
     if kind is str:
         names, number = _numbered(found, where)
     else:

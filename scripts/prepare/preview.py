@@ -52,9 +52,10 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
     batch = {key: values[by_label] for key, values in batch.items()}
     pictures, how = to_images(batch, vae)
     shown, total = len(pictures), f"{records.num_records:,} ({records.split})"
-    title = f"{shown} of {total}, by label, of {records.num_classes} classes; {how}"
-    names = class_names(root)
+    title = f"{shown} of {total}, by label, of {records.num_classes or 'no'} classes; {how}"
+    names = class_names(root) if records.num_classes else [""]
     labels = [f"{y} {names[y]}" if names else str(y) for y in batch["label"].tolist()]
+    labels = labels if records.num_classes else [""] * shown
     images.save_png(path, sheet(pictures, labels, title))
     print(f"preview: {title} -> {path}", flush=True)
 

@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from scripts.prepare import shards
-from utils import images
+from utils import images, pictures
 
 
 def run(args):
@@ -35,14 +35,20 @@ def run(args):
     if args.image_size is None and None in builder.info.features[image_key].shape:
         raise ValueError(f"the images of '{args.name}' differ in size; set --image_size")
 
+    notes = pictures.Notes(lambda line: print(line, flush=True))
+
     def example(item):
         split, index = item
         raw = sources[split][index]
-        image = to_array(raw[image_key], channels, args.image_size)
+        read = functools.partial(
+            pictures.read, f"{args.name}, {split} {index}", background=args.background,
+            notes=lambda line, value=None: notes.tell(line, f"{args.name}, {split} {index}", value),
+        )  # fmt: skip
+        image = to_array(raw[image_key], channels, args.image_size, read)
         return {"image": image, "label": label.encode_example(raw[label_key])}
 
     with _without_tensorflow(builder):
-        sources = raw_examples(builder, args.splits)
+        sources = raw_examples(builder, args.splits, image_key)
         items = {split: [(split, i) for i in range(len(raw))] for split, raw in sources.items()}
         shape = example(next(iter(items.values()))[0])["image"].shape
         job = shards.Job(
@@ -55,28 +61,33 @@ def run(args):
             items=items,
             names={split: [str(len(found))] for split, found in items.items()},
             records_per_shard=args.records_per_shard,
-            settings={"tfds": args.name, "version": str(builder.version), "shape": shape},
+            settings={"tfds": args.name, "version": str(builder.version), "shape": shape}
+            | ({} if args.background == "keep" else {"background": args.background}),
         )
         make = functools.partial(map, example)
-        return shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
+        done = shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
+    notes.report()
+    return done
 
 
-def to_array(image, channels, size=None):
-    """An image as TFDS's generators give it -> uint8 (h, w, channels), cropped to `size` if given.
+def to_array(image, channels, size, read):
+    """An image as TFDS gives it -> uint8 (h, w, 1 or 3), cropped to `size` if given.
 
-    They give arrays, paths, or files opened for reading.
+    Its generators give arrays, paths, or files opened for reading; what it has prepared is bytes.
+
+    read: `pictures.read` of the `file` of one image.
     """
     if not isinstance(image, np.ndarray):
-        content = image.read() if hasattr(image, "read") else epath.Path(image).read_bytes()
-        with Image.open(io.BytesIO(content)) as file:
-            image = np.asarray(file.convert("L" if channels == 1 else "RGB"))
+        if not isinstance(image, bytes):
+            image = image.read() if hasattr(image, "read") else epath.Path(image).read_bytes()
+        image = np.asarray(read(file=io.BytesIO(image)).convert("L" if channels == 1 else "RGB"))
     if image.dtype != np.uint8:
         raise ValueError(f"an image of {image.dtype}; only 8 bits can be stored")
     image = image.reshape(*image.shape[:2], -1)
     if size is None:
         return image
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    return np.asarray(images.center_crop(picture, size)).reshape(size, size, channels)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return np.asarray(images.center_crop(picture, size)).reshape(size, size, -1)
 
 
 def _keys(info, name):
@@ -88,10 +99,12 @@ def _keys(info, name):
     raise ValueError(f"'{name}' is not a set of images with one class each; it has {info.features}")
 
 
-def raw_examples(builder, splits):
+def raw_examples(builder, splits, image_key):
     """{split: sequence of raw examples}: read where TFDS has prepared the set, else generated."""
     try:
         if prepared := splits or builder.info.splits:
+            # Its own decoder takes the numbers of a palette, or of CMYK, for those of colours.
+            builder.info.features[image_key].decode_example_np = lambda content: content
             return {split: builder.as_data_source(split=split) for split in prepared}
     except NotImplementedError as error:
         raise ValueError(

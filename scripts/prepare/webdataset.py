@@ -10,10 +10,8 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
-
-from scripts.prepare import images, labels, latents
-from utils import files, pictures, processes
+from scripts.prepare import images, labels, latents, manifest
+from utils import files, npy, pictures, processes
 
 ARRAY = "npy"
 PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
@@ -22,14 +20,15 @@ PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
 def run(args):
     """The job behind `prepare_dataset webdataset`; returns whether the records are complete."""
     listing = pictures.Listing()
-    root, names = list_shards(Path(args.input), listing)
-    index = Index(root, args.label_key, listing)
+    root, names, said = list_shards(Path(args.input), listing, args.config_name)
+    index = Index(root, args.label_key, listing, args.on_bad_image == "skip")
     records = {}
-    for split, of_split in labels.by_split(names, args.splits).items():
+    for split, of_split in labels.by_split(names, args.splits, said).items():
         bar = processes.progress(of_split, len(of_split), "shards", f"labels ({split})")
         records[split] = [record for name in bar for record in index.scan(name)]
         if not records[split]:
             raise ValueError(f"{root / of_split[0]}: no images or .npy in it; {listing}")
+        manifest.check_versions(root, [(name.split(":")[0], y) for name, y in records[split]])
     counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in records.items())
     left = f"; {listing}" if str(listing) else ""
     print(f"{args.input}: {counts} {index.kind}{left}", flush=True)
@@ -66,27 +65,30 @@ def write_latents(args, classes, items, index, settings):
     return latents.write(args, classes, items, names, read, settings)
 
 
-def list_shards(root, listing):
-    """(folder, names of the shards below it); `root` may be one shard itself."""
+def list_shards(root, listing, config=None):
+    """(folder, names of the shards below it, {name: split}) as `manifest.members` gives them;
+    `root` may be one shard itself."""
     if root.is_file():
-        return root.parent, [root.name]
+        return root.parent, [root.name], {}
     if not root.is_dir():
         raise FileNotFoundError(f"no folder of shards, and no file, at {root}")
     names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, (".tar",))]
     if not names:
         raise ValueError(f"no .tar files below {root}{f'; {listing}' if str(listing) else ''}")
-    return root, names
+    return root, *manifest.members(root, names, listing, config)
 
 
 class Index:
     """Where in the shards below `root` the records lie.
 
-    label_key: of JSON; None: a `.cls` file, or where there is none "label" of JSON.
+    label_key: of JSON, or the ending of the files of labels; None: a `.cls` file, or where there is
+      none "label" of JSON.
+    skip: whether to leave out records without an image.
     kind: "images" or "latents", as in the first record.
     """
 
-    def __init__(self, root, label_key, listing):
-        self.root, self.kind = root, None
+    def __init__(self, root, label_key, listing, skip=False):
+        self.root, self.kind, self._skip = root, None, skip
         self._label_key, self._listing, self._places = label_key, listing, {}
 
     def scan(self, shard):
@@ -145,12 +147,14 @@ class Index:
     def _record(self, path, stem, members, archive):
         """(member that holds the image or array, label); None where there is none."""
         found = [end for end in members if end == ARRAY or end in PICTURES]
-        found = found or [end for end in members if end.endswith(f".{ARRAY}")]
+        found = found or [e for e in members if e.rpartition(".")[2] in (ARRAY, *PICTURES)]
         if len(found) > 1:
             raise ValueError(f"{path}:{stem} has {' and '.join(found)}: which one is the record?")
         label, where = self._label(path, members, archive)
         if not found:
-            if label is not None:
+            if label is not None and self._skip:
+                self._listing.leave_out("labels without an image", where)
+            elif label is not None:
                 raise ValueError(f"{where} has a label, and no image or .npy beside it")
             for member in members.values():
                 self._listing.leave_out("that are no records", f"{path}:{member.name}")
@@ -158,7 +162,7 @@ class Index:
         member = members[found[0]]
         if label is None:
             raise ValueError(f"{path}:{member.name} has no label: {where}")
-        kind = "images" if found[0] in PICTURES else "latents"
+        kind = "images" if found[0].rpartition(".")[2] in PICTURES else "latents"
         self.kind = self.kind or kind
         if kind != self.kind:
             raise ValueError(f"{path}:{member.name}: of {kind}, others are of {self.kind}")
@@ -166,13 +170,20 @@ class Index:
 
     def _label(self, path, members, archive):
         """(label or None, where it is or why it is none)."""
-        if "cls" in members and self._label_key is None:
-            where = f"{path}:{members['cls'].name}"
+        texts = [end for end in members if end.rpartition(".")[2] == "cls"]
+        if self._label_key is not None:
+            texts = [self._label_key] if self._label_key in members else []
+        if len(texts) > 1:
+            raise ValueError(f"{path}:{members[texts[0]].name}: --label_key is one of {texts}")
+        if texts:
+            where = f"{path}:{members[texts[0]].name}"
             with files.reading(where, "not a label"):
-                text = archive.extractfile(members["cls"]).read().decode()
+                text = archive.extractfile(members[texts[0]]).read().decode()
                 return labels.read(where, text), where
         if "json" not in members:
-            return None, f"there is no .{'json' if self._label_key else 'cls and no .json'}"
+            lacks = f"there is no .{'json' if self._label_key else 'cls and no .json'}"
+            hint = "; --label_key=txt takes its .txt for the name of the class"
+            return None, lacks + (hint if "txt" in members and not self._label_key else "")
         where, key = f"{path}:{members['json'].name}", self._label_key or "label"
         with files.reading(where, "not JSON"):
             content = json.loads(archive.extractfile(members["json"]).read())
@@ -191,5 +202,5 @@ class Index:
     def array(self, name):
         """The array of a record."""
         with files.reading(self.root / name, "not an array of numbers, or damaged"):
-            array = np.load(io.BytesIO(self.content(name)), allow_pickle=False)
+            array = npy.parse(self.content(name))
         return latents.checked(self.root / name, array)

@@ -1,0 +1,106 @@
+"""NumPy's files, `.npy` and `.npz`, as other people write them: no pickles, mapped and not read."""
+
+import ast
+import functools
+import shutil
+import struct
+import tempfile
+import zipfile
+
+import numpy as np
+
+MAGIC = b"\x93NUMPY"
+CHUNK = 2**20
+
+
+def parse(content):
+    """The bytes of a `.npy` -> its array, which shares their memory.
+
+    Raises:
+      ValueError: no array, one of Python's objects, or a cut one.
+    """
+    start, shape, fortran, dtype = header(content[: 2**16])
+    count = int(np.prod(shape, dtype=np.int64))
+    if len(content) - start < count * dtype.itemsize:
+        raise ValueError(f"{len(content) - start} bytes of {count * dtype.itemsize}: cut short")
+    array = np.frombuffer(content, dtype, count, start)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def header(head):
+    """The beginning of a `.npy` -> (where the numbers begin, shape, Fortran's order, dtype)."""
+    if head[:6] != MAGIC:
+        what = {b"PK": "a .npz or .zip", b"\x80": "a pickle", b"": "empty"}
+        known = [
+            text for first, text in what.items() if head.startswith(first) and (first or not head)
+        ]
+        raise ValueError(f"no .npy but {known[0] if known else f'begins with {bytes(head[:6])!r}'}")
+    if len(head) < 12:
+        raise ValueError("cut short")
+    size = 10 + int.from_bytes(head[8:10], "little")
+    if head[6] > 1:
+        size = 12 + int.from_bytes(head[8:12], "little")
+    if len(head) < size:
+        raise ValueError("cut short")
+    return size, *_described(bytes(head[10 if head[6] == 1 else 12 : size]))
+
+
+@functools.lru_cache(1024)
+def _described(text):
+    found = ast.literal_eval(text.decode("latin1").strip())
+    dtype = np.lib.format.descr_to_dtype(found["descr"])
+    if dtype.hasobject:
+        raise ValueError("it holds Python's objects, not numbers")
+    return tuple(map(int, found["shape"])), bool(found["fortran_order"]), dtype
+
+
+def mapped(path, offset=0):
+    """The array of a `.npy`, or of one that begins within a file, mapped into memory.
+
+    path: of a file, or one that is opened.
+    """
+    file = open(path, "rb") if not hasattr(path, "read") else path
+    try:
+        file.seek(offset)
+        start, shape, fortran, dtype = header(file.read(2**16))
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        order = "F" if fortran else "C"
+        return np.memmap(file, dtype, "r", offset + start, shape, order).view(np.ndarray)
+    finally:
+        file.close()
+
+
+def names(path):
+    """What the arrays of a `.npz` are called."""
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def member(path, name):
+    """One array of a `.npz`, mapped; a compressed one is inflated into a file without a name.
+
+    Raises:
+      KeyError: no such array; zipfile.BadZipFile: its checksum is another.
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        packed = info.compress_type != zipfile.ZIP_STORED
+        target = tempfile.TemporaryFile() if packed else None
+        with archive.open(info) as source:  # checks what it reads
+            if packed:
+                shutil.copyfileobj(source, target, CHUNK)
+                return mapped(target)
+            while source.read(CHUNK):
+                pass
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        lengths = struct.unpack("<26x2H", file.read(30))
+    return mapped(path, info.header_offset + 30 + sum(lengths))
+
+
+def header_of_member(path, name):
+    """Shape and dtype of an array of a `.npz`, of which no more is read."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        _, shape, _, dtype = header(file.read(2**16))
+    return shape, dtype
