@@ -108,7 +108,7 @@ class Evaluation:
             "labels": self.fid.labels,
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
-            "network_dtype": network_dtype(config),
+            "network_dtype": network_dtype(config.training),
             "vae_dtype": autoencoder.dtype,
             "decoder": autoencoder.identity.get("decoder"),
             "options": inherit.digest(config),
@@ -178,7 +178,7 @@ def evaluate_job(config, workdir):
     for name in config.fid.weights:
         weights_of.check_name(weights, name)  # told before hours of images
     weights = weights_of.place(weights, parts.mesh)
-    autoencoder = load_autoencoder(config)
+    autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
     inherit.check_autoencoder(weights, autoencoder, where)
     records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, parts, autoencoder, records)

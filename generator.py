@@ -75,7 +75,6 @@ def load(source, *options, config=None, step=None, average="ema"):
     if config is None:
         config = "default" if found["config"] else run_config.published(source, found, options)
     config = run_config.of_weights(config, options, source)
-    parts.check(config)
     mesh = sharding.make_mesh(1, jax.local_devices()[:1])
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
@@ -252,8 +251,9 @@ class Generator:
     @functools.cached_property
     def _autoencoder(self):
         """The autoencoder of `dataset.vae`."""
+        data, dtype = self.config.dataset, self.config.sampling.vae_dtype
         try:
-            autoencoder = parts.load_autoencoder(self.config)
+            autoencoder = parts.load_autoencoder(data, dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
         inherit.check_autoencoder({"identity": self.identity}, autoencoder, self._source)

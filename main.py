@@ -128,13 +128,10 @@ def main(argv):
         from utils import environment
 
         environment.pin()
-        import parts
-        from run import inherit
+        from run import config as run_config
 
         about = load_config.source(argv), load_config.given(argv)
-        config = inherit.adopt(config, flags.workdir, about[1])
-        parts.settle(config)
-        parts.check(config)
+        config = run_config.settle(config, flags.workdir, about[1])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

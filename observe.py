@@ -44,7 +44,7 @@ class Observer:
         self.times = sample.times_of(config.sampling)
         self.autoencoder = {}  # its identity, where one is loaded
         if config.training.sample_on_training or config.fid.on_training:
-            autoencoder = parts.load_autoencoder(config)
+            autoencoder = parts.load_autoencoder(config.dataset, config.sampling.vae_dtype)
             self.autoencoder = dict(autoencoder.identity)
             identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if config.training.sample_on_training:

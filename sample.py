@@ -210,16 +210,15 @@ def sample_job(config, workdir):
 
     With several guidances each draws the same noise and labels, into a folder of its own.
     """
-    parts = make_parts(config)
+    parts, options = make_parts(config), config.sampling
     where = config.load_from or workdir
     found = weights.load(
         where, parts.param_shapes(), config, may_lack=parts.module.only_for_training
     )
     inherit.check(config, found, where)
     found = weights.place(found, parts.mesh)
-    autoencoder = load_autoencoder(config)
+    autoencoder = load_autoencoder(config.dataset, options.vae_dtype)
     inherit.check_autoencoder(found, autoencoder, where)
-    options = config.sampling
     renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
     report.tell(report.sampling(config, parts, found, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)

@@ -225,7 +225,7 @@ def train_job(config, workdir):
 def train(config, workdir):
     """`train_job`, in a folder that no other job uses."""
     training = config.training
-    records = parts.open_records(config)
+    records = parts.open_records(config.dataset, training.batch_size)
     model = parts.make(config)
     sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size

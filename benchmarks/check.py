@@ -127,14 +127,15 @@ def gradient(config, batch_size=64):
 
     The parameters are moved from where they begin: there adaLN is zero, and most gradients with it.
     """
-    x = jax.random.normal(jax.random.key(1), (batch_size, *parts.image_shape(config)))
-    given = {"y": jnp.arange(batch_size) % config.dataset.num_classes}
-    method = parts.make_method(config)
+    made = parts.make(config, sharding.NOWHERE)
+    method = made.method
+    x = jax.random.normal(jax.random.key(1), (batch_size, *made.image_shape))
+    given = {"y": jnp.arange(batch_size) % made.num_classes}
     draws = method.draw(jax.random.key(2), x.shape, 0)
     options = card.compiler_options(sharding.make_mesh(1, jax.devices()[:1]))
 
     def of(dtype):
-        module = parts.make_module(config).clone(dtype=dtype, half_residual=dtype == jnp.bfloat16)
+        module = made.module.clone(dtype=dtype, half_residual=dtype == jnp.bfloat16)
         net = network.function(module)
         params = network.init_params(module, jax.random.key(0), x.shape[1:])
         params = jax.tree.map(

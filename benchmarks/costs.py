@@ -28,7 +28,7 @@ def config_without_data(argv):
 
 def batch_shapes(config):
     """A batch of raw records of a config, as `ShapeDtypeStruct`s."""
-    B, (h, w, c) = config.training.batch_size, parts.image_shape(config)
+    B, (h, w, c) = config.training.batch_size, parts.image_shape(config.dataset)
     batch = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
     if config.dataset.vae == "none":
         return batch | {"image": jax.ShapeDtypeStruct((B, h, w, c), jnp.uint8)}

@@ -1,13 +1,37 @@
-"""The config that weights are drawn from in Python: theirs, or the one that their shapes tell."""
+"""Settles the config of a job: what its command line leaves open comes from weights and records."""
 
 import parts
 from configs import load_config
-from models import network
+from configs.option import OF_RECORDS
 from run import inherit, weights
+from utils import dataset, sharding
+
+
+def settle(config, workdir, given, sampling=False):
+    """Settles a config, whose options change no more after this.
+
+    Args:
+      config, given: from `load_config.from_command_line` and `load_config.given`.
+      workdir: the run's folder.
+      sampling: see `inherit.adopt`.
+
+    Returns:
+      A checked, locked config; the same one where nothing was left open.
+
+    Raises:
+      ValueError, FileNotFoundError: options that contradict the weights or do not fit, no records.
+    """
+    config = inherit.adopt(config, workdir, given, sampling)
+    if config.dataset.num_classes == OF_RECORDS:
+        records = dataset.open_records(config.dataset.root)
+        of_records = {"dataset.num_classes": records.num_classes}
+        config = load_config.make(load_config.options(config) | of_records)
+    parts.check(config)
+    return config
 
 
 def of_weights(name, options, source):
-    """Makes the config `name` with `options`, and with those of the weights of `source`.
+    """Settles the config `name` with `options` for sampling from `source` in Python.
 
     Args:
       name: of a file of configs/, or a path that ends in .yml.
@@ -17,13 +41,18 @@ def of_weights(name, options, source):
     Raises:
       ValueError: an option that is none, or that contradicts the weights.
     """
+    config, given = _command(name, options)
+    return settle(config, source, given, sampling=True)
+
+
+def _command(name, options):
     file = name if str(name).endswith(".yml") else f"configs/load_config.py:{name}"
     argv = [f"--config={file}", "--config.sample_only=True"]
     argv += ["--config.dataset.root=none", *(f"--config.{option}" for option in options)]
     config, rest = load_config.from_command_line(argv)
     if rest:
         raise ValueError(f"options: {rest[0]!r} is not 'section.option=value'")
-    return inherit.adopt(config, source, load_config.given(argv), sampling=True)
+    return config, load_config.given(argv)
 
 
 def published(source, found, options):
@@ -36,11 +65,10 @@ def published(source, found, options):
       ValueError: there is none.
     """
     for name in found["configs"]:
-        config = of_weights(name, options, source)
-        module = parts.make_module(config)
-        shapes = network.param_shapes(module, parts.image_shape(config))
+        made = parts.make(_command(name, options)[0], sharding.NOWHERE)
+        shapes, may_lack = made.param_shapes(), made.module.only_for_training
         try:
-            weights.check_parameters("", shapes, found["ema_params"][0], module.only_for_training)
+            weights.check_parameters("", shapes, found["ema_params"][0], may_lack)
         except ValueError:
             continue
         return name

@@ -40,12 +40,11 @@ class Controls(NamedTuple):
 
 def controls(model, columns):
     """The `Controls` of a `generator.Generator`, for a grid of so many columns."""
-    import parts
     import sample
 
     config, omega = model.config, None
     largest = config.method.omega_max
-    if parts.method_class(config).guided_at_sampling and model.num_classes and largest > 1:
+    if model.parts.method.guided_at_sampling and model.num_classes and largest > 1:
         start = float(next(iter(config.sampling.omega), 1.0))
         omega = (start, max(start, float(largest)))
     rows = min(model.num_classes or sample.GRID_CLASSES, sample.GRID_CLASSES)

@@ -68,7 +68,7 @@ def as_on_a_card(monkeypatch):
 def run(workdir, *words, steps=(20,)):
     """Writes a run without training, its parameters random; (config, params of the average)."""
     options = config(*PIXELS, *words)
-    weights = params(parts.make_module(options), parts.image_shape(options), 0.2)
+    weights = params(parts.make(options).module, parts.image_shape(options.dataset), 0.2)
     with checkpoint.Checkpointer(workdir) as checkpointer:
         for step in steps:
             checkpointer.save(

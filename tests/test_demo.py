@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import generator
+import parts
 from scripts import demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ class Model:
     def __init__(self, num_classes, *words):
         self.config = make.config(*PIXELS, f"dataset.num_classes={num_classes}", *words)
         self.num_classes = num_classes
+        method = parts.OBJECTIVES[self.config.method.name]
+        self.parts = types.SimpleNamespace(method=method)
         self.asked = []
 
     def sample(self, labels, seed, num_steps, omega):

@@ -81,7 +81,7 @@ def test_main_results(name, epochs, omega, kappa, start, end, steps, fid):
         "cfg", omega, kappa, start, end,
     )  # fmt: skip
     assert config.training.num_epochs == epochs and steps in config.sampling.num_steps
-    net = parts.make_module(config)
+    net = parts.make(config).module
     assert (net.depth, net.hidden_size, net.num_heads, net.patch_size) == SIZES[name][:4]
     shapes = network.param_shapes(net, (32, 32, 4))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -153,8 +153,8 @@ ABLATIONS = {  # what differs from the base: (fields of the objective, fields of
 
 def changed_fields(config, base):
     """What differs in the objective and in the network."""
-    methods = [vars(parts.make_method(c)) for c in (config, base)]
-    nets = [vars(parts.make_module(c)) for c in (config, base)]
+    methods = [vars(parts.make(c).method) for c in (config, base)]
+    nets = [vars(parts.make(c).module) for c in (config, base)]
     return [
         {name: new[name] for name in old if not name.startswith("_") and new[name] != old[name]}
         for new, old in (methods, nets)
@@ -184,14 +184,14 @@ def test_table_5_keeps_the_effective_scale():
     rows = table_rows("| kappa |")
     assert [float(row[0]) for row in rows] == [0, 0.5, 0.8, 0.9, 0.95]
     for row in rows:
-        method = parts.make_method(load("ablation_b4", *overrides(row[1])))
+        method = parts.make(load("ablation_b4", *overrides(row[1]))).method
         assert method.guidance_eq == "cfg" and method.kappa == float(row[0])
         assert method.omega / (1 - method.kappa) == pytest.approx(2)
 
 
 def test_b4_with_other_guidance():
     none, omega, kappa = (
-        parts.make_method(load("run_b4", *overrides(row[0])))
+        parts.make(load("run_b4", *overrides(row[0]))).method
         for row in table_rows("| override of `run_b4` |")
     )
     assert none.guidance_eq == "none"

@@ -41,7 +41,9 @@ def refused(call, kind=ValueError):
 def test_images_are_those_of_the_sampling_job(runs, model):
     _, config, params = runs["DiT"]
     made = parts.make(config)
-    renderer = sample.Renderer(made, parts.load_autoencoder(config), config.sampling.seed, 2)
+    renderer = sample.Renderer(
+        made, parts.load_autoencoder(config.dataset, "float32"), config.sampling.seed, 2
+    )
     setting = sample.settings(config.sampling)[0].replace(times=sample_times(2))
     (images,) = renderer(params, [2, 0], setting)
     ours = model.sample([2, 0], num_steps=2)
@@ -66,7 +68,7 @@ def test_one_step_follows_the_average_velocity(model):
 def test_labels_are_mixed_by_their_embeddings(runs, name):
     """One-hot weights change nothing; a mixture is the label whose row is the mixture of rows."""
     folder, config, params = runs[name]
-    module = parts.make_module(config)
+    module = parts.make(config).module
     net = network.function(module)
     z = np.random.default_rng(1).standard_normal((2, 4, 4, 1), np.float32)
     c = {"t": np.full(2, 0.9, np.float32), "h": np.full(2, 0.5, np.float32)}
@@ -163,7 +165,7 @@ def test_latents_without_an_autoencoder(tmp_path, monkeypatch):
     line = refused(lambda: model.sample([0]), FileNotFoundError)
     assert "absent" in line and "output='latents' needs none" in line
     twice = vae.Autoencoder({"a": np.float32(2)}, None, lambda params, x: params["a"] * x, 1)
-    monkeypatch.setattr(parts, "load_autoencoder", lambda config: twice)
+    monkeypatch.setattr(parts, "load_autoencoder", lambda data, dtype: twice)
     np.testing.assert_allclose(model.sample([0], output="float"), 2 * x, atol=1e-6)
     expected = np.round(np.clip(127.5 * 2 * x + 128, 0, 255) - 0.5)
     assert np.abs(model.decode(x) - expected).max() <= 1

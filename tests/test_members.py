@@ -23,6 +23,7 @@ from models import network
 from models.network import Velocity
 from run import best as best_of
 from run import checkpoint, resume, weights
+from run import config as run_config
 
 MEMBERS = {
     "trajectory": {},
@@ -153,7 +154,7 @@ def test_flops_of_soflow_b4(guidance, passes):
     """By XLA, over all operations of the step."""
     words = ["--config=configs/load_config.py:soflow_b4", f"--config.method.guidance_eq={guidance}"]
     config = costs.config_without_data(words)[0]
-    by_hand = parts.make_module(config).flops((32, 32, 4)) * 256
+    by_hand = parts.make(config).module.flops((32, 32, 4)) * 256
     assert 1 < count(config, plain=False) / (passes * by_hand) < 1.03
     assert get_config().model.cls == config.model.cls
 
@@ -282,7 +283,7 @@ def test_beginning_with_the_weights_of_a_run(records, finished, tmp_path, caplog
 def test_another_number_of_classes_keeps_the_row_of_none(records, finished):
     _, state, folder = finished
     config = config_of(records, **{"init_from": folder, "init_weights": "params"})
-    module = parts.make_module(config).clone(num_classes=5)
+    module = parts.make(config).module.clone(num_classes=5)
     fresh = jax.device_get(network.init_params(module, jax.random.key(9), (4, 4, 1)))
     found, line = weights.begin(config, module, fresh)
     table = found["y_embedder"]["embedding"]
@@ -296,7 +297,7 @@ def test_beginning_with_a_published_checkpoint(records, golden):
     expected = published.load(path)["ema_params"]
     config = config_of(records, **{"init_from": path})
     fresh = jax.tree.map(np.zeros_like, expected)
-    module = parts.make_module(config)  # of which only the name of its label table counts
+    module = parts.make(config).module  # of which only the name of its label table counts
     found, _ = weights.begin(config, module, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -316,7 +317,7 @@ def test_beginning_with_a_published_checkpoint(records, golden):
 def test_weights_that_do_not_fit_are_refused(records, finished, words, line):
     words = {name: str(value).format(run=finished[2]) for name, value in words.items()}
     config = config_of(records, **words)
-    module = parts.make_module(config)
+    module = parts.make(config).module
     fresh = jax.eval_shape(lambda: network.init_params(module, jax.random.key(9), (4, 4, 1)))
     with pytest.raises((ValueError, OSError), match=line):
         weights.begin(config, module, jax.tree.map(lambda a: np.zeros(a.shape), fresh))
@@ -325,5 +326,6 @@ def test_weights_that_do_not_fit_are_refused(records, finished, words, line):
 def test_the_number_of_classes_can_be_left_to_the_records(records):
     config = config_of(records, **{"dataset.num_classes": ""})
     assert config.dataset.num_classes == -1
-    parts.settle(config)
-    assert config.dataset.num_classes == OPTIONS["dataset.num_classes"]
+    settled = run_config.settle(config, "nowhere", {})
+    assert settled.is_locked and config.dataset.num_classes == -1
+    assert settled.dataset.num_classes == OPTIONS["dataset.num_classes"]

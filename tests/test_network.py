@@ -19,8 +19,8 @@ DEEPER = {
 def arrays(*words):
     """A network's arrays: name -> (shape, `Axes`)."""
     config = make.config(*make.PIXELS, *words)
-    module = parts.make_module(config)
-    shapes = network.param_shapes(module, parts.image_shape(config))
+    module = parts.make(config).module
+    shapes = network.param_shapes(module, parts.image_shape(config.dataset))
     axes = jax.tree.leaves(module.axes(shapes), is_leaf=lambda a: isinstance(a, Axes))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     names = ["/".join(key.key for key in path) for path, _ in leaves]
@@ -54,7 +54,7 @@ def test_patches_of_an_image_that_is_not_square():
 @pytest.mark.parametrize("name", ["DiT", "imfDiT"])
 def test_a_transformer_takes_images_that_are_not_square(name):
     config = make.config(*make.PIXELS, *make.NETWORKS[name])
-    module = parts.make_module(config)
+    module = parts.make(config).module
     params = make.params(module, (4, 8, 1))
     c = {"t": np.ones(2, np.float32), "h": np.ones(2, np.float32), "y": np.zeros(2, np.int32)}
     c |= {name: np.ones(2, np.float32) for name in module.conditions}

@@ -53,7 +53,7 @@ def inputs(rows=4, seed=5):
 def test_published_size():
     """The network of the published checkpoint, by its options in configs/default.py."""
     config = load_config.get_config("cifar10_unet")
-    shapes = network.param_shapes(parts.make_module(config), (32, 32, 3))
+    shapes = network.param_shapes(parts.make(config).module, (32, 32, 3))
     leaves = jax.tree.leaves(shapes)
     assert (len(leaves), sum(a.size for a in leaves)) == (417, 55_932_419)
 

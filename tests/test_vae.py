@@ -136,10 +136,10 @@ def test_flipped_latents_that_are_not_there_are_asked_for(tmp_path):
     dataset.write_metadata(tmp_path, "moments", shape, np.float32, 1, {"train": [count]})
     options = {"root": tmp_path, "image_size": shape[0], "image_channels": 1, "num_classes": 1}
     words = [f"dataset.{name}={value}" for name, value in options.items()]
-    config = make.config("training.batch_size=4", *words)
-    assert parts.open_records(config).num_records == 4
+    config = make.config(*words)
+    assert parts.open_records(config.dataset, 4).num_records == 4
     with pytest.raises(ValueError, match="dataset.use_flip"):
-        parts.open_records(make.config("training.batch_size=4", "dataset.use_flip", *words))
+        parts.open_records(make.config("dataset.use_flip", *words).dataset, 4)
 
 
 def test_pixels_are_scaled_and_mirrored_along_the_width():

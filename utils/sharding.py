@@ -9,11 +9,12 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 SMALLEST_SHARDED = 2**14  # elements; below, a copy costs less than gathering the shards
 SUBLANES = 8  # rows of a tile in a TPU's memory
 NEIGHBOURS = {"tpu": 16, "gpu": 8, "cuda": 8}  # devices that are quick to exchange, by platform
+NOWHERE = AbstractMesh((1, 1), ("data", "fsdp"))  # a mesh for shapes alone, of no devices
 
 
 def make_mesh(fsdp, devices=None):
