@@ -228,6 +228,26 @@ def test_the_search_for_unread_options_finds_one():
     ]
 
 
+MOST_WITH_CONFIG = 42  # may only fall
+
+
+def test_few_functions_are_handed_the_whole_config():
+    """Main, the jobs, what makes the parts and what settles a config; the rest takes its section.
+
+    Of models/, where a config is that of an autoencoder's file, none is a run's.
+    """
+    handed = [
+        f"{module}.{node.name}"
+        for module, path in MODULES.items()
+        if room(module) not in ("models", "scripts", "benchmarks")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef)
+        and "config" in [a.arg for a in [*node.args.args, *node.args.kwonlyargs]]
+    ]
+    assert "main.run_job" in handed and "parts.make" in handed
+    assert len(handed) <= MOST_WITH_CONFIG, handed
+
+
 def test_scripts_ask_for_no_rights():
     for path in [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"]:
         text = path.read_text()
