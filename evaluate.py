@@ -55,9 +55,9 @@ class Evaluator:
     def draw_batch(self, params, start, setting):
         """Draws x of a batch from noise. Pure; compiled for each number of steps."""
         index, seed = self.index(start), self.options.seed
-        kind = self.score.options.labels
-        labels = sample.draw_labels(seed, index, self.parts.num_classes, kind)
-        return sample.generate(self.parts, seed, params, index, labels, setting)
+        labels = self.score.options.labels
+        given = sample.conditions(index, labels, self.parts.num_classes, seed)
+        return sample.generate(self.parts, seed, params, index, given, setting)
 
     def add_batch(self, statistics, vae_params, feature_params, x, start):
         """Decodes a batch and adds it to the statistics. Pure; compiled once. See `Scorer.add`."""

@@ -160,8 +160,9 @@ class Generator:
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
         vae_params = {} if output == "latents" else self.vae_params
-        x = self._sample(self.params, vae_params, z, y, setting, np.int32(seed), output=output)
-        return _numbers(x)
+        given = sample.conditions(np.arange(len(y)), y)
+        arguments = self.params, vae_params, z, given, setting, np.int32(seed)
+        return _numbers(self._sample(*arguments, output=output))
 
     @environment.pinned()
     def u(self, z, t, h, y, omega=None):
@@ -179,7 +180,8 @@ class Generator:
         y = _numbers(self._labels(y))
         z = _numbers(self._images(z, len(y), "z"))
         t, h = (np.broadcast_to(_numbers(a, np.float32), len(y)) for a in (t, h))
-        arguments = self.params, z, t, t - h, y, self.guidance(omega)
+        given = sample.conditions(np.arange(len(y)), y)
+        arguments = self.params, z, t, t - h, given, self.guidance(omega)
         return _numbers(self._velocity(*arguments))
 
     @environment.pinned()
@@ -216,13 +218,13 @@ class Generator:
         @environment.pinned()
         def images(params, z, labels, vae_params=None, fresh=None):
             y = self._labels(labels)
-            z = self._images(z, len(y), "z")
+            given, z = sample.conditions(np.arange(len(y)), y), self._images(z, len(y), "z")
             if needs and vae_params is None:
                 raise ValueError("vae_params: images need those of the generator, model.vae_params")
             if sampler == "consistency":
                 _check_shape("fresh", np.shape(fresh), (len(setting.times) - 2, *z.shape))
             x = integrate(
-                self.parts.method, self.parts.net, params, z, {"y": y}, setting.times,
+                self.parts.method, self.parts.net, params, z, given, setting.times,
                 guidance=setting.guidance, sampler=sampler, fresh=lambda k: fresh[k - 1],
             )  # fmt: skip
             return decode(vae_params, x) if decode else x
@@ -231,17 +233,17 @@ class Generator:
 
     # Pure, compiled ------------------------------------------------------------------------------
 
-    def _draw(self, params, vae_params, noise, y, setting, seed, *, output):
+    def _draw(self, params, vae_params, noise, given, setting, seed, *, output):
         index = np.arange(len(noise))
-        x = sample.generate(self.parts, seed, params, index, y, setting, noise)
+        x = sample.generate(self.parts, seed, params, index, given, setting, noise)
         if output == "latents":
             return x
         images = self._autoencoder.decode(vae_params, x)
         return image_utils.to_uint8(images) if output == "uint8" else images
 
-    def _velocity_of(self, params, z, t, r, y, guidance):
+    def _velocity_of(self, params, z, t, r, given, guidance):
         method, net = self.parts.method, self.parts.net
-        return method.velocity(net, params, z, t, r, {"y": y}, method.guidance_at(guidance, t))
+        return method.velocity(net, params, z, t, r, given, method.guidance_at(guidance, t))
 
     @functools.cached_property
     def _decode(self):

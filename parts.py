@@ -44,6 +44,16 @@ OBJECTIVES = {
 }
 
 
+class Frozen(NamedTuple):
+    """A network without training, for objectives that ask for it by name."""
+
+    apply: Callable  # (params, *inputs) -> outputs
+    load: Callable  # the objective, with its options -> params, a tree of numpy arrays
+
+
+FROZEN: dict[str, Frozen] = {}
+
+
 class Parts(NamedTuple):
     """What a run is made of. Nothing here holds weights."""
 
@@ -54,6 +64,11 @@ class Parts(NamedTuple):
     codec: codec.Codec
     image_shape: tuple[int, int, int]  # (h, w, c) of what the network sees
     num_classes: int
+
+    @property
+    def frozen(self):
+        """The frozen networks that the objective asks for: name -> `Frozen`."""
+        return {name: FROZEN[name] for name in self.method.frozen}
 
     def param_shapes(self):
         """Tells the parameters of the network, a tree of `ShapeDtypeStruct`s."""
@@ -82,17 +97,24 @@ def make(config, mesh=None):
     shape, dtype = image_shape(data), network_dtype(config.training)
     module = make_module(config.model, shape, data.num_classes, dtype)
     method = make_method(config.method, data.num_classes)
-    module = module.serving(method.conditions, method.needs_v)
+    records_codec = make_codec(data)
+    conditions = (*method.conditions, *records_codec.conditions)
+    module = module.serving(conditions, method.needs_v)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     return Parts(
         mesh=mesh,
         module=module,
         net=network.function(module, sharding.gather(mesh)),
         method=method,
-        codec=make_codec(data),
+        codec=records_codec,
         image_shape=shape,
         num_classes=data.num_classes,
     )
+
+
+def load_frozen(parts):
+    """Loads the parameters of the frozen networks: name -> a tree of numpy arrays."""
+    return {name: frozen.load(parts.method) for name, frozen in parts.frozen.items()}
 
 
 def open_records(data, batch_size):

@@ -53,6 +53,18 @@ def draw_labels(seed, index, num_classes, kind):
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 
 
+def conditions(index, labels, num_classes=0, seed=0):
+    """Returns the conditions of images number `index` (N,) by name, as objectives take them.
+
+    Args:
+      labels: one of the kinds of `draw_labels`; or the labels of all images, int32 (M,) or weights
+        float32 (M, K + 1), which begin anew where there are more images.
+    """
+    if isinstance(labels, str):
+        return {"y": draw_labels(seed, index, num_classes, labels)}
+    return {"y": labels[index % len(labels)]}
+
+
 @struct.dataclass
 class Setting:
     """How images are drawn from weights; an argument of compiled functions.
@@ -87,20 +99,20 @@ def times_of(options):
     return [sample_times(num_steps) for num_steps in options.num_steps]
 
 
-def generate(parts, seed, params, index, y, setting, noise=None):
-    """Draws x number `index` (N,) with the conditions y from noise, float32 (N, h, w, c). Pure.
+def generate(parts, seed, params, index, given, setting, noise=None):
+    """Draws x number `index` (N,) from noise, float32 (N, h, w, c). Pure.
 
     Args:
       parts: `parts.Parts`.
       seed: of the noise.
-      y: labels int32 (N,), or weights over them, see `models.network.Network`.
+      given: from `conditions`.
       setting: `Setting`.
       noise: z_1, float32 (N, h, w, c); None: `draw_noise`.
     """
     if noise is None:
         noise = draw_noise(seed, index, parts.image_shape)
     return integrate(
-        parts.method, parts.net, params, noise, {"y": y}, setting.times,
+        parts.method, parts.net, params, noise, given, setting.times,
         guidance=setting.guidance, sampler=setting.sampler,
         fresh=partial(draw_fresh, seed, index, parts.image_shape),
     )  # fmt: skip
@@ -121,8 +133,8 @@ class Renderer:
         self.vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
 
-        def images(params, vae_params, index, labels, setting):
-            x = generate(parts, seed, params, index, labels, setting)
+        def images(params, vae_params, index, given, setting):
+            x = generate(parts, seed, params, index, given, setting)
             return image_utils.to_uint8(autoencoder.decode(vae_params, x))
 
         def decoded(vae_params, x):
@@ -133,12 +145,12 @@ class Renderer:
 
     def __call__(self, params, labels, setting):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
-        index, labels = np.arange(len(labels), dtype=np.int32), np.asarray(labels, np.int32)
+        labels = np.asarray(labels, np.int32)
         for start in range(0, len(labels), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            batch = self._place(index[rows]), self._place(labels[rows])
+            index = np.arange(start, min(start + self.batch_size, len(labels)), dtype=np.int32)
+            batch = jax.tree.map(self._place, (index, conditions(index, labels)))
             images = self._images(params, self.vae_params, *batch, setting)
-            yield np.asarray(images)[: len(labels[rows])]
+            yield np.asarray(images)[: len(index)]
 
     def decode(self, x):
         """Decodes x float32 (N, h, w, c), equal in all processes, to images uint8 (N, H, W, C)."""

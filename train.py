@@ -53,6 +53,7 @@ class Recipe:
     ema_sigmas: tuple[float, ...] = ()
     ema_period: int = 1
     grad_accum_steps: int = 1
+    frozen: dict[str, Callable] = dataclasses.field(default_factory=dict)  # (params, *inputs)
     gather: Callable = lambda params: params  # once for all passes of a step, before `net`
     skip_nonfinite: bool = False
     log_per_step: int = 100
@@ -102,7 +103,7 @@ def gradients(recipe, params, x, given, draws, held, key):
     return (value, jax.tree.map(join, rows)), grads
 
 
-def train_step(recipe, key, state, batch):
+def train_step(recipe, key, state, batch, frozen=None):
     """One step. Pure.
 
     Args:
@@ -110,6 +111,7 @@ def train_step(recipe, key, state, batch):
       key: key of the run; the draws come from `fold_in(key, state.step)`.
       state: `TrainState`.
       batch: raw records, see `models.codec.Codec.encode`.
+      frozen: parameters of the networks of `recipe.frozen`, by name.
 
     Returns:
       The next `TrainState`.
@@ -118,14 +120,14 @@ def train_step(recipe, key, state, batch):
     key_x, key_draw = jax.random.split(key)
     x, given = recipe.codec.encode(batch, key_x)
     draws = recipe.method.draw(key_draw, x.shape, state.step)
-    return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT))
+    return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT), frozen)
 
 
 def make_step(recipe, key, mesh, shardings):
-    """`train_step` compiled over the mesh, (state, batch) -> state; the state given is used up."""
+    """Compiles `train_step` over the mesh, (state, batch, frozen) -> state; uses the state up."""
     return jax.jit(
         partial(train_step, recipe, key),
-        in_shardings=(shardings, sharding.by_row(mesh)),
+        in_shardings=(shardings, sharding.by_row(mesh), sharding.replicated(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
         compiler_options=card.compiler_options(mesh),
@@ -133,28 +135,34 @@ def make_step(recipe, key, mesh, shardings):
 
 
 def make_steps(recipe, key, mesh, shardings, total):
-    """The steps of a run, (steps done, state, batch) -> state: `make_step` for each objective.
+    """Makes the steps of a run, (steps done, state, batch, frozen) -> state.
 
-    Most objectives are one from beginning to end. Where one becomes another (`Objective.at`), that
-    is known from the number of the step alone, so each has a program of its own, without branches;
-    it is compiled when it is reached.
+    Each is from `make_step`, for the objective that holds then. Most objectives are one from
+    beginning to end. Where one becomes another (`Objective.at`), that is known from the number of
+    the step alone, so each has a program of its own, without branches; it is compiled when it is
+    reached.
     """
 
     @functools.cache
     def step_of(method):
         return make_step(dataclasses.replace(recipe, method=method), key, mesh, shardings)
 
-    return lambda done, *args: step_of(recipe.method.at(done, total))(*args)
+    def step(done, state, batch, frozen):
+        return step_of(recipe.method.at(done, total))(state, batch, frozen)
+
+    return step
 
 
-def update(recipe, state, x, given, draws, key):
+def update(recipe, state, x, given, draws, key, frozen=None):
     """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
 
     Args:
       given: what comes with x, see `methods.objective.Objective.loss`.
       key: of the network's dropout, where it has one.
+      frozen: see `train_step`.
     """
-    held = {"ema_params": recipe.gather(state.ema_params[0])}
+    held = {name: partial(apply, frozen[name]) for name, apply in recipe.frozen.items()}
+    held["ema_params"] = recipe.gather(state.ema_params[0])
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -204,6 +212,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         ema_sigmas=tuple(config.training.ema_sigma),
         ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
+        frozen={name: frozen.apply for name, frozen in model.frozen.items()},
         gather=lambda params: gather(model.module.cast(params)),
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
@@ -248,7 +257,8 @@ def train(config, workdir):
         observer.keep_best(int(state.step))
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
-    step_fn = make_steps(recipe, key, model.mesh, shardings, total)
+    frozen = sharding.place_everywhere(model.mesh, parts.load_frozen(model))
+    step_fn = partial(make_steps(recipe, key, model.mesh, shardings, total), frozen=frozen)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
         checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))

@@ -73,11 +73,12 @@ def train_step(config, model):
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
     recipe, _ = train.make_recipe(config, model, 1)
     state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
+    frozen = costs.frozen_shapes(model)
     step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
     # Counted on this machine's CPU, so without the slice's mesh.
     counted = partial(train.train_step, costs.countable(recipe, model), key)
-    flops = costs.counted_flops(counted, state, batch)
-    return step, (state, batch), flops / mesh.size
+    flops = costs.counted_flops(counted, state, batch, frozen)
+    return step, (state, batch, frozen), flops / mesh.size
 
 
 def evaluation_step(config, model):

@@ -43,7 +43,12 @@ def state_shapes(model, recipe):
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def counted_flops(step, state, batch):
+def frozen_shapes(model):
+    """Returns the parameters of the frozen networks of `parts.Parts` as `ShapeDtypeStruct`s."""
+    return jax.eval_shape(partial(parts.load_frozen, model))
+
+
+def counted_flops(step, *arguments):
     """FLOPs of a step over all devices, counted by XLA in the program that is handed to it.
 
     Args:
@@ -58,7 +63,7 @@ def counted_flops(step, state, batch):
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return None
     with jax.default_device(cpu):
-        counted = jax.jit(step).lower(state, batch).cost_analysis()
+        counted = jax.jit(step).lower(*arguments).cost_analysis()
     return counted["flops"] if counted else None
 
 

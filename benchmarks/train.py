@@ -22,7 +22,7 @@ def add_arguments(parser):
     parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
 
 
-def plain_step(recipe, key, state, batch):
+def plain_step(recipe, key, state, batch, frozen=None):
     """A step as published: all rows alike, by `plain.loss`. 6 F."""
     key_x, key_draw = jax.random.split(jax.random.fold_in(key, state.step))
     x, given = recipe.codec.encode(batch, key_x)
@@ -54,9 +54,13 @@ class Candidate:
             model = model._replace(module=model.module.unrolled())  # of which the recipe is made
         self.model, self.batch_size = model, config.training.batch_size
         self.recipe, _ = train.make_recipe(config, model, 1)
-        shapes = costs.state_shapes(model, self.recipe), costs.batch_shapes(config)
-        self.shapes = shapes
-        self.shardings = sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh)
+        self.frozen = sharding.place_everywhere(mesh, parts.load_frozen(model))
+        self.shapes = shapes = (
+            costs.state_shapes(model, self.recipe), costs.batch_shapes(config), self.frozen
+        )  # fmt: skip
+        self.shardings = (
+            sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh), sharding.replicated(mesh)
+        )  # fmt: skip
         self.flops = None
         if count:
             counted = costs.countable(self.recipe, model)
@@ -99,7 +103,7 @@ class Candidate:
         """Takes `steps` steps and notes the seconds per step."""
         begin = time.perf_counter()
         for _ in range(steps):
-            self.state = self.step(self.state, self.batch)
+            self.state = self.step(self.state, self.batch, self.frozen)
         jax.block_until_ready(self.state)
         self.seconds.append((time.perf_counter() - begin) / max(steps, 1))
 

@@ -35,6 +35,7 @@ class Objective:
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
     conditions = ()  # what its network has to take beside t, h and y
+    frozen = ()  # names of the frozen networks (`parts.FROZEN`) that `held` has to hold
     needs_v = False  # whether its network has to predict the instantaneous velocity too
     instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
@@ -56,7 +57,8 @@ class Objective:
           x: data, float32 (B, H, W, C).
           given: what comes with the data and goes on into the network: `y`, int32 (B,), and more.
           draws: from `draw`.
-          held: what has no gradient: {"ema_params": the first average}.
+          held: what has no gradient: `ema_params`, the first average, and by name each network of
+            `frozen` as a function of its inputs.
 
         Returns:
           The loss, a float32 scalar, and {name: float32 (B,) for name in rows}, in the order of

@@ -271,7 +271,7 @@ def numbers(fsdp):
     step = train.make_step(recipe, jax.random.key(7), model.mesh, shardings)
     losses = []
     for _ in range(STEPS):
-        state = step(state, batch)
+        state = step(state, batch, {})
         losses.append(float(state.sums["loss_u"]))
     return {"losses": losses, "grads": flatten(state.opt_state)}
 
