@@ -49,12 +49,17 @@ def load(path):
     not allowed, a damaged or truncated file, or a file of another kind.
     """
     with _open(path) as file:
-        try:
-            return _load_stream(file, path, os.path.getsize(path))
-        except pickles.RefusedError:
-            raise
-        except _DAMAGE as error:
-            raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
+        return read(file, path, os.path.getsize(path))
+
+
+def read(file, path, size):
+    """The same of an open file of `size` bytes, whose name in errors is `path`."""
+    try:
+        return _load_stream(file, path, size)
+    except pickles.RefusedError:
+        raise
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
 
 
 def load_pickle(path):

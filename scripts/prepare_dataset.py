@@ -21,12 +21,15 @@ from utils import signals
 DAY = 24 * 3600  # seconds
 DECODER = "draws the preview: mse, ema, a folder, none or auto; docs/data.md"
 ALONE = ("digits", "preview")  # what is done by one process
+MODULES = {"latents": "caches"}  # where a command is called otherwise
 STORES = ("float32", "float16", "bfloat16")
 
 
 def run(args):
     """Runs the command, whose module brings what only it needs; what it made is drawn."""
-    complete = importlib.import_module(f"scripts.prepare.{args.command}").run(args)
+    complete = importlib.import_module(
+        f"scripts.prepare.{MODULES.get(args.command, args.command)}"
+    ).run(args)
     if complete and args.preview:
         from scripts.prepare import preview
 
@@ -156,23 +159,32 @@ def _add_latents(add):
     files = add("pt", help="a folder of published .pt latents")
     files.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
     files.add_argument("--num_classes", type=int, default=1000)
+    caches = add("latents", help="the cache of latents of another project; docs/data.md")
+    caches.add_argument("--input", required=True, help="a folder, a .zip, .tar, LMDB, ... as it is")
+    _add_labels(caches)
     arrays = add("arrays", help="latents and labels in .npy and .npz files")
     arrays.add_argument("--input", required=True, help="a folder, or a file; docs/data.md")
-    arrays.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
-    arrays.add_argument("--num_classes", type=_positive, help="default: as the labels say")
+    for command in (caches, arrays):
+        command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
+        command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
     _add_form(arrays)
-    for command in (files, arrays):
+    _add_form(caches, None)
+    for command in (files, caches, arrays):
         command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
         command.add_argument("--vae", default="auto", help=DECODER)
         _add_shared(command)
 
 
-def _add_form(command):
+def _add_form(command, scaled_by=1.0):
     """What arrays of latents hold."""
     command.add_argument("--layout", choices=("auto", "nhwc", "nchw"), default="auto")
-    command.add_argument("--content", choices=("auto", "moments", "samples"), default="auto")
+    contents = ("auto", "moments", "log_moments", "samples")
+    command.add_argument("--content", choices=contents, default="auto")
     command.add_argument(
-        "--scaled_by", type=_factor, default=1.0, help="what latents were multiplied by: 0.18215"
+        "--scaled_by",
+        type=_factor,
+        default=scaled_by,
+        help="what latents were multiplied by: 0.18215",
     )
 
 

@@ -1,6 +1,5 @@
 """Whatever people bring: it is read, or refused in one short line. Nothing else."""
 
-import functools
 import io
 import itertools
 import json
@@ -21,7 +20,7 @@ from configs import default, load_config, strict_yaml
 from formats import published, torch_files
 from formats.torch_writer import write_zip
 from metrics import reference
-from scripts.prepare import images, latents, moments, pt
+from scripts.prepare import images, labels, latents, moments, pt
 from utils import pictures
 
 BOUNDED = settings(
@@ -250,7 +249,13 @@ def latent(label=1, **changes):
 def test_a_latent_that_is_none_is_refused_by_its_file(tmp_path, content, line):
     write_zip(tmp_path / "7.pt", content)
     spread = moments.Spread()
-    find = functools.partial(pt.find, tmp_path)
+
+    def find(name):
+        found = pt.load(tmp_path / name)
+        moved = np.moveaxis(found.latent, 0, -1)
+        label = labels.whole_number(tmp_path / name, found.label)
+        return tmp_path / name, {"moments": moved}, label
+
     dtype = np.dtype("float16")
     read = latents.examples(find, (2, 2, 8), dtype, 10, 1, spread, ["7.pt"])
     found = one_line(list, read)

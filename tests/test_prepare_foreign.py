@@ -249,7 +249,7 @@ REFUSED_TARS = {
     "has png and jpg: which": [{"png": png(0), "jpg": png(0), "cls": b"0"}],
     "of latents, others are of images": [NO_LABEL | {"cls": b"0"}, {"npy": b"", "cls": b"0"}],
     "a.tar:./000.png (": [{"png": b"no picture", "cls": b"0"}],
-    "no images or .npy in it; left out 1": [{"txt": b""}],
+    "no images or latents in it; left out 1": [{"txt": b""}],
 }  # fmt: skip
 
 

@@ -1,110 +1,88 @@
-"""Latents in NumPy's files, `.npy` and `.npz`, with their labels beside them -> records.
+"""Latents in files of many rows with their labels beside them: `.npy`, `.npz`, safetensors, HDF5.
 
-Three layouts; splits are told by a word in the path, as in `labels.by_split`:
-
-- `NAME.npz`, which holds the latents and `labels`
+- `NAME.npz`, `.safetensors` or `.hdf5`, which holds the latents and `labels`
 - `latents.npy` (N, ...) and `labels.npy` (N,), or any number of such pairs: the path of the labels
   is that of the latents with the word replaced (`imagenet256_features/0.npy` has its labels in
   `imagenet256_labels/0.npy`)
-- `dataset.json`, {"labels": [[FILE, LABEL], ...]}, and each FILE a `.npy` of one latent, as EDM2
-  and REPA write them
+
+Latents of the mirrored images are called the same with `_flip` behind. Splits are told by a word in
+the path, as in `labels.by_split`.
 """
 
 import collections
-import json
+import re
 import threading
+import types
 from pathlib import Path
 
-import numpy as np
-
-from scripts.prepare import labels, latents, manifest
+from formats import caches
+from scripts.prepare import cache_items, labels, latents, manifest, trees
 from utils import files, npy, pictures
 
 WORDS = ("moments", "samples", "latents", "features")  # what latents are called
-LABELS = "labels"
-INDEX = "dataset.json"
-OPEN = 8  # files at a time; a `.npz` is in memory as a whole
+LABELS, FLIP = "labels", "_flip"
+BINARY = (".npz", ".safetensors", ".hdf5", ".h5")
+OPEN = 8  # files at a time
+FAST_DIT = re.compile(r".*features/\d+\.npy")
 
 
 def run(args):
     """The job behind `prepare_dataset arrays`; returns whether the records are complete."""
     root, listing = Path(args.input), pictures.Listing()
-    if root.is_file():
-        root, only = root.parent, root.name
+    args.labels = "auto"
+    if root.is_dir():
+        manifest.check_configs(root)
+        tree = trees.open_tree(root, listing, (".npy", ".npz", "dataset.json"))
+        if any(name.endswith("dataset.json") for name in tree.names):
+            return latents.bring(args, cache_items.of_tree(tree, args, listing), listing)
+        cache = of_rows(root, tree.names, listing)
+    elif root.is_file():
+        cache = of_file(root, listing)
     else:
-        only = None
-    found = list_records(root, listing, args.splits, only)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in found.items())
-    print(f"{args.input}: {counts} latents{f'; {listing}' if str(listing) else ''}", flush=True)
-
-    def where(split, i):
-        return _where(root, *found[split][i][:2])
-
-    classes, numbers = labels.settle(
-        {split: [label for *_, label in rows] for split, rows in found.items()},
-        where, args.num_classes,
-    )  # fmt: skip
-    arrays = Arrays(root)
-    (split, rows), *_ = found.items()
-    look = [arrays.record(*row[:2]) for row in rows[:: -(-len(rows) // latents.LOOKED_AT)]]
-    form = latents.form(args, look, where(split, 0), f"{rows[0][0]} {arrays.key(rows[0][0])}")
-    items = {
-        split: [
-            (name, row, label) for (name, row, _), label in zip(rows, numbers[split], strict=True)
-        ]
-        for split, rows in found.items()
-    }
-
-    def read(item):
-        name, row, label = item
-        return _where(root, name, row), form(arrays.record(name, row)), label
-
-    names = {split: [f"{name} {row}" for name, row, _ in rows] for split, rows in items.items()}
-    settings = {"source": "arrays", "labels": labels.digest(numbers)} | form.settings()
-    return latents.write(args, classes, items, names, read, settings)
+        raise FileNotFoundError(f"no folder of latents, and no file, at {root}")
+    return latents.bring(args, cache._replace(content=None, scaled=False), listing)
 
 
-def _where(root, name, row):
-    return str(root / name) if row is None else f"{root / name}, record {row}"
+def of_file(path, listing):
+    """The `Cache` of one file, whose labels may lie in another one beside it."""
+    beside = [p.name for p in path.parent.iterdir() if p.name.endswith(".npy")]
+    return of_rows(path.parent, [*beside, path.name], listing, only=path.name)
 
 
-# The files
-
-
-def list_records(root, listing, chosen=(), only=None):
-    """{split: [(file below root, row in it, label)]}; the row is None where the file is one record.
+def of_rows(root, names, listing, only=None):
+    """The `Cache` of files `names` below `root`.
 
     Args:
       listing: counts what is left out.
-      chosen: the splits that are wanted; () for all.
-      only: name of the one file in `root` that is meant.
+      only: the name of the one that is meant.
 
     Raises:
-      FileNotFoundError, or ValueError: no latents, no labels, or numbers that do not fit.
+      ValueError: no latents, no labels, or numbers that do not fit.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder of latents, and no file, at {root}")
-    paths = [*root.glob(INDEX), *sorted(root.glob(f"*/{INDEX}"))]
-    names = [path.relative_to(root).as_posix() for path in paths]
-    read = _of_index
-    if only or not names:
-        paths = pictures.below(root, listing, (".npy", ".npz"))
-        there = {path.relative_to(root).as_posix() for path in paths}
-        names = [only] if only else [n for n in sorted(there) if _is_latents(root, n, listing)]
-        read = lambda root, name: _of_file(root, name, there)  # noqa: E731
-    if not names:
+    there = set(names)
+    chosen = [only] if only else [n for n in sorted(there) if _is_latents(root, n, there, listing)]
+    if not chosen:
         raise ValueError(
-            f"no latents in {root}: looked for {INDEX}, NAME.npz, or pairs of .npy files such as "
-            f"latents.npy and labels.npy{f'; {listing}' if str(listing) else ''}"
+            f"no latents in {root}: looked for dataset.json, NAME.npz, or pairs of .npy files such "
+            f"as latents.npy and labels.npy{f'; {listing}' if str(listing) else ''}"
         )
-    manifest.check_configs(root)
-    found = labels.by_split(names, chosen)
-    rows = {}
-    for split, of_split in found.items():
-        of_name = {name: read(root, name) for name in of_split}
-        manifest.check_versions(root, [(n, y) for n, of in of_name.items() for *_, y in of])
+    opened, rows = Arrays(root, there), {}
+    for split, of_split in labels.by_split(chosen).items():
+        of_name = {name: opened.rows(name) for name in of_split}
+        manifest.check_versions(root, [(n, y) for n, of in of_name.items() for _, y in of])
         rows[split] = [row for of in of_name.values() for row in of]
-    return rows
+    title, content, scaled, first = "arrays of latents with labels", None, False, chosen[0]
+    if first.endswith(".safetensors"):
+        title, content = "LightningDiT's cache: safetensors", "samples"
+    elif first.endswith((".hdf5", ".h5")):
+        title, content = "SoFlow's cache: HDF5", "moments"
+    elif FAST_DIT.fullmatch(first):
+        title, content, scaled = "fast-DiT's cache: one .npy an image", "samples", True
+    name = f"{first} {opened.key(first)}"
+    settings = {"source": "arrays"}
+    return latents.Cache(
+        title, rows, opened.item, opened.where, settings, content, scaled, name=name
+    )
 
 
 def _word(name):
@@ -113,108 +91,113 @@ def _word(name):
     return word if word != LABELS else ""
 
 
-def _is_latents(root, name, listing):
-    if name.endswith(".npz") or _word(name):
+def _is_latents(root, name, there, listing):
+    if name.endswith(f"{FLIP}.npy"):
+        if name.replace(f"{FLIP}.npy", ".npy") not in there:
+            raise ValueError(
+                f"{root / name} is of mirrored images, and {FLIP[1:]}less it is not there"
+            )
+        return False
+    if name.endswith(BINARY) or _word(name):
         return True
     if LABELS not in name:
         listing.leave_out(f"with none of {', '.join(WORDS)} in their name", root / name)
     return False
 
 
-def _of_file(root, name, there):
-    """The records of a `.npz`, or of one of the files `there` and that of its labels."""
-    path = root / name
-    if name.endswith(".npz"):
-        return _rows(name, *_read_npz(path), path)
-    word = _word(name) or name
-    beside = LABELS.join(name.rsplit(word, 1))
-    if word == name or beside not in there:
-        place = root / (f"{LABELS}.npy" if word == name else beside)
-        raise ValueError(f"{path} has no labels: {place} is expected to hold them")
-    with files.reading(root / beside, "not an array of labels"):
-        of_file = npy.mapped(root / beside)
-    with files.reading(path, "not an array of latents"):
-        shape = npy.mapped(path).shape
-    return _rows(name, shape, of_file, path)
-
-
-def _rows(name, shape, found, path):
-    """One entry for each record of a file, where its latents and labels fit together."""
-    found = found.reshape(-1) if found.ndim == 2 and 1 in found.shape else found
-    if len(shape) != 4 or found.shape[:1] != shape[:1] or found.ndim > 2:  # 2: one-hot
-        raise ValueError(
-            f"{path}: latents {shape} and labels {found.shape} do not fit together: they are "
-            "(N, h, w, c) or (N, c, h, w), and (N,)"
-        )
-    if found.dtype.kind not in "iufU":
-        raise ValueError(f"{path}: labels of {found.dtype}, neither whole numbers nor names")
-    return [
-        (name, i, labels.read(f"{path}, record {i}", label))
-        for i, label in enumerate(found.tolist())
-    ]
-
-
-def _read_npz(path):
-    """Shape of the latents, and the labels, of a `.npz`; the latents stay where they are."""
-    with files.reading(path, "not a .npz of latents and labels"):
-        key = _key(path, npy.names(path))
-        return npy.header_of_member(path, key)[0], npy.member(path, LABELS)
-
-
-def _key(path, names):
-    """What the latents are called in a `.npz`."""
-    keys = [name for name in names if name in WORDS]
-    if len(keys) != 1 or LABELS not in names:
-        raise ValueError(
-            f"holds {', '.join(names) or 'nothing'}, not '{LABELS}' and one of {', '.join(WORDS)}"
-        )
-    return keys[0]
-
-
-def _of_index(root, name):
-    """The records of a `dataset.json`."""
-    path = root / name
-    with files.reading(path, "not an index of records"):
-        entries = json.loads(path.read_text())["labels"]
-        if not entries:
-            raise ValueError("it has no labels")
-        pairs = [(str(file), label) for file, label in entries]
-    rows = []
-    for file, label in pairs:
-        if not (path.parent / file).is_file():
-            raise ValueError(f"{path} names {file}, which is not there")
-        below = (path.parent / file).relative_to(root).as_posix()
-        rows.append((below, None, labels.read(f"{path}, {file}", label)))
-    return rows
-
-
 class Arrays:
     """The latents of files below `root`; the latest few stay open. For several threads."""
 
-    def __init__(self, root):
-        self._root, self._lock = root, threading.Lock()
+    def __init__(self, root, there):
+        self._root, self._there, self._lock = root, there, threading.Lock()
         self._open = collections.OrderedDict()
 
-    def key(self, name):
-        """What the latents of a `.npz` are called in it; "" for others."""
-        path = self._root / name
-        if not name.endswith(".npz"):
-            return ""
-        return _key(path, npy.names(path))
+    def where(self, key):
+        """The place of a record (file, row), for people."""
+        return f"{self._root / key[0]}, record {key[1]}"
 
-    def record(self, name, row):
-        """One record, as it is in the file; `row` None: the file is one."""
+    def rows(self, name):
+        """[((file, row), label)] of a file, where its latents and labels fit together."""
+        path = self._root / name
+        columns = self._columns(name, scan=True)
+        shape, found = columns[self.key(name, columns)].shape, columns[LABELS]
+        found = found.reshape(-1) if found.ndim == 2 and 1 in found.shape else found
+        if len(shape) != 4 or found.shape[:1] != shape[:1] or found.ndim > 2:  # 2: one-hot
+            raise ValueError(
+                f"{path}: latents {shape} and labels {found.shape} do not fit together: they are "
+                "(N, h, w, c) or (N, c, h, w), and (N,)"
+            )
+        amount = columns.get("amount")  # of SoFlow
+        if amount is not None and int(amount) != len(found):
+            raise ValueError(f"{path}: 'amount' is {int(amount)}, and {len(found)} rows are there")
+        if found.dtype.kind not in "iufU":
+            raise ValueError(f"{path}: labels of {found.dtype}, neither whole numbers nor names")
+        return [
+            ((name, i), labels.read(f"{path}, record {i}", label))
+            for i, label in enumerate(found.tolist())
+        ]
+
+    def key(self, name, columns=None):
+        """What the latents of a file are called in it; "" where it is one array."""
+        if name.endswith(".npy"):
+            return ""
+        names = list(self._columns(name, scan=True) if columns is None else columns)
+        keys = [key for key in names if key in WORDS]
+        flips = [key for key in names if key.endswith(FLIP) and key.removesuffix(FLIP) not in names]
+        if len(keys) != 1 or LABELS not in names or flips:
+            raise ValueError(
+                f"{self._root / name}: holds {', '.join(names) or 'nothing'}, not '{LABELS}' and "
+                f"one of {', '.join(WORDS)}"
+            )
+        return keys[0]
+
+    def item(self, key):
+        """The `latents.Item` of a record (file, row)."""
+        name, row = key
         with self._lock:
             if name not in self._open:
-                self._open[name] = self._load(name)
+                columns = self._columns(name)
+                latent = self.key(name, columns)
+                self._open[name] = columns[latent], columns.get(f"{latent}{FLIP}")
                 if len(self._open) > OPEN:
                     self._open.popitem(last=False)
-            array = self._open[name]
-        with files.reading(self._root / name, "damaged"):
-            found = np.array(array if row is None else array[row])
-        return latents.checked(_where(self._root, name, row), found)
+            views = self._open[name]
+        with files.reading(self.where(key), "damaged"):
+            return latents.Item(*(view if view is None else view[row] for view in views))
 
-    def _load(self, name):
+    def _columns(self, name, scan=False):
+        """{name: array} of a file; with `scan` those of a .npz have no more than a shape."""
         path = self._root / name
-        with files.reading(path, "not an array of numbers, or damaged"):
-            return npy.member(path, self.key(name)) if name.endswith(".npz") else npy.mapped(path)
+        with files.reading(path, "not an array of latents, or damaged"):
+            if name.endswith(".npy"):
+                return self._pair(name, scan)
+            if name.endswith(".safetensors"):
+                return caches.safetensors(path)
+            if name.endswith((".hdf5", ".h5")):
+                return caches.Hdf5(path).arrays
+            return {
+                key: types.SimpleNamespace(shape=npy.header_of_member(path, key)[0])
+                if scan and key != LABELS
+                else npy.member(path, key)
+                for key in npy.names(path)
+            }
+
+    def _pair(self, name, scan):
+        """A .npy, and where it is there that of the mirrored images; with `scan` its labels too."""
+        path, word = self._root / name, _word(name) or name
+        columns = {"": npy.mapped(path)}
+        flip = name.replace(".npy", f"{FLIP}.npy")
+        if flip in self._there:
+            columns[FLIP] = npy.mapped(self._root / flip)
+            if columns[FLIP].shape != columns[""].shape:
+                raise ValueError(
+                    f"{flip} has the shape {columns[FLIP].shape}, not {columns[''].shape}"
+                )
+        if not scan:
+            return columns
+        beside = LABELS.join(name.rsplit(word, 1))
+        if word == name or beside not in self._there:
+            place = self._root / (f"{LABELS}.npy" if word == name else beside)
+            raise ValueError(f"it has no labels: {place} is expected to hold them")
+        with files.reading(self._root / beside, "not an array of labels"):
+            return columns | {LABELS: npy.mapped(self._root / beside)}

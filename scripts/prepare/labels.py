@@ -1,6 +1,7 @@
 """What the labels of other people's records and the names of their files say: classes, splits."""
 
 import itertools
+import os
 import re
 
 import numpy as np
@@ -89,13 +90,18 @@ def of_folders(tree, endings, without=False):
       ValueError: files beside class folders, or in deeper ones.
     """
     names = [name for name in tree.names if name.lower().endswith(endings)]
-    first = {name.split("/")[0] for name in names if "/" in name}
+    above = os.path.commonpath(names) if len(names) > 1 else ""
+    above = (
+        "/".join(above.split("/")[: min(name.count("/") for name in names) - 1]) if above else ""
+    )
+    start = len(above) + 1 if above and above not in SPLITS else 0  # of a .zip of one folder
+    first = {name[start:].split("/")[0] for name in names if "/" in name[start:]}
     if not first & {"train", "training"}:
         first = set()  # of classes
     found = {}
     for name in names:
-        top, _, rest = name.partition("/")
-        split, path = (SPLITS.get(top), rest) if first else ("train", name)
+        top, _, rest = name[start:].partition("/")
+        split, path = (SPLITS.get(top), rest) if first else ("train", name[start:])
         if split is not None:
             found.setdefault(split, []).append((name, path.rpartition("/")[0] or None))
     if without:
@@ -117,10 +123,11 @@ def numbered(found, args, where):
       args: `splits`, those that are wanted, and `num_classes`.
       where: function of a name -> its place, for people.
     """
-    if unknown := [split for split in args.splits if split not in found]:
+    splits = getattr(args, "splits", ())
+    if unknown := [split for split in splits if split not in found]:
         raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
     order = [*dict.fromkeys(SPLITS.values()), *found]
-    chosen = args.splits or [split for split in dict.fromkeys(order) if split in found]
+    chosen = splits or [split for split in dict.fromkeys(order) if split in found]
     found = {split: found[split] for split in chosen}
     classes, numbers = settle(
         {split: [label for _, label in rows] for split, rows in found.items()},

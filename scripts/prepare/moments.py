@@ -4,6 +4,8 @@ import numpy as np
 
 from models.codec import SD_SCALE
 
+SD_CHANNELS = 4  # of the latents of Stable Diffusion's autoencoder
+
 
 def check(where, moments, dtype):
     """Moments (..., 2c), mean then standard deviation, in the type in which they are stored.
@@ -30,30 +32,44 @@ def check(where, moments, dtype):
 
 
 class Spread:
-    """Mean and standard deviation of latents as training sees them by default, times 0.18215."""
+    """Mean and standard deviation of latents, of all numbers and by channel."""
 
     def __init__(self):
-        self.count, self.sum, self.square = 0, 0.0, 0.0
+        self.count, self._sum, self._square = 0, 0.0, 0.0
 
     def add(self, moments):
         """Counts moments (..., 2c)."""
-        mean = np.split(moments.astype(np.float64), 2, axis=-1)[0]
+        mean = np.split(moments.astype(np.float64), 2, axis=-1)[0].reshape(
+            -1, moments.shape[-1] // 2
+        )
         self.count += mean.size
-        self.sum += mean.sum()
-        self.square += (mean**2).sum()
+        self._sum = self._sum + mean.sum(axis=0)
+        self._square = self._square + (mean**2).sum(axis=0)
 
     def std(self):
         """Standard deviation of the latents themselves."""
-        return np.sqrt(max(self.square / self.count - (self.sum / self.count) ** 2, 0.0))
+        mean = np.sum(self._sum) / self.count
+        return np.sqrt(max(np.sum(self._square) / self.count - mean**2, 0.0))
 
     def report(self, remedy=""):
-        """Says them, and what may be wrong; nothing where nothing was counted.
+        """Says them as training sees them, and what may be wrong; nothing where none was counted.
 
+        Latents of 4 channels are taken for those of SD's autoencoder, and others are not.
         remedy: what the command has against latents that are scaled already.
         """
         if not self.count:
             return
-        mean, std = SD_SCALE * self.sum / self.count, SD_SCALE * self.std()
+        if len(self._sum) != SD_CHANNELS:
+            rows = self.count / len(self._sum)
+            mean = self._sum / rows
+            std = np.sqrt(np.maximum(self._square / rows - mean**2, 0))
+            print(
+                f"latents of {len(mean)} channels: standard deviation {self.std():.3f}, and "
+                f"training would multiply them by {SD_SCALE}. Normalised by channel, in the YAML:\n"
+                f"{yaml_lines(mean, std)}", flush=True
+            )  # fmt: skip
+            return
+        mean, std = SD_SCALE * np.sum(self._sum) / self.count, SD_SCALE * self.std()
         hint = ""
         if std < 0.5:
             hint = f": are they scaled already? They are multiplied once more in training{remedy}"
@@ -64,3 +80,10 @@ class Spread:
             f"(about 1 is right){hint}",
             flush=True,
         )
+
+
+def yaml_lines(mean, std):
+    """`dataset.latent_mean` and `latent_std` by channel, as a YAML file has them."""
+    rows = {"latent_mean": mean, "latent_std": std}
+    texts = {name: ", ".join(f"{x:.6g}" for x in values) for name, values in rows.items()}
+    return "\n".join(["dataset:", *(f"  {name}: [{text}]" for name, text in texts.items())])

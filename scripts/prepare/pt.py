@@ -3,25 +3,25 @@
 A file holds `image` (2c, h, w), mean and standard deviation of the VAE's posterior, and `label`.
 """
 
-import functools
 from pathlib import Path
 
 import numpy as np
 
 from formats import torch_files
-from scripts.prepare import labels, latents
+from scripts.prepare import latents
 from utils import pictures
 
 
 def run(args):
     """The job behind `prepare_dataset pt`; returns whether the records are complete."""
     root, listing = Path(args.input), pictures.Listing()
-    items = list_files(root, listing)
-    counts = ", ".join(f"{len(names)} {split}" for split, names in items.items())
-    print(f"{root}: {counts} latents{f'; {listing}' if str(listing) else ''}", flush=True)
-    settings = {"source": "pt", "num_classes": args.num_classes}
-    read = functools.partial(find, root)
-    return latents.write(args, args.num_classes, items, items, read, settings)
+    rows = {split: [(name, None) for name in n] for split, n in list_files(root, listing).items()}
+    args.layout, args.content, args.scaled_by = "nchw", "moments", 1.0
+    cache = latents.Cache(
+        "published .pt latents", rows, lambda name: load(root / name), lambda name: root / name,
+        {"source": "pt", "num_classes": args.num_classes}, inside=True,
+    )  # fmt: skip
+    return latents.bring(args, cache, listing)
 
 
 def list_files(root, listing=None):
@@ -50,13 +50,8 @@ def list_files(root, listing=None):
     return items
 
 
-def find(root, name):
-    """A file below `root` as `latents.write` asks for it."""
-    return root / name, *load(root / name)
-
-
 def load(path):
-    """One file -> (moments (h, w, 2c) float32, label). ValueError if it holds anything else."""
+    """One file -> its `latents.Item`. ValueError if it holds anything else."""
     content = torch_files.load(path)
     content = content if isinstance(content, dict) else {}
     image = content.get("image")
@@ -65,5 +60,4 @@ def load(path):
         raise ValueError(f"{path}: not a latent; it should hold 'image' (2c, h, w) and 'label'")
     if not np.can_cast(image.dtype, np.float64):
         raise ValueError(f"{path}: 'image' holds {image.dtype}, not real numbers")
-    moments_of_file = np.moveaxis(image.astype(np.float32), 0, -1)
-    return moments_of_file, labels.whole_number(path, content["label"])
+    return latents.Item(image.astype(np.float32), None, content["label"])

@@ -21,6 +21,7 @@ from utils import dataset, files, processes
 PLAN = "preparation.json"  # what the dataset in a folder is made of, from the first shard on
 PREVIEW = "preview.png"  # a picture of the records, beside them
 METADATA = ("features.json", "label.labels.txt", "dataset_info.json")  # the last makes the dataset
+OVERHEAD = 64  # bytes of a record beside its tensors
 NEW = "unfinished-overwrite"  # where one is made that is to take the place of another
 
 
@@ -91,7 +92,9 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
         for path in job.output.glob(f"unfinished-{shard.path.name}-*"):
             path.unlink()
     items = [item for s in mine for item in job.items[s.split][s.start : s.stop]]
-    stream = iter(processes.progress(examples(items), len(items), "images"))
+    _check_room(job, len(items))
+    unit = "latents" if job.key == "moments" else "images"
+    stream = iter(processes.progress(examples(items), len(items), unit))
     for shard in mine:
         part = itertools.islice(stream, shard.stop - shard.start)
         dataset.write_shard(shard.path, _those_there_are(part, shard))
@@ -102,6 +105,18 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
         return False
     _finish(job, every)
     return True
+
+
+def _check_room(job, count):
+    """Raises OSError where the disk has no room for `count` records more."""
+    size = int(np.prod(job.shape)) * np.dtype(job.dtype).itemsize * (2 if job.flipped else 1)
+    needed, free = count * (size + OVERHEAD), shutil.disk_usage(job.output).free
+    if needed > free:
+        raise OSError(
+            f"{job.output}: {needed:,} bytes are needed for {count:,} records, {free:,} are free; "
+            "make room, take another --output, or --store=float16"
+        )
+    print(f"{count:,} records to write: {needed:,} bytes needed, {free:,} free", flush=True)
 
 
 def _those_there_are(examples, shard):
@@ -190,6 +205,8 @@ def _same(name, found, plan):
     """
     if name == "encoder":
         return "encoder" not in found and "vae" in found and found["vae"] == plan.get("vae")
+    if name == "arrays":  # before, .pt files said nothing of what they hold
+        return "arrays" not in found and found.get("source") == "pt"
     return name == "vae" and "encoder" in plan and found.get("encoder") == plan["encoder"]
 
 

@@ -10,59 +10,67 @@ import json
 import tarfile
 from pathlib import Path
 
-from scripts.prepare import images, labels, latents, manifest
-from utils import files, npy, pictures, processes
+from formats import caches
+from scripts.prepare import cache_items, images, labels, latents, manifest
+from utils import files, pictures, processes
 
-ARRAY = "npy"
+ARRAYS = tuple(ending.removeprefix(".") for ending in caches.ITEMS)
 PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
 
 
 def run(args):
     """The job behind `prepare_dataset webdataset`; returns whether the records are complete."""
     listing = pictures.Listing()
-    root, names, said = list_shards(Path(args.input), listing, args.config_name)
-    index = Index(root, args.label_key, listing, args.on_bad_image == "skip")
-    records = {}
+    index, records = open_index(Path(args.input), args, listing)
+    if index.kind == "latents":
+        args.vae = args.vae or "auto"
+        return latents.bring(args, _cache(index, records), listing)
+    counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in records.items())
+    left = f"; {listing}" if str(listing) else ""
+    print(f"{args.input}: {counts} images{left}", flush=True)
+    where = lambda name: index.root / name  # noqa: E731
+    classes, items = labels.numbered(records, args, where)
+    numbers = {split: [y for _, y in of_split] for split, of_split in items.items()}
+    settings = {"source": "webdataset", "labels": labels.digest(numbers)}
+    args.vae = args.vae or "mse"
+    find = lambda name: (where(name), io.BytesIO(index.content(name)))  # noqa: E731
+    return images.convert(args, classes, items, find, settings)
+
+
+def open_cache(root, args, listing):
+    """The `latents.Cache` of shards of latents."""
+    index, records = open_index(root, args, listing)
+    if index.kind != "latents":
+        raise ValueError(f"{root} holds images; prepare_dataset webdataset encodes them")
+    return _cache(index, records)
+
+
+def _cache(index, records):
+    first = next(iter(records.values()))[0][0]
+    title, content = "shards of latents", None
+    if first.endswith(".latent"):
+        title, content = "MaskDiT's or TREAD's cache: .latent in .tar", "either"
+    return latents.Cache(
+        title, records, index.item, lambda name: index.root / name, {"source": "webdataset"},
+        content, name=first,
+    )  # fmt: skip
+
+
+def open_index(root, args, listing):
+    """(`Index`, {split: [(name of a record, label)]}) of the shards at `root`.
+
+    args: `splits`, `label_key`, `config_name` and `on_bad_image`, where it has them.
+    """
+    root, names, said = list_shards(root, listing, getattr(args, "config_name", None))
+    skip = getattr(args, "on_bad_image", "fail") == "skip"
+    index, records = Index(root, args.label_key, listing, skip), {}
     for split, of_split in labels.by_split(names, args.splits, said).items():
         bar = processes.progress(of_split, len(of_split), "shards", f"labels ({split})")
         records[split] = [record for name in bar for record in index.scan(name)]
         if not records[split]:
-            raise ValueError(f"{root / of_split[0]}: no images or .npy in it; {listing}")
+            raise ValueError(f"{root / of_split[0]}: no images or latents in it; {listing}")
         manifest.check_versions(root, [(name.split(":")[0], y) for name, y in records[split]])
-    counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in records.items())
-    left = f"; {listing}" if str(listing) else ""
-    print(f"{args.input}: {counts} {index.kind}{left}", flush=True)
-    classes, numbers = labels.settle(
-        {split: [label for _, label in of_split] for split, of_split in records.items()},
-        lambda split, i: root / records[split][i][0],
-        args.num_classes,
-    )
-    items = {
-        split: [(name, y) for (name, _), y in zip(of_split, numbers[split], strict=True)]
-        for split, of_split in records.items()
-    }
-    settings = {"source": "webdataset", "labels": labels.digest(numbers)}
-    if index.kind == "latents":
-        args.vae = args.vae or "auto"
-        return write_latents(args, classes, items, index, settings)
-    args.vae = args.vae or "mse"
-    find = lambda name: (root / name, io.BytesIO(index.content(name)))  # noqa: E731
-    return images.convert(args, classes, items, find, settings)
-
-
-def write_latents(args, classes, items, index, settings):
-    """Records of latents from the `.npy` members of shards."""
-    names = {split: [name for name, _ in of_split] for split, of_split in items.items()}
-    first = next(iter(names.values()))
-    look = [index.array(name) for name in first[:: -(-len(first) // latents.LOOKED_AT)]]
-    form = latents.form(args, look, index.root / first[0], first[0])
-
-    def read(item):
-        name, label = item
-        return index.root / name, form(index.array(name)), label
-
-    settings |= form.settings()
-    return latents.write(args, classes, items, names, read, settings)
+    return index, records
 
 
 def list_shards(root, listing, config=None):
@@ -146,8 +154,8 @@ class Index:
 
     def _record(self, path, stem, members, archive):
         """(member that holds the image or array, label); None where there is none."""
-        found = [end for end in members if end == ARRAY or end in PICTURES]
-        found = found or [e for e in members if e.rpartition(".")[2] in (ARRAY, *PICTURES)]
+        found = [end for end in members if end in ARRAYS or end in PICTURES]
+        found = found or [e for e in members if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
         if len(found) > 1:
             raise ValueError(f"{path}:{stem} has {' and '.join(found)}: which one is the record?")
         label, where = self._label(path, members, archive)
@@ -155,7 +163,7 @@ class Index:
             if label is not None and self._skip:
                 self._listing.leave_out("labels without an image", where)
             elif label is not None:
-                raise ValueError(f"{where} has a label, and no image or .npy beside it")
+                raise ValueError(f"{where} has a label, and no image or latent beside it")
             for member in members.values():
                 self._listing.leave_out("that are no records", f"{path}:{member.name}")
             return None
@@ -199,8 +207,7 @@ class Index:
             file.seek(offset)
             return file.read(size)
 
-    def array(self, name):
-        """The array of a record."""
-        with files.reading(self.root / name, "not an array of numbers, or damaged"):
-            array = npy.parse(self.content(name))
-        return latents.checked(self.root / name, array)
+    def item(self, name):
+        """The `latents.Item` of a record."""
+        where = self.root / name
+        return cache_items.item(caches.parse(name, self.content(name), where), where)
