@@ -3,6 +3,7 @@
 python -m scripts.prepare_dataset digits --output DIR
 python -m scripts.prepare_dataset images --input IMAGENET --output DIR --image_size 256
 python -m scripts.prepare_dataset pt --input FOLDER_OF_PT_FILES --output DIR
+python -m scripts.prepare_dataset latents --input CACHE_OF_ANOTHER_PROJECT --output DIR
 python -m scripts.prepare_dataset arrays --input FOLDER_OF_NPY_OR_NPZ --output DIR
 python -m scripts.prepare_dataset huggingface --input FOLDER_OF_PARQUET --output DIR
 python -m scripts.prepare_dataset webdataset --input FOLDER_OF_TAR --output DIR

@@ -6,6 +6,8 @@ import pickle
 import tarfile
 import zipfile
 
+import h5py
+import lmdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,7 +88,7 @@ def lightningdit(root):
 
 
 def zhuyu(root):
-    lmdb = pytest.importorskip("lmdb")
+
     with lmdb.open(str(at(root, "train_lmdb")), map_size=2**24) as env, env.begin(write=True) as to:
         for i in range(N):
             record = {"moments": LOGS[i], "moments_flip": LOGS_FLIP[i]}
@@ -96,7 +98,7 @@ def zhuyu(root):
 
 
 def soflow(root):
-    h5py = pytest.importorskip("h5py")
+
     with h5py.File(at(root, "imagenet.hdf5"), "w") as file:
         file["latents"], file["labels"] = PAIRS, LABELS
         file["amount"], file["latent_size"] = N, SIDE
@@ -279,14 +281,14 @@ def test_damage_and_what_does_not_fit_is_told_by_name(tmp_path, capsys):
             return (print, ("run",))
 
     def malicious(root):
-        lmdb = pytest.importorskip("lmdb")
+
         with lmdb.open(str(root / "train_lmdb"), map_size=2**24) as env, env.begin(write=True) as t:
             t.put(b"7", pickle.dumps(Malicious()))
 
     told(zhuyu, malicious, "record 7", "refused, its pickle asks for builtins.print")
 
     def lacking(root):
-        lmdb = pytest.importorskip("lmdb")
+
         with lmdb.open(str(root / "train_lmdb"), map_size=2**24) as env, env.begin(write=True) as t:
             t.delete(b"7")
 

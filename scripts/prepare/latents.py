@@ -226,6 +226,7 @@ def form(args, arrays, where, cache):
     """
     arrays = [checked(where, array) for array in arrays]
     shape = arrays[0].shape
+    arrays = [array for array in arrays if array.shape == shape]  # others are told when read
     a, b, c = shape
     if args.layout == "auto" and (a == b) == (b == c):
         raise ValueError(f"{where}: which axis of {shape} has the channels? --layout=nchw or nhwc")
