@@ -19,7 +19,9 @@ COMMANDS = [
     command
     for page, command in test_docs.ALL
     if page == "docs/data.md"
-    and re.search(r"prepare_dataset (arrays|latents|huggingface|webdataset|preview) --\w+ \w", command)
+    and re.search(
+        r"prepare_dataset (arrays|latents|huggingface|webdataset|preview) --\w+ \w", command
+    )
 ]
 
 

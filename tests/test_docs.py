@@ -34,7 +34,7 @@ NOT_RUN = {
     r"\.\.\.\]$": "the form of a command",
     r"/path/to/|\$OUTPUT|/data/": "needs ImageNet, its latents or published weights",
     r"IMAGENET_ROOT=|OUTPUT_DIR=|prepare_data\.sh": "needs ImageNet; tests/test_prepare.py",
-    r"prepare_dataset (arrays|latents|huggingface|webdataset|preview)": "tests/test_data_page.py runs them",
+    r"prepare_dataset (arrays|latents|huggingface|webdataset|preview)": "tests/test_data_page.py",
     r"prepare_dataset (pt|images)": "needs other people's files; tests/test_prepare.py",
     r"JOB_NAME digits --config.sampling.num_steps": "minutes; tests/test_members.py",
     r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
