@@ -1,0 +1,50 @@
+"""Reads named arrays from a file of weights of any form that people have: safetensors, HDF5, torch.
+
+The form is told by the content, not by the ending of the name. Nothing is executed.
+"""
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from formats import torch_files
+
+
+def read(path):
+    """Reads a file of weights: {name: array}, the names of HDF5 groups joined by `/`.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, damaged, or no flat dictionary of arrays.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    if start.startswith(b"\x89HDF"):
+        return _hdf5(path)
+    arrays = torch_files.load(path)
+    if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        raise ValueError(f"{path}: no plain dictionary of arrays")
+    return arrays
+
+
+def _hdf5(path):
+    try:
+        import h5py
+    except ImportError:
+        raise ValueError(f"{path} is an HDF5 file: pip install h5py, which reads it") from None
+    arrays = {}
+
+    def collect(name, item):
+        if isinstance(item, h5py.Dataset):
+            arrays[name] = item[()]
+
+    try:
+        with h5py.File(path) as file:
+            file.visititems(collect)
+    except OSError as error:
+        raise ValueError(f"{path}: damaged HDF5 file ({error})") from error
+    return arrays
