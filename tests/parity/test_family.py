@@ -1,25 +1,20 @@
 """Numbers of the objective family: losses, gradients, targets, schedules, times, samplers."""
 
 import dataclasses
-import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from objective_cases import Cases, tree
 
 from configs import default
-from formats import published
 from methods import (
     alphaflow,
     consistency,
     flow,
     meanflow,
     objective,
-    path,
     shortcut,
     soflow,
     split,
@@ -27,19 +22,12 @@ from methods import (
     tim,
 )
 from methods.sampler import integrate, sample_times
-from models import dit, network
+from models import network
 
 pytestmark = pytest.mark.parity
 
-GOLDEN = pathlib.Path(os.environ.get("MEANFLOW_GOLDEN") or pathlib.Path(__file__).parent / "golden")
-if not (GOLDEN / "family.json").is_file():
-    GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-INFO = json.loads((GOLDEN / "family.json").read_text())
-CLASSES = INFO["model"]["num_classes"]
-NET = dit.DiT(
-    **{name: INFO["model"][name] for name in ("depth", "hidden_size", "num_heads", "patch_size")},
-    num_classes=CLASSES,
-)
+CASES = Cases("family")
+INFO, CLASSES, NET = CASES.info, CASES.classes, CASES.net
 # Options that a case does not name.
 OPTIONS = dict(
     num_classes=CLASSES, noise_dist="logit_normal", P_mean=-0.4, P_std=1.0, P_mean_r=None,
@@ -53,8 +41,7 @@ OPTIONS = dict(
 
 @pytest.fixture(scope="module")
 def arrays():
-    with np.load(GOLDEN / "family.npz") as file:
-        return dict(file)
+    return CASES.arrays()
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +53,6 @@ def params(arrays):
 def full_precision():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def tree(arrays, prefix):
-    flat = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
-    return published.from_published(traverse_util.unflatten_dict(flat, sep="/"), prefix)
 
 
 def build(kind, **options):
@@ -127,97 +109,13 @@ def draws_of(method, a, order):
     return objective.Draws(t, r, noise, drop)
 
 
-def shifted(net, num_equal):
-    """`net` plus p["shift"], by row; its gradient is that of the loss by the prediction u."""
-
-    def shifted_net(p, *batches, jvp=None):
-        weights = {name: value for name, value in p.items() if name != "shift"}
-        out = net(weights, *batches, jvp=jvp)
-        parts = (
-            [s for s in path.split_rows(p["shift"], num_equal) if len(s)] if "shift" in p else []
-        )
-        if [len(o.u) for o in out] != [len(s) for s in parts]:
-            return out  # a pass without gradient
-        return tuple(o._replace(u=o.u + s) for o, s in zip(out, parts, strict=True))
-
-    return shifted_net
-
-
 @pytest.mark.parametrize("name", INFO["cases"])
 def test_objective(arrays, params, name):
-    case, prefix = INFO["cases"][name], f"objective/{name}/"
-    a = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    a |= {key: arrays[f"batch/{key}"] for key in ("x", "noise", "labels")}
-    equal = a["flow"] if "flow" in a else a["t"] == a["r"]
-    num_equal = int(equal.sum())
-    order = np.asarray(path.merge_rows(np.flatnonzero(~equal), np.flatnonzero(equal)))
-    method = make(case, num_equal, len(order))
-    assert method.equal_count(len(order)) == num_equal
-    draws, x, y = draws_of(method, a, order), a["x"][order], a["labels"][order]
-    if case.get("unconditional"):
-        y = np.full_like(y, INFO["null_label"])
-    held = {"ema_params": tree(arrays, "ema_params/")}
+    def of(case, num_equal, a, order):
+        method = make(case, num_equal, len(order))
+        return method, draws_of(method, a, order)
 
-    @jax.jit
-    def step(params, draws, held):
-        def loss(params):
-            net = shifted(network.function(NET), num_equal)
-            return method.loss(net, params, x, {"y": y}, draws, held)
-
-        return jax.value_and_grad(loss, has_aux=True)(params | {"shift": jnp.zeros_like(x)})
-
-    (loss, rows), grads = jax.device_get(step(params, draws, held))
-    z = path.z_t(x, draws.noise, draws.t)
-    kept = np.where(draws.drop, CLASSES, y)
-    u = np.asarray(predict(params, z, draws.t, draws.t - draws.r, kept))
-    shift = grads.pop("shift") * len(x)  # 2 weight (u - target)
-    np.testing.assert_allclose(loss, a["loss"], rtol=1e-5)
-    # What float32 leaves of u counts where u is near its target, and is divided by 2 epsilon in a
-    # difference.
-    rounding = 1e-5 if "epsilon" in case else 1e-6
-    expected = np.sqrt(a["error"][order])
-    spread = rounding * row_norm(a["target"][order])
-    assert np.all(abs(np.sqrt(rows["error"]) - expected) <= 1e-5 * expected + spread)
-    np.testing.assert_allclose(rows["v_loss"], a["v_loss"][order], rtol=1e-5)
-    weight = row_norm(shift) / (2 * np.sqrt(rows["error"]))
-    allowed = 1e-4 + 2 * case["norm_p"] * spread / expected
-    assert np.all(abs(weight / a["weight"][order] - 1) <= allowed)
-    target = u - shift / (2 * a["weight"][order][:, None, None, None])
-    assert distance(target, a["target"][order]) <= 10 * rounding
-    check_gradients(grads, a, case["grad_norm"], 1e-4 + np.max(spread / expected))
-
-
-def check_gradients(grads, a, whole, rtol):
-    grads = published.to_published(grads, "gradients")
-    grads = traverse_util.flatten_dict(grads, sep="/")
-    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
-    np.testing.assert_allclose(norm, whole, rtol=rtol)
-    compared = set()
-    for key, expected in a.items():
-        kind, _, key = key.partition("/")
-        if kind == "grad_norm":
-            # Parameters without a true gradient hold rounding noise: measured against the whole.
-            found = np.linalg.norm(grads[key])
-            np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-7 * norm, err_msg=key)
-            compared.add(key)
-        elif kind == "grad":
-            assert distance(grads[key], expected) <= rtol, key
-    assert compared == set(grads)
-
-
-def row_norm(a):
-    return np.linalg.norm(a.reshape(len(a), -1), axis=1)
-
-
-@jax.jit
-def predict(params, z, t, h, y):
-    return network.function(NET)(params, (z, {"t": t, "h": h, "y": y}))[0].u
-
-
-def distance(a, b):
-    """|a - b| / |b|."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
+    CASES.check(arrays, params, name, of)
 
 
 def test_small_alpha_is_meanflow(arrays):
@@ -286,7 +184,7 @@ def test_times(arrays, name):
 
 def test_forward(arrays, params):
     inputs = (arrays["batch/x"], *(arrays[f"forward/{key}"] for key in ("t", "h", "y")))
-    out, expected = predict(params, *inputs), arrays["forward/out"]
+    out, expected = CASES.predict(params, *inputs), arrays["forward/out"]
     assert np.abs(out - expected).max() <= 1e-5 * np.abs(expected).max()
 
 

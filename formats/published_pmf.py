@@ -1,0 +1,126 @@
+"""Checkpoints of the published pixel MeanFlow <-> the parameter tree of models/pmf_dit.py.
+
+The published code (repository pMF, arXiv 2601.22158) writes its state as improved MeanFlow's does
+(formats/published_imf.py), with an average for each half-life in thousands of images. No released
+file has been opened here: the names are those of the published modules.
+"""
+
+import re
+
+import numpy as np
+
+from formats.published_imf import EMBEDDERS, FREQUENCIES, PREFIX, STACKS
+from utils import trees
+
+MARK = "x_embedder/proj1/kernel"  # a parameter that improved MeanFlow does not have
+TABLE = "y_embedder/embedding_table/embedding"
+HALF_LIVES = ("500", "1000", "2000")
+
+
+def recognises(params):
+    """Whether a published tree {"net": ...} is one of pixel MeanFlow."""
+    return MARK in trees.flatten(params.get("net"))
+
+
+def _layout(arrays, depths, where):
+    """{our parameter: (published parameters, shape of each)}; "{}" stands for the block."""
+    known = {name: np.shape(arrays.get(name)) for name in (MARK, TABLE, "pos_embed")}
+    w1, head = "u_heads_0/mlp/w1/_flax_linear/kernel", "u_heads_0/attn/q_norm/kernel"
+    known |= {name: np.shape(arrays.get(name)) for name in (w1, head)}
+    misshapen = [n for n, ndim in zip(known, (4, 3, 3, 2, 1), strict=True) if len(known[n]) != ndim]
+    if misshapen:
+        raise ValueError(f"{where}: not a pmfDiT: missing or misshapen: {', '.join(misshapen)}")
+    patch, (_, labels, D), tokens = known[MARK], known[TABLE], known["pos_embed"][1]
+    features, linear = known[w1][1], "_flax_linear/kernel"
+    out, bottleneck = int(np.prod(patch[:-1])), patch[-1]
+    layout = {
+        "embedding/x_embedder/kernel": ([MARK], patch),
+        "embedding/x_embedder/bias": (["x_embedder/proj1/bias"], (bottleneck,)),
+        "embedding/x_embedder2/kernel": (["x_embedder/proj2/kernel"], (1, 1, bottleneck, D)),
+        "embedding/x_embedder2/bias": (["x_embedder/proj2/bias"], (D,)),
+        "embedding/y_embedder/embedding": ([TABLE], (1, labels, D)),
+        "embedding/positions": (["pos_embed"], (1, tokens, D)),
+    }
+    for name, number in PREFIX.items():
+        layout[f"embedding/{name}_tokens"] = ([f"{name}_tokens"], (1, number, D))
+    for ours, theirs in EMBEDDERS.items():
+        for fc, i, rows in (("fc1", 0, FREQUENCIES), ("fc2", 2, D)):
+            layer = f"{theirs}/mlp/layers_{i}/_flax_linear"
+            layout[f"embedding/{ours}_embedder/{fc}/kernel"] = ([f"{layer}/kernel"], (rows, D))
+            layout[f"embedding/{ours}_embedder/{fc}/bias"] = ([f"{layer}/bias"], (D,))
+    block = {
+        "norm1": (["norm1/kernel"], (D,)),
+        "norm2": (["norm2/kernel"], (D,)),
+        "attn_scale": (["attn_scale"], (D,)),
+        "mlp_scale": (["mlp_scale"], (D,)),
+        "attn/q_norm": (["attn/q_norm/kernel"], known[head]),
+        "attn/k_norm": (["attn/k_norm/kernel"], known[head]),
+        "attn/qkv/kernel": ([f"attn/{name}_proj/{linear}" for name in "qkv"], (D, D)),
+        "attn/proj/kernel": ([f"attn/out_proj/{linear}"], (D, D)),
+        "mlp/w13/kernel": ([f"mlp/{name}/{linear}" for name in ("w1", "w3")], (D, features)),
+        "mlp/w2/kernel": ([f"mlp/w2/{linear}"], (features, D)),
+    }
+    for stack, depth in depths.items():
+        for i in range(depth):
+            for ours, (theirs, shape) in block.items():
+                names = [f"{STACKS[stack].format(i)}/{name}" for name in theirs]
+                layout[f"{stack}/{i}/{ours}"] = (names, shape)
+    for head in "uv" if depths["v_blocks"] else "u":
+        layer = f"{head}_final_layer"
+        layout[f"{layer}/norm"] = ([f"{layer}/norm/kernel"], (D,))
+        layout[f"{layer}/linear/kernel"] = ([f"{layer}/linear/{linear}"], (D, out))
+        layout[f"{layer}/linear/bias"] = ([f"{layer}/linear/_flax_linear/bias"], (out,))
+    return layout
+
+
+def from_published(tree, where):
+    """Brings a published tree into the form of ours; strict as `published_imf.from_published`."""
+    trees.raise_problems(where, left_over=sorted(tree.keys() - {"net"}))
+    theirs = trees.flatten(tree.get("net"))
+    depths = {}
+    for stack, template in STACKS.items():
+        matches = [re.match(template.format(r"(\d+)") + "/", name) for name in theirs]
+        depths[stack] = len({match[1] for match in matches if match})
+    depths["v_blocks"] = depths["u_blocks"] if depths["v_blocks"] else 0
+    layout = _layout(theirs, depths, where)
+    shapes = {name: shape for names, shape in layout.values() for name in names}
+    trees.check_shapes(shapes, theirs, where)
+    ours, stacks = {}, {}
+    for name, (names, shape) in layout.items():
+        arrays = [np.asarray(theirs[source], np.float32) for source in names]
+        array = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-2)
+        if len(shape) == 3:
+            array = array[0]
+        stack, _, rest = name.partition("/")
+        if stack in STACKS:
+            number, _, rest = rest.partition("/")
+            stacks.setdefault(f"{stack}/{rest}", []).append(array)
+        else:
+            ours[name] = array
+    return trees.unflatten(ours | {name: np.stack(arrays) for name, arrays in stacks.items()})
+
+
+def to_published(tree, where):
+    """Brings a tree of ours into the published form."""
+    ours = trees.flatten(tree)
+    depths = {stack: len(ours.get(f"{stack}/norm1", ())) for stack in STACKS}
+    sizes = {
+        MARK: ours.get("embedding/x_embedder/kernel"),
+        TABLE: np.asarray(ours.get("embedding/y_embedder/embedding"))[None],
+        "pos_embed": np.asarray(ours.get("embedding/positions"))[None],
+        "u_heads_0/mlp/w1/_flax_linear/kernel": ours["u_blocks/mlp/w13/kernel"][0, :, 0],
+        "u_heads_0/attn/q_norm/kernel": ours["u_blocks/attn/q_norm"][0],
+    }
+    theirs = {}
+    for name, (names, shape) in _layout(sizes, depths, where).items():
+        stack, _, rest = name.partition("/")
+        if stack in STACKS:
+            number, _, rest = rest.partition("/")
+            array = np.asarray(ours[f"{stack}/{rest}"])[int(number)]
+        else:
+            array = np.asarray(ours[name])
+        parts = [array] if len(names) == 1 else np.moveaxis(array, -2, 0)
+        theirs |= {
+            source: np.reshape(part, shape) for source, part in zip(names, parts, strict=True)
+        }
+    return {"net": trees.unflatten(theirs)}
