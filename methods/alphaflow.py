@@ -88,7 +88,7 @@ class End(AlphaFlow):
         names = {field.name for field in dataclasses.fields(meanflow.MeanFlow)}
         options = {name: value for name, value in vars(self).items() if name in names}
         options |= {"noise_dist": "logit_normal", "tr_sampler": "v0", "equal_rows": "fixed"}
-        options |= {"tangent": (0.0, 1.0), "norm_eps": self.eps(x.shape)}
+        options |= {"tangent": (0.0, 1.0), "norm_eps": path.norm_eps(self, x.shape)}
         method = meanflow.MeanFlow(**options)
         plain = objective.Draws(draws.t, draws.r, draws.noise, draws.drop)
         return method.loss(net, params, x, given, plain, held)

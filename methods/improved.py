@@ -118,7 +118,11 @@ class Improved(objective.Objective):
         `error_u` and `error_v` are the squared errors of V and v summed over H, W, C before the
         adaptive weight, `loss_u` and `loss_v` the same as means.
         """
-        u, v, du_dt, v_g, _ = self.fields(net, params, x, given, draws)
+        return self.of_fields(self.fields(net, params, x, given, draws), x, draws)
+
+    def of_fields(self, fields, x, draws):
+        """The loss and the rows of `loss` from the `Fields` of a batch."""
+        u, v, du_dt, v_g, _ = fields
         V = u + by_row(draws.t - draws.r, u) * du_dt
         error_u, error_v = path.squared_error(V, v_g), path.squared_error(v, v_g)
         weighted = [
@@ -129,12 +133,15 @@ class Improved(objective.Objective):
         rows |= {"loss_u": error_u / x[0].size, "loss_v": error_v / x[0].size}
         return jnp.mean(sum(weighted)), stop_gradient(rows)
 
+    def point(self, x, noise, t):
+        """z_t and the velocity there, each (B, H, W, C)."""
+        return path.z_t(x, noise, t), noise - x
+
     def fields(self, net, params, x, given, draws):
         """The `Fields` of a batch; a gradient flows through u and v alone."""
-        t, r, noise, drop, omega, t_min, t_max = draws
+        t, r, noise, drop, omega, t_min, t_max = draws[:7]
         num_equal = self.equal_count(len(x))
-        v_t = noise - x
-        z = path.z_t(x, noise, t)
+        z, v_t = self.point(x, noise, t)
         scale = jnp.where((t_min <= t) & (t <= t_max), omega, 1.0)
 
         # 0: rows with r != t; 1: rows with r = t, where h = 0

@@ -39,6 +39,9 @@ class Objective:
     needs_v = False  # whether its network has to predict the instantaneous velocity too
     instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
+    needs_through = False  # whether a gradient flows through the tangent of its JVP
+    noise_scale = 1.0  # standard deviation of z_1
+    frozen = ()  # names of the frozen networks that `held` has to have
 
     def draw(self, key, shape, step):
         """What is random in step number `step`, int32 (), for images of `shape` (B, H, W, C).

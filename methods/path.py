@@ -30,6 +30,15 @@ def adaptive_weight(error, p, eps):
     return jax.lax.stop_gradient((error + eps) ** -p)
 
 
+def norm_eps(method, shape):
+    """E of the weight (error + E)^-p of an objective, where the error is a sum over `shape[1:]`.
+
+    Papers that take the mean over pixels name their constant by pixel: another size of image
+    leaves it as it is.
+    """
+    return method.norm_eps_per_pixel * math.prod(shape[1:]) or method.norm_eps
+
+
 def squared_error(a, b):
     """|a - b|^2 summed over all axes but the first: float32 (B,)."""
     return jnp.sum((a - b) ** 2, axis=tuple(range(1, a.ndim)))

@@ -45,11 +45,11 @@ class Draws(NamedTuple):
 class Pixel(improved.Improved):
     """The objective with its options; `configs/default.py` (`method`) says what each one means."""
 
-    noise_scale: float
     tr_uniform: bool
     lpips_weight: float
     convnext_weight: float
     perceptual_max_t: float
+    noise_scale: float  # last, as a dataclass takes the base's value for its default
 
     rows = ("error_u", "error_v", "loss_u", "loss_v", "loss_lpips", "loss_convnext")
 

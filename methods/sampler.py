@@ -33,7 +33,7 @@ def integrate(
 
     Args:
       method: `Objective`.
-      noise: z_1, float32 (B, H, W, C).
+      noise: standard normal, float32 (B, H, W, C); z_1 is this times `method.noise_scale`.
       given: {"y": int32 (B,), ...}, see `Objective.loss`.
       times: float32 (N + 1,) from `sample_times`.
       guidance: `Guidance`, or None.
@@ -67,8 +67,9 @@ def integrate(
         k, t_r = k_t_r
         t, r = jnp.broadcast_to(t_r[:, None], (2, z.shape[0]))
         x = z - path.by_row(t, z) * velocity(z, t, jnp.zeros_like(t), start=t)
-        return path.z_t(x, fresh(k), r), None
+        return path.z_t(x, method.noise_scale * fresh(k), r), None
 
+    noise = noise if method.noise_scale == 1 else method.noise_scale * noise
     steps = jnp.stack([times[:-1], times[1:]], axis=1)  # (N, 2)
     if sampler == "consistency":
         numbered = (jnp.arange(1, len(steps)), steps[:-1])

@@ -16,7 +16,6 @@ F below are forward passes by row; a backward pass counts as two.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -155,7 +154,7 @@ class Split(objective.Objective):
         by = held["ema_params" if self.target_by_ema else "params"]
         u_tgt0 = self.target(lambda *batches: ask(by, *batches), differ, v_g0)
 
-        eps = self.eps(x.shape)
+        eps = path.norm_eps(self, x.shape)
         error0, error1 = path.squared_error(u0, u_tgt0), path.squared_error(u1, v_g1)
         weight0 = stop_gradient(self.weight(error0, differ, eps))
         weight1 = path.adaptive_weight(error1, self.norm_p, eps)
@@ -198,14 +197,6 @@ class Split(objective.Objective):
     def weight(self, error, rows, eps):
         """The weight of the rows with r < t."""
         return path.adaptive_weight(error, self.norm_p, eps)
-
-    def eps(self, shape):
-        """E of the weight (error + E)^-p, where the error is the sum over H, W, C.
-
-        Papers that take the mean over pixels name their constant by pixel: another size of image
-        leaves it as it is.
-        """
-        return self.norm_eps_per_pixel * math.prod(shape[1:]) or self.norm_eps
 
 
 def split_target(ask, rows, a):

@@ -2,7 +2,8 @@
 
 In float32 every operation is the plain one. In bfloat16 attention, norms and GELU have derivatives
 of their own (models/attention.py, models/layers.py): the tangent of a batch that is inside of a
-`jax.jvp` is not differentiated any further.
+`jax.jvp` is not differentiated any further, unless its gradient is asked for (`through`): then the
+operations on it are the plain ones too.
 """
 
 from collections.abc import Callable
@@ -76,13 +77,12 @@ class Attention(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, x, tangent):
+    def __call__(self, x, tangent, plain):
         B, N, D = x.shape
         H = self.num_heads
         parts = qkv(x, self.fused, kernel_init=xavier, dtype=self.dtype)
         q, k, v = (a.reshape(B, N, H, D // H) for a in parts)
-        tangent = tangent and self.dtype != jnp.float32  # else plain differentiation
-        x = attention(q, k, v, fused=self.fused, tangent=tangent)
+        x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
         x = x.reshape(B, N, D)
         return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
 
@@ -94,10 +94,10 @@ class Mlp(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, x, tangent):
+    def __call__(self, x, tangent, plain):
         D = x.shape[-1]
         x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
-        x = nn.gelu(x) if self.dtype == jnp.float32 else layers.gelu(x, self.fused, tangent)
+        x = nn.gelu(x) if plain else layers.gelu(x, self.fused, tangent)
         return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
 
 
@@ -109,6 +109,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     fused: bool
     jvp: int | None  # which of the batches is inside of a `jax.jvp`
+    through: bool  # whether a gradient flows through its tangent
 
     def setup(self):
         self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
@@ -121,13 +122,14 @@ class Block(nn.Module):
         return tuple(map(self.one, xs, cs, tangents)), None
 
     def one(self, x, c, tangent):
+        how = tangent, self.dtype == jnp.float32 or (tangent and self.through)
         modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, tangent), tangent))
-        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, tangent), tangent))
+        x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, *how), *how))
+        return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, *how), *how))
 
-    def norm(self, x, shift, scale, tangent):
-        if self.dtype == jnp.float32:
+    def norm(self, x, shift, scale, tangent, plain):
+        if plain:
             return modulate(layer_norm(x), shift, scale)
         return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
 

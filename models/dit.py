@@ -162,7 +162,7 @@ class DiT(Network):
         return self.together((z, c))[0]
 
     @nn.compact
-    def together(self, *batches, jvp=None):
+    def together(self, *batches, jvp=None, through=False):
         shape = h, w, C = batches[0][0].shape[1:]
         p, D = self.patch_size, self.hidden_size
 
@@ -198,7 +198,7 @@ class DiT(Network):
             in_axes=nn.broadcast,
             length=self.depth,
             unroll=unroll,
-        )(D, self.num_heads, self.dtype, fused, jvp, name="blocks")
+        )(D, self.num_heads, self.dtype, fused, jvp, through, name="blocks")
         xs, _ = blocks(xs, cs)
 
         def images(name):

@@ -62,7 +62,12 @@ def rotate(x):
     Neighbouring channels (2j, 2j + 1) are turned by the angle position * 10000^(-2j/d).
     """
     N, d = x.shape[1], x.shape[-1]
-    angle = np.arange(N)[:, None] * MAX_PERIOD ** -(np.arange(0, d, 2) / d)  # (N, d/2)
+    return turn(x, np.arange(N)[:, None] * MAX_PERIOD ** -(np.arange(0, d, 2) / d))
+
+
+def turn(x, angle):
+    """Turns neighbouring channels of x (B, N, heads, d) as pairs by angles, numpy (N, d / 2)."""
+    d = x.shape[-1]
     angle = np.repeat(angle, 2, axis=1)[:, None]  # (N, 1, d)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     even = np.arange(d) % 2 == 0
@@ -84,9 +89,7 @@ class Embedding(nn.Module):
 
     def setup(self):
         D = self.hidden_size
-        # The kernel has the shape of the convolution it stands for, (p, p, C, D).
-        patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
-        self.x_embedder = nn.DenseGeneral(D, **patch)
+        self.setup_patches()
         # a table's own default counts its features as fan_in
         self.y_embedder = nn.Embed(self.num_classes + 1, D)
         self.h_embedder = TimeEmbedder(D, scaled_normal())
@@ -110,8 +113,16 @@ class Embedding(nn.Module):
             "time": self.h_embedder(c["h"]),
         }
         prefix = [self.tokens[name] + vectors[name][:, None] for name in PREFIX]
-        patches = self.x_embedder(patchify(z, self.patch_size)).astype(jnp.float32)
-        return jnp.concatenate([*prefix, patches], axis=1)
+        return jnp.concatenate([*prefix, self.patches(z).astype(jnp.float32)], axis=1)
+
+    def setup_patches(self):
+        # The kernel has the shape of the convolution it stands for, (p, p, C, D).
+        patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
+        self.x_embedder = nn.DenseGeneral(self.hidden_size, **patch)
+
+    def patches(self, z):
+        """Embeds the patches of an image: (B, N, D)."""
+        return self.x_embedder(patchify(z, self.patch_size))
 
 
 class Attention(nn.Module):
@@ -122,7 +133,7 @@ class Attention(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, x, tangent):
+    def __call__(self, x, tangent, plain):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
@@ -133,9 +144,7 @@ class Attention(nn.Module):
             return rotate(rms_norm(a, scale, apart=self.fused)).astype(self.dtype)
 
         q, k = turned(q, "q"), turned(k, "k")
-        # In float32 plain differentiation, see models/attention.py.
-        tangent = tangent and self.dtype != jnp.float32
-        x = attention(q, k, v, fused=self.fused, tangent=tangent)
+        x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
         return nn.Dense(D, **dense, name="proj")(x.reshape(B, N, D))
 
 
@@ -165,14 +174,20 @@ class Block(nn.Module):
     dtype: jnp.dtype
     fused: bool
     jvp: int | None  # which of the batches is inside of a `jax.jvp`
+    through: bool  # whether a gradient flows through its tangent
+    grid: tuple[int, int]  # patches by column and by row
+    mlp_features: int
 
     def setup(self):
         D = (self.hidden_size,)
         self.norm1, self.norm2 = self.param("norm1", ones, D), self.param("norm2", ones, D)
         self.attn_scale = self.param("attn_scale", zeros, D)
         self.mlp_scale = self.param("mlp_scale", zeros, D)
-        self.attn = Attention(self.num_heads, self.dtype, self.fused)
-        self.mlp = Mlp(self.dtype)
+        self.attn, self.mlp = self.branches()
+
+    def branches(self):
+        """Makes attention and MLP."""
+        return Attention(self.num_heads, self.dtype, self.fused), Mlp(self.dtype)
 
     def __call__(self, xs):
         """A tuple of batches (B, N, D) -> (the same, None), for `nn.scan`."""
@@ -180,7 +195,8 @@ class Block(nn.Module):
         return tuple(map(self.one, xs, tangents)), None
 
     def one(self, x, tangent):
-        x = self.add(x, self.attn_scale, self.attn(rms_norm(x, self.norm1), tangent))
+        plain = self.dtype == jnp.float32 or (tangent and self.through)
+        x = self.add(x, self.attn_scale, self.attn(rms_norm(x, self.norm1), tangent, plain))
         return self.add(x, self.mlp_scale, self.mlp(rms_norm(x, self.norm2)))
 
     def add(self, x, scale, branch):
@@ -234,16 +250,29 @@ class ImfDiT(Network):
     takes_t = False
     label_table = "embedding/y_embedder/embedding"
 
+    block = Block
+
     def __call__(self, z, c):
         return self.together((z, c))[0]
 
+    def embedding(self, grid):
+        """Makes the module that embeds images of so many patches, `grid` (rows, columns)."""
+        sizes = self.hidden_size, self.patch_size, self.num_classes
+        return Embedding(*sizes, self.dtype, name="embedding")
+
+    @property
+    def mlp_features(self):
+        """Hidden features of the MLP."""
+        return mlp_size(self.hidden_size)
+
     @nn.compact
-    def together(self, *batches, jvp=None):
+    def together(self, *batches, jvp=None, through=False):
         shape = batches[0][0].shape[1:]
         p = self.patch_size
         fused = card.fused_attention(self.fused_attention, self.dtype)
         unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
-        embed = Embedding(self.hidden_size, p, self.num_classes, self.dtype, name="embedding")
+        grid = shape[0] // p, shape[1] // p
+        embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32
         xs = [embed(*batch) for batch in batches]
         if card.platform() == "gpu":  # a TPU's compiler moves more for it
@@ -253,7 +282,9 @@ class ImfDiT(Network):
         both = fresh or self.has_variable("params", "v_blocks")
         in_all = self.depth + both * self.aux_head_depth
         policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = card.remat(Block, policy, xs, in_all, unroll < self.depth)
+        block = card.remat(self.block, policy, xs, in_all, unroll < self.depth)
+
+        size = self.hidden_size, self.num_heads
 
         def stack(length, name):
             return nn.scan(
@@ -262,7 +293,7 @@ class ImfDiT(Network):
                 split_rngs={"params": True},
                 length=length,
                 unroll=min(unroll, length),
-            )(self.hidden_size, self.num_heads, self.dtype, fused, jvp, name=name)
+            )(*size, self.dtype, fused, jvp, through, grid, self.mlp_features, name=name)
 
         def head(name, xs):
             xs, _ = stack(self.aux_head_depth, f"{name}_blocks")(xs)
@@ -292,7 +323,7 @@ class ImfDiT(Network):
         patches = height * width // self.patch_size**2
         tokens = NUM_PREFIX + patches
         D, patch = self.hidden_size, self.patch_size**2 * channels
-        block = tokens * (4 * D + 3 * mlp_size(D)) * D + 2 * tokens * tokens * D
+        block = tokens * (4 * D + 3 * self.mlp_features) * D + 2 * tokens * tokens * D
         scalars = 4 * (FREQUENCIES * D + D * D)
         blocks = self.depth + (self.aux_head_depth if both else 0)
         return 2 * (blocks * block + scalars + (2 + both) * patches * patch * D)
@@ -326,16 +357,20 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
       ValueError: a missing size, or sizes that do not fit together.
     """
     options |= sizes_of(cls, NAMES[cls], SIZE_OPTIONS, options, image_shape)
+    check_sizes(options, 2)
+    if options["half_residual"] is None:
+        options["half_residual"] = dtype == jnp.bfloat16
+    return ImfDiT(**options, num_classes=num_classes, dtype=dtype)
+
+
+def check_sizes(options, channels):
+    """Raises ValueError where sizes do not fit together; a head's width divides by `channels`."""
     depth, D, heads, _, head_depth = (options[name] for name in SIZE_OPTIONS)
-    if D % (2 * heads):
-        raise ValueError(
-            f"model.hidden_size ({D}) must be an even multiple of model.num_heads ({heads})"
-        )
+    if D % (channels * heads):
+        kind = "an even multiple" if channels == 2 else f"a multiple of {channels} times"
+        raise ValueError(f"model.hidden_size ({D}) must be {kind} of model.num_heads ({heads})")
     if head_depth >= depth:
         raise ValueError(
             f"model.aux_head_depth ({head_depth}) must be below model.depth ({depth}), which "
             "counts the blocks of the trunk and of one head"
         )
-    if options["half_residual"] is None:
-        options["half_residual"] = dtype == jnp.bfloat16
-    return ImfDiT(**options, num_classes=num_classes, dtype=dtype)

@@ -62,13 +62,15 @@ class Network(nn.Module):
         """One row of the condition `name`, of those in `conditions`, to make parameters with."""
         return jnp.zeros(1)
 
-    def together(self, *batches, jvp=None):
+    def together(self, *batches, jvp=None, through=False):
         """Several batches (z, c) in one pass over the parameters -> a `Velocity` for each.
 
         Args:
           jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
             forward-mode derivative; None for none. Its tangent may be opaque to a gradient, as it
             stands under a stop_gradient in every objective here.
+          through: whether a gradient flows through that tangent: it is differentiated forward and
+            then backward, which the forms for half precision with derivatives of their own forbid.
         """
         return tuple(self(*batch) for batch in batches)
 
@@ -147,14 +149,15 @@ def function(module, gather=lambda params: params):
       gather: brings parameters to the devices, see `utils.sharding.gather`.
 
     Returns:
-      `net(params, *batches, jvp=None, key=None) -> (Velocity, ...)`; a batch is (z, c), see
-      `Network`; a key turns dropout on, the same for all batches of the call.
+      `net(params, *batches, jvp=None, through=False, key=None) -> (Velocity, ...)`; a batch is
+      (z, c), see `Network`; a key turns dropout on, the same for all batches of the call.
     """
 
-    def net(params, *batches, jvp=None, key=None):
+    def net(params, *batches, jvp=None, through=False, key=None):
         params = gather(module.cast(params))
         rngs = {} if key is None else {"rngs": {"dropout": key}}
-        return module.apply({"params": params}, *batches, jvp=jvp, method="together", **rngs)
+        how = {"jvp": jvp, "through": through}
+        return module.apply({"params": params}, *batches, **how, method="together", **rngs)
 
     return net
 

@@ -2,8 +2,8 @@
 
 Patches pass a bottleneck, positions are learned for all tokens and turned into the queries and keys
 of the patches, row and column apart. The heads predict clean images x_u and x_v; the velocities are
-u = (z_t - x_u) / c(t) and v = (z_t - x_v) / c(t) with c(t) = clip(t, 0.05, 1), which is part of what
-a JVP differentiates. The time enters nowhere else.
+u = (z_t - x_u) / c(t) and v = (z_t - x_v) / c(t) with c(t) = clip(t, 0.05, 1), which is part of
+what a JVP differentiates. The time enters nowhere else.
 
 Each matrix of the published network is one here too (q, k and v, or the two halves of a gate, lie
 side by side along an axis of their own), as Muon goes by matrix.
@@ -40,8 +40,7 @@ class Embedding(imf_dit.Embedding):
     bottleneck: int = 128
     grid: tuple[int, int] = ()  # patches by row and column
 
-    def setup(self):
-        super().setup()
+    def setup_patches(self):
         patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
         self.x_embedder = nn.DenseGeneral(self.bottleneck, **patch)
         self.x_embedder2 = nn.DenseGeneral(self.hidden_size, **patch)  # a convolution of 1 x 1
@@ -65,7 +64,7 @@ class Attention(nn.Module):
     grid: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x, tangent):
+    def __call__(self, x, tangent, plain):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
@@ -77,9 +76,8 @@ class Attention(nn.Module):
             normed = rms_norm(a, scale, apart=self.fused)
             return turn(normed, angles(self.grid, d)).astype(self.dtype)
 
-        tangent = tangent and self.dtype != jnp.float32
         q, k = turned(q, "q"), turned(k, "k")
-        x = attention(q, k, v, fused=self.fused, tangent=tangent)
+        x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
         return nn.Dense(D, **dense, name="proj")(x.reshape(B, N, D))
 
 
@@ -102,10 +100,9 @@ class Mlp(nn.Module):
 class Block(imf_dit.Block):
     """One transformer block, the identity at the start."""
 
-    def setup(self):
-        super().setup()
-        self.attn = Attention(self.num_heads, self.dtype, self.fused, self.grid)
-        self.mlp = Mlp(self.mlp_features, self.dtype)
+    def branches(self):
+        attention = Attention(self.num_heads, self.dtype, self.fused, self.grid)
+        return attention, Mlp(self.mlp_features, self.dtype)
 
 
 class PmfDiT(imf_dit.ImfDiT):

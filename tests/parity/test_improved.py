@@ -144,10 +144,11 @@ def test_parts(data):
         embed = imf_dit.Embedding(net.hidden_size, net.patch_size, net.num_classes, net.dtype)
         x = embed.apply({"params": params["embedding"]}, forward["x"][:rows], c)
         block = {"params": jax.tree.map(lambda p: p[0], params["blocks"])}
-        module = imf_dit.Block(net.hidden_size, net.num_heads, net.dtype, False, None)
+        sizes = net.hidden_size, net.num_heads, net.dtype, False, None, False
+        module = imf_dit.Block(*sizes, grid=(), mlp_features=net.mlp_features)
         # `of`: one part on the normed input, as the goldens have it
         of = functools.partial(module.apply, block)
-        attention = of(method=lambda b: b.attn(imf_dit.rms_norm(x, b.norm1), False))
+        attention = of(method=lambda b: b.attn(imf_dit.rms_norm(x, b.norm1), False, True))
         (out,), _ = of((x,))
         after = x + block["params"]["attn_scale"] * attention
         mlp = of(method=lambda b: b.mlp(imf_dit.rms_norm(after, b.norm2)))
