@@ -16,8 +16,10 @@ from methods import (
     consistency,
     flow,
     improved,
+    lagrangian,
     meanflow,
     objective,
+    pixel,
     shortcut,
     soflow,
     splitmeanflow,
@@ -25,10 +27,10 @@ from methods import (
 )
 from methods.sampler import SAMPLERS, check_times
 from metrics import evaluators, kernels
-from models import codec, dit, imf_dit, network, unet, vae
+from models import codec, dit, imf_dit, network, pmf_dit, unet, vae
 from utils import averages, dataset, sharding
 
-BACKBONES = (dit, imf_dit, unet)
+BACKBONES = (dit, imf_dit, pmf_dit, unet)
 OBJECTIVES = {
     "meanflow": meanflow.MeanFlow,
     "improved": improved.Improved,
@@ -41,6 +43,8 @@ OBJECTIVES = {
     "shortcut": shortcut.Shortcut,
     "central_difference": tim.Difference,
     "tim": tim.TiM,
+    "lagrangian": lagrangian.Lagrangian,
+    "pixel": pixel.Pixel,
 }
 
 

@@ -200,7 +200,10 @@ def update(recipe, state, x, given, draws, key, frozen=None):
 def make_recipe(config, model, total_steps, steps_per_epoch=0):
     """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
     optimizer, schedule = make_optimizer(
-        config.training, total_steps, steps_per_epoch, model.module.axes
+        config.training,
+        total_steps,
+        steps_per_epoch,
+        axes=lambda: model.module.axes(model.param_shapes()),
     )
     gather = sharding.gather(model.mesh)
     recipe = Recipe(

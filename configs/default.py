@@ -40,7 +40,7 @@ class Dataset:
 class Model:
     """The network."""
 
-    cls: str = "DiT_B_4"  # DiT_{S,B,M,L,XL}_{2,4,8}, imfDiT_{B,M,L,XL}_2; DiT, imfDiT, UNet: below
+    cls: str = "DiT_B_4"  # DiT_B_4, imfDiT_B_2, pmfDiT_B_16, ...; DiT, imfDiT, pmfDiT, UNet: below
     depth: Whole = 0  # number of blocks; 0: that of cls
     hidden_size: Whole = 0  # width; 0: that of cls
     num_heads: Whole = 0  # attention heads; 0: that of cls
@@ -100,6 +100,12 @@ class Method:
     difference_step: float = 0.005  # half the distance in t of the central difference
     difference_path: str = "data"  # of the central difference: data (along v) | guided (v_g)
     grid_steps: int = 128  # shortcut: steps of the grid, a power of two
+    target_params: str = "params"  # lagrangian: whose velocity is the target: params | ema
+    noise_scale: float = 1.0  # pixel: standard deviation of the noise, in sampling too
+    tr_uniform: bool = False  # pixel: a tenth of the rows has uniform times
+    lpips_weight: float = 0.0  # pixel: of the distance by LPIPS; 0: its network is not loaded
+    convnext_weight: float = 0.0  # pixel: of the distance by ConvNeXt-V2; 0: it is not loaded
+    perceptual_max_t: float = 1.0  # pixel: both count where t is below
 
 
 class Training:
@@ -109,7 +115,8 @@ class Training:
     batch_size: Free[Count] = 256  # images per step, over all devices of all hosts
     num_epochs: Free[Whole] = 240  # an epoch is num_records // batch_size steps
     num_steps: Free[Whole] = 0  # length of the run in steps; 0: num_epochs decides
-    learning_rate: Positive = 1e-4  # of AdamW, after the warm-up
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, and NAdam for the rest
+    learning_rate: Positive = 1e-4  # after the warm-up
     lr_schedule: Literal["const", "cosine"] = "const"  # cosine: to zero at the end of the run
     warmup_steps: Whole = 0  # steps of linear warm-up
     warmup_epochs: Whole = 0  # the same in epochs, instead of warmup_steps
@@ -128,11 +135,7 @@ class Training:
     log_per_step: Free[Count] = 100  # steps between two lines of metrics
     sample_on_training: Free[bool] = True  # draw a grid of samples during training
     sample_per_epoch: Free[Whole] = 10  # epochs between two grids
-    sample_steps: Free[Steps] = (
-        1,
-        2,
-        4,
-    )  # of one noise, a row for each beside the grid; empty: none
+    sample_steps: Free[Steps] = (1, 2, 4)  # a row of one noise for each beside the grid; or none
     checkpoint_per_epoch: Free[Count] = 10  # epochs between two checkpoints; the newest 3 are kept
     fid_per_epoch: Free[Whole] = 10  # epochs between two evaluations
     sample_per_step: Free[Whole] = 0  # steps between two grids; 0: sample_per_epoch decides

@@ -10,6 +10,7 @@ side by side along an axis of their own), as Muon goes by matrix.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +18,7 @@ from models import imf_dit
 from models.attention import attention
 from models.dit import MAX_PERIOD, patchify, xavier
 from models.imf_dit import NUM_PREFIX, ones, rms_norm, scaled_normal, turn
-from models.network import sizes_of
+from models.network import Axes, sizes_of
 
 CLIP = 0.05  # the smallest time that is divided by
 
@@ -128,6 +129,18 @@ class PmfDiT(imf_dit.ImfDiT):
     @property
     def mlp_features(self):
         return -(-(self.hidden_size * 8 // 3) // self.mlp_multiple) * self.mlp_multiple
+
+    def axes(self, params):
+        """Tells the axes of every array; q, k, v and the halves of a gate are several matrices."""
+
+        def several(path, axes):
+            names = [key.key for key in path[-2:]]
+            apart = names in (["qkv", "kernel"], ["w13", "kernel"])
+            return Axes((0, 2), (1,), (3,)) if apart else axes
+
+        return jax.tree_util.tree_map_with_path(
+            several, super().axes(params), is_leaf=lambda a: isinstance(a, Axes)
+        )
 
     def together(self, *batches, **how):
         pairs = zip(batches, super().together(*batches, **how), strict=True)
