@@ -189,6 +189,11 @@ def check_network(parts, cls, name):
             f"model.cls: {cls} predicts no instantaneous velocity beside the average one, which "
             f"method.name {name} trains"
         )
+    if method.needs_through and not module.takes_through:
+        raise ValueError(
+            f"model.cls: {config.model.cls} has no gradient through the tangent of a JVP, which "
+            f"method.name {config.method.name} needs"
+        )
     if method.instantaneous and not module.takes_t:
         raise ValueError(
             f"model.cls: {cls} is told h = t - r and not t, and h is 0 throughout with method.name "

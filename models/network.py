@@ -41,6 +41,7 @@ class Network(nn.Module):
     label_table = ""  # name of the parameters with a row for each class and a last one for none
     predicts_v = False
     takes_t = True  # whether it is told t beside h
+    takes_through = True  # whether `together` can be differentiated through a tangent
     # First names of the parameters that only training needs; weights without them are sampled from.
     only_for_training = ()
 

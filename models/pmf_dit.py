@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import imf_dit
+from models import imf_blocks, imf_dit
 from models.attention import attention
 from models.dit import MAX_PERIOD, patchify, xavier
-from models.imf_dit import NUM_PREFIX, ones, rms_norm, scaled_normal, turn
+from models.imf_blocks import NUM_PREFIX, ones, rms_norm, scaled_normal, turn
 from models.network import Axes, sizes_of
 
 CLIP = 0.05  # the smallest time that is divided by
@@ -35,7 +35,7 @@ def angles(grid, d):
     return np.pad(patches, ((NUM_PREFIX, 0), (0, 0)))
 
 
-class Embedding(imf_dit.Embedding):
+class Embedding(imf_blocks.Embedding):
     """An image and its conditions as one sequence: (B, 20 + patches, D)."""
 
     bottleneck: int = 128
@@ -98,7 +98,7 @@ class Mlp(nn.Module):
         return nn.Dense(D, **dense, name="w2")(nn.silu(both[:, :, 0]) * both[:, :, 1])
 
 
-class Block(imf_dit.Block):
+class Block(imf_blocks.Block):
     """One transformer block, the identity at the start."""
 
     def branches(self):

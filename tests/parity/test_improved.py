@@ -16,7 +16,7 @@ from configs import default
 from formats import published_imf
 from methods import improved, objective, path
 from methods.sampler import integrate, sample_times
-from models import codec, imf_dit, network
+from models import codec, dit, imf_blocks, imf_dit, network
 from optimizer import make_optimizer
 from utils import trees
 
@@ -128,30 +128,30 @@ def test_forward(data):
 
 def test_parts(data):
     a, forward = data.below("parts"), data.below("forward")
-    time = imf_dit.TimeEmbedder(imf_dit.FREQUENCIES)
-    eye = {"kernel": np.eye(imf_dit.FREQUENCIES), "bias": np.zeros(imf_dit.FREQUENCIES)}
+    time = dit.TimeEmbedder(dit.FREQUENCIES)
+    eye = {"kernel": np.eye(dit.FREQUENCIES), "bias": np.zeros(dit.FREQUENCIES)}
     found = jax.jit(time.apply)({"params": {"fc1": eye, "fc2": eye}}, a["times"])
     close(found, jax.nn.silu(a["frequencies"]))
-    close(imf_dit.rotate(a["rope_in"]), a["rope_out"])
+    close(imf_blocks.rotate(a["rope_in"]), a["rope_out"])
     patch = INFO["model"]["patch_size"]
-    close(imf_dit.unpatchify(a["tokens"], patch, a["unpatchified"].shape[1:]), a["unpatchified"])
+    close(dit.unpatchify(a["tokens"], patch, a["unpatchified"].shape[1:]), a["unpatchified"])
 
     rows = len(a["sequence"])
     c = {name: forward[name][:rows] for name in ("h", "omega", "t_min", "t_max", "y")}
     net = data.net
 
     def first_block(params):
-        embed = imf_dit.Embedding(net.hidden_size, net.patch_size, net.num_classes, net.dtype)
+        embed = imf_blocks.Embedding(net.hidden_size, net.patch_size, net.num_classes, net.dtype)
         x = embed.apply({"params": params["embedding"]}, forward["x"][:rows], c)
         block = {"params": jax.tree.map(lambda p: p[0], params["blocks"])}
         sizes = net.hidden_size, net.num_heads, net.dtype, False, None, False
-        module = imf_dit.Block(*sizes, grid=(), mlp_features=net.mlp_features)
+        module = imf_blocks.Block(*sizes, grid=(), mlp_features=net.mlp_features)
         # `of`: one part on the normed input, as the goldens have it
         of = functools.partial(module.apply, block)
-        attention = of(method=lambda b: b.attn(imf_dit.rms_norm(x, b.norm1), False, True))
+        attention = of(method=lambda b: b.attn(imf_blocks.rms_norm(x, b.norm1), False, True))
         (out,), _ = of((x,))
         after = x + block["params"]["attn_scale"] * attention
-        mlp = of(method=lambda b: b.mlp(imf_dit.rms_norm(after, b.norm2)))
+        mlp = of(method=lambda b: b.mlp(imf_blocks.rms_norm(after, b.norm2)))
         return x, attention, mlp, out
 
     names = ("sequence", "block0_attention", "block0_mlp", "block0_out")
