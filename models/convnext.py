@@ -82,60 +82,73 @@ def convert(arrays, where):
     Raises:
       ValueError: an array that is missing, of another shape, unknown or not finite; by name.
     """
-    rest = {_meta_name(name): value for name, value in arrays.items()}
-    rest = {name: value for name, value in rest.items() if not name.startswith("head.")}
+    arrays = _Arrays(arrays, where)
+    stages, width = [], 3
+    while f"downsample_layers.{len(stages)}.0.weight" in arrays.rest:
+        stages.append(_stage(arrays, len(stages), width))
+        width = len(stages[-1]["down"]["bias"])
+    params = {"stages": stages, "norm": arrays.norm("norm", width)}
+    if arrays.rest:
+        unknown = sorted(arrays.rest)[0]
+        raise ValueError(f"{where}: not the weights of ConvNeXt-V2: unknown {unknown}")
+    return jax.tree.map(np.ascontiguousarray, params)
 
-    def take(name, *axes):
-        if name not in rest:
-            raise ValueError(f"{where}: not the weights of ConvNeXt-V2: no {name}")
-        value = rest.pop(name)
-        wanted = tuple(b if a is None else a for a, b in zip(axes, value.shape, strict=False))
-        if value.shape != wanted or value.ndim != len(axes):
-            raise ValueError(f"{where}: {name} is {value.shape}, not {axes}")
+
+def _stage(arrays, i, width):
+    # The first stage begins with 4 x 4 patches and then a norm; the others the other way round.
+    first = not i
+    kernel = (None, width, 4, 4) if first else (None, width, 2, 2)
+    down = arrays.conv(f"downsample_layers.{i}.{0 if first else 1}", *kernel)
+    C = len(down["bias"])
+    norm = arrays.norm(f"downsample_layers.{i}.{1 if first else 0}", C if first else width)
+    blocks = []
+    while not blocks or f"stages.{i}.{len(blocks)}.dwconv.weight" in arrays.rest:
+        blocks.append(_block_of(arrays, f"stages.{i}.{len(blocks)}", C))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+    return {"down": down, "norm": norm, "blocks": stacked}
+
+
+def _block_of(arrays, name, C):
+    shape = 1, 1, 1, 4 * C
+    scale, bias = (arrays.take(f"{name}.grn.{part}", *shape) for part in ("gamma", "beta"))
+    return {
+        "dwconv": arrays.conv(f"{name}.dwconv", C, 1, 7, 7),
+        "norm": arrays.norm(f"{name}.norm", C),
+        "pwconv1": arrays.dense(f"{name}.pwconv1", C, 4 * C),
+        "grn": {"scale": scale.reshape(-1), "bias": bias.reshape(-1)},
+        "pwconv2": arrays.dense(f"{name}.pwconv2", 4 * C, C),
+    }
+
+
+class _Arrays:
+    """The arrays of a file in Meta's names; each is taken once, of a known shape."""
+
+    def __init__(self, arrays, where):
+        named = {_meta_name(name): value for name, value in arrays.items()}
+        self.rest = {name: a for name, a in named.items() if not name.startswith("head.")}
+        self.where = where
+
+    def take(self, name, *shape):
+        """An array; an axis of `shape` that is None may have any length."""
+        if name not in self.rest:
+            raise ValueError(f"{self.where}: not the weights of ConvNeXt-V2: no {name}")
+        value = self.rest.pop(name)
+        wanted = tuple(b if a is None else a for a, b in zip(shape, value.shape, strict=False))
+        if value.shape != wanted or value.ndim != len(shape):
+            raise ValueError(f"{self.where}: {name} is {value.shape}, not {shape}")
         if not np.isfinite(value).all():
-            raise ValueError(f"{where}: {name} has values that are not finite")
+            raise ValueError(f"{self.where}: {name} has values that are not finite")
         return np.asarray(value, np.float32)
 
-    def norm(name, C):
-        return {"scale": take(f"{name}.weight", C), "bias": take(f"{name}.bias", C)}
+    def norm(self, name, C):
+        return {"scale": self.take(f"{name}.weight", C), "bias": self.take(f"{name}.bias", C)}
 
-    def dense(name, C, D):
-        return {"kernel": take(f"{name}.weight", D, C).T, "bias": take(f"{name}.bias", D)}
+    def dense(self, name, C, D):
+        return {"kernel": self.take(f"{name}.weight", D, C).T, "bias": self.take(f"{name}.bias", D)}
 
-    def conv(name, *axes):
-        kernel = take(f"{name}.weight", *axes)
-        return {"kernel": kernel.transpose(2, 3, 1, 0), "bias": take(f"{name}.bias", len(kernel))}
-
-    def block(name, C):
-        grn = {ours: take(f"{name}.grn.{theirs}", 1, 1, 1, 4 * C).reshape(-1)
-               for ours, theirs in (("scale", "gamma"), ("bias", "beta"))}  # fmt: skip
-        return {
-            "dwconv": conv(f"{name}.dwconv", C, 1, 7, 7),
-            "norm": norm(f"{name}.norm", C),
-            "pwconv1": dense(f"{name}.pwconv1", C, 4 * C),
-            "grn": grn,
-            "pwconv2": dense(f"{name}.pwconv2", 4 * C, C),
-        }
-
-    stages, width = [], 3
-    while f"downsample_layers.{len(stages)}.0.weight" in rest:
-        i, first = len(stages), not stages
-        down = conv(f"downsample_layers.{i}.{0 if first else 1}", None, width,
-                    *((4, 4) if first else (2, 2)))  # fmt: skip
-        C = len(down["bias"])
-        normed = norm(f"downsample_layers.{i}.{1 if first else 0}", C if first else width)
-        blocks = []
-        while f"stages.{i}.{len(blocks)}.dwconv.weight" in rest:
-            blocks.append(block(f"stages.{i}.{len(blocks)}", C))
-        if not blocks:
-            raise ValueError(f"{where}: not the weights of ConvNeXt-V2: no stages.{i}.0")
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
-        stages.append({"down": down, "norm": normed, "blocks": stacked})
-        width = C
-    params = {"stages": stages, "norm": norm("norm", width)}
-    if rest:
-        raise ValueError(f"{where}: not the weights of ConvNeXt-V2: unknown {sorted(rest)[0]}")
-    return jax.tree.map(np.ascontiguousarray, params)
+    def conv(self, name, *shape):
+        kernel = self.take(f"{name}.weight", *shape).transpose(2, 3, 1, 0)  # OIHW -> HWIO
+        return {"kernel": kernel, "bias": self.take(f"{name}.bias", kernel.shape[-1])}
 
 
 _HUGGING_FACE = (
