@@ -191,8 +191,8 @@ def check_network(parts, cls, name):
         )
     if method.needs_through and not module.takes_through:
         raise ValueError(
-            f"model.cls: {config.model.cls} has no gradient through the tangent of a JVP, which "
-            f"method.name {config.method.name} needs"
+            f"model.cls: {cls} has no gradient through the tangent of a JVP, which method.name "
+            f"{name} needs"
         )
     if method.instantaneous and not module.takes_t:
         raise ValueError(

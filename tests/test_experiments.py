@@ -102,9 +102,7 @@ def test_everything_else_is_the_published_recipe():
         assert options["training.half_precision"] is True
 
 
-FAMILY = (
-    "soflow_b4 soflow_xl2 alphaflow_b2 alphaflow_b2_cfg alphaflow_xl2 shortcut_b2 fm_b2".split()
-)
+FAMILY = "soflow_b4 soflow_xl2 alphaflow_b2 alphaflow_b2_cfg alphaflow_xl2 shortcut_b2 fm_b2 lsd_b2".split()
 
 
 UNETS = ("cifar10_unet", "cifar10_unet_v0")

@@ -10,7 +10,6 @@ import pytest
 import optimizer
 import parts
 from configs import default
-from models import network
 from models.network import Axes
 
 
@@ -23,9 +22,9 @@ def muon(axes, **options):
 def kernels_of(name):
     """{name of an array: whether Muon has it} of a backbone."""
     config = make.config(*make.PIXELS, *NETWORKS[name])
-    module = parts.make_module(config)
-    shapes = network.param_shapes(module, parts.image_shape(config))
-    dims = optimizer.matrices(module.axes(shapes))
+    made = parts.make(config)
+    shapes = made.param_shapes()
+    dims = optimizer.matrices(made.module.axes(shapes))
     arrays = jax.tree_util.tree_leaves_with_path(shapes)
     flat = jax.tree.leaves(dims, is_leaf=lambda d: d is None or isinstance(d, tuple))
     return {
