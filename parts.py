@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs.default import OPTIONS
+from formats import arrays
 from methods import (
     alphaflow,
     consistency,
@@ -26,8 +27,8 @@ from methods import (
     tim,
 )
 from methods.sampler import SAMPLERS, check_times
-from metrics import evaluators, kernels
-from models import codec, dit, imf_dit, network, pmf_dit, unet, vae
+from metrics import evaluators, kernels, weight_files
+from models import codec, convnext, dit, imf_dit, lpips, network, pmf_dit, unet, vae
 from utils import averages, dataset, sharding
 
 BACKBONES = (dit, imf_dit, pmf_dit, unet)
@@ -55,7 +56,34 @@ class Frozen(NamedTuple):
     load: Callable  # the objective, with its options -> params, a tree of numpy arrays
 
 
-FROZEN: dict[str, Frozen] = {}
+def load_lpips(method):
+    """Loads the parameters of `models.lpips`: VGG16 and the weights by channel are two files."""
+    advice = "no {}: put {} into {} or name a file in {}"
+    folder, files = weight_files.cache_folder(), []
+    for what, variable, names in (
+        ("VGG16 for LPIPS", "VGG16_WEIGHTS", ("vgg16-397923af.pth", "vgg16_weights.h5")),
+        ("weights by channel for LPIPS", "LPIPS_WEIGHTS", ("lpips_vgg.pth", "lpips_lin.h5")),
+    ):
+        line = advice.format(what, " or ".join(names), folder, variable)
+        files.append(weight_files.find(None, "", variable, names, line))
+    return lpips.convert(*map(arrays.read, files), " and ".join(map(str, files)))
+
+
+def load_convnext(method):
+    """Loads the parameters of `models.convnext`."""
+    names = "convnextv2_base_22k_224.safetensors", "convnextv2_base_22k_224_ema.pt"
+    advice = (
+        "no ConvNeXt-V2: put the model.safetensors of facebook/convnextv2-base-22k-224 as "
+        f"{names[0]} into {weight_files.cache_folder()} or name a file in CONVNEXT_WEIGHTS"
+    )
+    path = weight_files.find(None, "", "CONVNEXT_WEIGHTS", names, advice)
+    return convnext.convert(arrays.read(path), path)
+
+
+FROZEN = {
+    "lpips": Frozen(lpips.distance, load_lpips),
+    "convnext": Frozen(convnext.distance, load_convnext),
+}
 
 
 class Parts(NamedTuple):

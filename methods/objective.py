@@ -41,7 +41,6 @@ class Objective:
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`
     needs_through = False  # whether a gradient flows through the tangent of its JVP
     noise_scale = 1.0  # standard deviation of z_1
-    frozen = ()  # names of the frozen networks that `held` has to have
 
     def draw(self, key, shape, step):
         """What is random in step number `step`, int32 (), for images of `shape` (B, H, W, C).

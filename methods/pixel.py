@@ -94,9 +94,9 @@ class Pixel(improved.Improved):
         fields = self.fields(net, params, x, given, draws)
         loss, rows = self.of_fields(fields, x, draws)
         z, _ = self.point(x, draws.noise, draws.t)
-        pair = z - by_row(draws.t, z) * fields.u, x
+        pair = [z - by_row(draws.t, z) * fields.u, x]
         if draws.crop is not None and self.frozen:
-            pair = [cropped(image, draws.crop) for image in pair]
+            pair = [cropped(rgb(image), draws.crop) for image in pair]
         seen = draws.t < self.perceptual_max_t
         for name, weight in (("lpips", self.lpips_weight), ("convnext", self.convnext_weight)):
             error = jnp.zeros_like(draws.t)
@@ -106,6 +106,11 @@ class Pixel(improved.Improved):
                 loss += weight * jnp.mean(weighted)
             rows |= {f"loss_{name}": stop_gradient(error)}
         return loss, rows
+
+
+def rgb(images):
+    """Repeats a single channel: (B, H, W, 1 or 3) -> (B, H, W, 3)."""
+    return jnp.broadcast_to(images, (*images.shape[:-1], 3))
 
 
 def order_times(first, second, num_equal):
