@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from configs.default import OPTIONS
-from formats import arrays
 from methods import (
     alphaflow,
     consistency,
@@ -27,7 +26,7 @@ from methods import (
     tim,
 )
 from methods.sampler import SAMPLERS, check_times
-from metrics import evaluators, kernels, weight_files
+from metrics import evaluators, kernels
 from models import codec, convnext, dit, imf_dit, lpips, network, pmf_dit, unet, vae
 from utils import averages, dataset, sharding
 
@@ -53,36 +52,12 @@ class Frozen(NamedTuple):
     """A network without training, for objectives that ask for it by name."""
 
     apply: Callable  # (params, *inputs) -> outputs
-    load: Callable  # the objective, with its options -> params, a tree of numpy arrays
-
-
-def load_lpips(method):
-    """Loads the parameters of `models.lpips`: VGG16 and the weights by channel are two files."""
-    advice = "no {}: put {} into {} or name a file in {}"
-    folder, files = weight_files.cache_folder(), []
-    for what, variable, names in (
-        ("VGG16 for LPIPS", "VGG16_WEIGHTS", ("vgg16-397923af.pth", "vgg16_weights.h5")),
-        ("weights by channel for LPIPS", "LPIPS_WEIGHTS", ("lpips_vgg.pth", "lpips_lin.h5")),
-    ):
-        line = advice.format(what, " or ".join(names), folder, variable)
-        files.append(weight_files.find(None, "", variable, names, line))
-    return lpips.convert(*map(arrays.read, files), " and ".join(map(str, files)))
-
-
-def load_convnext(method):
-    """Loads the parameters of `models.convnext`."""
-    names = "convnextv2_base_22k_224.safetensors", "convnextv2_base_22k_224_ema.pt"
-    advice = (
-        "no ConvNeXt-V2: put the model.safetensors of facebook/convnextv2-base-22k-224 as "
-        f"{names[0]} into {weight_files.cache_folder()} or name a file in CONVNEXT_WEIGHTS"
-    )
-    path = weight_files.find(None, "", "CONVNEXT_WEIGHTS", names, advice)
-    return convnext.convert(arrays.read(path), path)
+    load: Callable  # () -> params, a tree of numpy arrays
 
 
 FROZEN = {
-    "lpips": Frozen(lpips.distance, load_lpips),
-    "convnext": Frozen(convnext.distance, load_convnext),
+    "lpips": Frozen(lpips.distance, lpips.load),
+    "convnext": Frozen(convnext.distance, convnext.load),
 }
 
 
@@ -146,7 +121,7 @@ def make(config, mesh=None):
 
 def load_frozen(parts):
     """Loads the parameters of the frozen networks: name -> a tree of numpy arrays."""
-    return {name: frozen.load(parts.method) for name, frozen in parts.frozen.items()}
+    return {name: frozen.load() for name, frozen in parts.frozen.items()}
 
 
 def open_records(data, batch_size):

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from formats import torch_files
-from metrics import dinov2, weight_files
+from formats import torch_files, weight_files
+from metrics import dinov2
 from utils import trees
 
 FILE_NAMES = (

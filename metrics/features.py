@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from metrics import dinov2, dinov2_weights, inception, inception_weights, weight_files
+from formats import weight_files
+from metrics import dinov2, dinov2_weights, inception, inception_weights
 
 
 class Features(NamedTuple):

@@ -11,8 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from formats import torch_files
-from metrics import weight_files
+from formats import torch_files, weight_files
 from utils import files, trees
 
 BN_EPSILON = 1e-3

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from formats import weight_files
+from formats.arrays import read
+
 EPS = 1e-6
 
 
@@ -68,7 +71,22 @@ def _layer_norm(x, p):
     return (x - mean) * jax.lax.rsqrt(var + EPS) * p["scale"] + p["bias"]
 
 
-# Names of the files that people have -----------------------------------------------------------
+# The files that people have --------------------------------------------------------------------
+
+
+def load():
+    """Loads the parameters from a file.
+
+    Raises:
+      FileNotFoundError: which file is needed, and where; ValueError: see `convert`.
+    """
+    names = "convnextv2_base_22k_224.safetensors", "convnextv2_base_22k_224_ema.pt"
+    advice = (
+        "no ConvNeXt-V2: put the model.safetensors of facebook/convnextv2-base-22k-224 as "
+        f"{names[0]} into {weight_files.cache_folder()}, or name a file in CONVNEXT_WEIGHTS"
+    )
+    path = weight_files.find(None, "", "CONVNEXT_WEIGHTS", names, advice)
+    return convert(read(path), path)
 
 
 def convert(arrays, where):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from formats import arrays, weight_files
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
 # Channels of the convolutions of each stage; the last output of each stage is compared.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -70,7 +72,26 @@ def param_shapes():
     return {"stages": stages, "weights": [array(stage[-1]) for stage in STAGES]}
 
 
-# Names of the files that people have -----------------------------------------------------------
+# The files that people have --------------------------------------------------------------------
+
+
+def load():
+    """Loads the parameters from two files: VGG16, and the weights by channel.
+
+    Raises:
+      FileNotFoundError: which file is needed, and where; ValueError: see `convert`.
+    """
+    paths = []
+    for what, variable, names in (
+        ("VGG16", "VGG16_WEIGHTS", ("vgg16-397923af.pth", "vgg16_weights.h5")),
+        ("weights by channel", "LPIPS_WEIGHTS", ("lpips_vgg.pth", "lpips_lin.h5")),
+    ):
+        advice = (
+            f"no {what} for LPIPS: put {' or '.join(names)} into {weight_files.cache_folder()}, or "
+            f"name a file in {variable} (docs/objectives.md)"
+        )
+        paths.append(weight_files.find(None, "", variable, names, advice))
+    return convert(*map(arrays.read, paths), " and ".join(map(str, paths)))
 
 
 def convert(vgg, weights, where):

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import parts
 from configs import default
+from formats import weight_files
 from formats.torch_writer import write_zip
 from metrics import (
     dinov2_weights,
@@ -19,7 +20,6 @@ from metrics import (
     features,
     neighbours,
     scorer,
-    weight_files,
 )
 from metrics.reference import Reference, load_reference, save_reference
 from utils import sharding

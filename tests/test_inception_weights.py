@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from inception_writer import FORMATS, random_weights, write_pth
 
-from metrics import inception, inception_weights, weight_files
+from formats import weight_files
+from metrics import inception, inception_weights
 
 TOLERANCE = {"pool": 1.5e-4, "logits": 5e-4, "spatial": 1.5e-4}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from formats import weight_files
 from metrics import (
     distances,
     inception,
     inception_weights,
     provenance,
     reference,
-    weight_files,
 )
 from scripts.prepare import shards
 from utils import environment, files, identity, processes, sharding
