@@ -28,8 +28,8 @@ _STORAGES = {
 }
 # Types that a tensor may name itself; for some there is no storage class.
 _DTYPES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 "
-    "uint64 uint32 uint16 uint8 bool complex64 complex128"
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz "
+    "float8_e8m0fnu int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128"
 ).split()
 
 

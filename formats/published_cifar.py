@@ -7,7 +7,7 @@ Reading is strict: each name is used once.
 
 import numpy as np
 
-from formats import torch_files
+from formats import state_dicts, torch_files
 from utils import trees
 
 # Prefix of each average -> its decay; first that of the published FID of 2.80.
@@ -29,10 +29,10 @@ def load(path):
       FileNotFoundError, or ValueError with one line that says what does not fit.
     """
     content = torch_files.load(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path}: not a published checkpoint of CIFAR-10: it has no 'model'")
-    trees.raise_problems(str(path), left_over=sorted(map(str, content.keys() - set(PARTS))))
-    state = dict(content["model"])
+    state, entry = state_dicts.find(content, path, average=False)
+    if entry:
+        unknown = content.keys() - {*PARTS, entry}
+        trees.raise_problems(str(path), left_over=sorted(map(str, unknown)))
     if "num_updates" not in state:
         raise ValueError(f"{path}: not a published checkpoint of CIFAR-10: it has no 'num_updates'")
     step = int(np.asarray(state.pop("num_updates")).item())

@@ -301,7 +301,7 @@ def _today(arrays, where):
             twice.append(today)
         renamed[today] = array
     if twice:
-        raise ValueError(f"{where}: there under two names: {', '.join(twice[: trees.MAX_NAMED])}")
+        raise ValueError(f"{where}: there under two names: {trees.listed(twice)}")
     return renamed
 
 

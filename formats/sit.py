@@ -1,7 +1,7 @@
 """Weights of SiT, REPA and DiT (`.pt`) as starting points for models/dit.py.
 
-Such a file is a state dict, or what a training run saved: {"model", "ema", "opt", "args"}. The
-three share the transformer's names, which are in `_layers`, and differ in what they predict:
+Such a file is a state dict, or what a training run saved (formats/state_dicts.py). The three share
+the transformer's names, which are in `_layers`, and differ in what they predict:
 
   sit   x - e at a time that is 1 at the data (github.com/willisma/SiT): turned here, see `_turned`
   repa  e - x at a time that is 1 at the noise (github.com/sihyun-yu/REPA): as here
@@ -21,7 +21,7 @@ import re
 
 import numpy as np
 
-from formats import start, torch_files
+from formats import start, state_dicts, torch_files
 from utils import trees
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
@@ -39,7 +39,7 @@ def load(path, weights, convention):
 
     Args:
       path: the `.pt` file.
-      weights: `ema` or `params`: which set, where the file has both.
+      weights: `ema` or `params`: which set; of an average that is not there the network itself.
       convention: one of CONVENTIONS.
 
     Returns:
@@ -54,12 +54,15 @@ def load(path, weights, convention):
             f"init_format: {path} does not say what its network predicts; name it: "
             f"{' | '.join(CONVENTIONS)}, not {convention!r}"
         )
-    state, where = _state(torch_files.load(path), path, weights)
+    state, entry = state_dicts.find(torch_files.load(path), path, average=weights == "ema")
+    where = f"{path}: {entry}" if entry else str(path)
     projectors = sorted(name for name in state if name.startswith("projectors."))
     dropped = ["pos_embed", *projectors]
     positions = state.get("pos_embed")
     state = {name: array for name, array in state.items() if name not in dropped}
     arrays, sigma = _arrays(state, where)
+    if np.ndim(positions) != 3:
+        raise ValueError(f"{where}: not the weights of a SiT, REPA or DiT: no pos_embed of 3 axes")
     if sigma:
         dropped.append("the sigma half of final_layer.linear")
     fresh = ("h_embedder/fc1", "r_embedder/fc1")
@@ -70,22 +73,10 @@ def load(path, weights, convention):
         reason = "of a DiT, which predicts noise on another path and only initialises"
         dropped.append(f"{' and '.join(begin_anew)} {reason}")
         arrays = {k: v for k, v in arrays.items() if not k.startswith(begin_anew)}
-        return start.Start(
-            arrays, (*begin_anew, "h_embedder", "r_embedder"), (), dropped, positions
-        )
-    return start.Start(arrays, fresh, ("h_embedder/fc2", "r_embedder/fc2"), dropped, positions)
-
-
-def _state(content, path, weights):
-    """The state dict of a file, and how to name it."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
-    if "pos_embed" in content:
-        return content, str(path)
-    name = {"ema": "ema", "params": "model"}[weights]
-    if not isinstance(content.get(name), dict):
-        raise ValueError(f"{path}: holds {', '.join(map(str, content))}, and no weights {name!r}")
-    return content[name], f"{path}: {name}"
+        fresh, zero = (*begin_anew, "h_embedder", "r_embedder"), ()
+    else:
+        zero = ("h_embedder/fc2", "r_embedder/fc2")
+    return start.Start(arrays, fresh, zero, dropped, positions, entry)
 
 
 def _layers(D, p, C, out):

@@ -20,6 +20,7 @@ class Start(NamedTuple):
     zero: tuple[str, ...] = ()  # beginnings of names that begin at zero
     dropped: tuple[str, ...] = ()  # what the file has and we have no use for, for people
     positions: np.ndarray | None = None  # (1, N, D) of the file, to be compared with ours
+    entry: str = ""  # of the file, that the arrays are
 
 
 def merge(fresh, found, label_table, where):
@@ -64,7 +65,8 @@ def merge(fresh, found, label_table, where):
     trees.raise_problems(
         f"{where}: not the weights of the configured model", missing, left_over, misfits
     )
-    parts = [f"{len(taken)} of {len(ours)} parameters taken"]
+    source = f" from its entry {found.entry}" if found.entry else ""
+    parts = [f"{len(taken)} of {len(ours)} parameters taken{source}"]
     parts += [f"new: {', '.join(begun)}"] if begun else []
     parts += [f"left over: {', '.join(found.dropped)}"] if found.dropped else []
     return trees.unflatten(new), f"{where}: {'; '.join(parts)}"

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from formats import torch_files, weight_files
+from formats import state_dicts, torch_files, weight_files
 from metrics import dinov2
 from utils import trees
 
@@ -63,10 +63,7 @@ def read(path):
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: damaged safetensors file ({error})") from error
         return convert(arrays, path, _from_huggingface)
-    arrays = torch_files.load(path)
-    if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
-        raise ValueError(f"{path}: not the weights of DINOv2: no plain dictionary of arrays")
-    return convert(arrays, path)
+    return convert(state_dicts.find(torch_files.load(path), path)[0], path)
 
 
 def convert(arrays, where, rename=lambda arrays: arrays):

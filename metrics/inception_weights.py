@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from formats import torch_files, weight_files
+from formats import state_dicts, torch_files, weight_files
 from utils import files, trees
 
 BN_EPSILON = 1e-3
@@ -58,7 +58,7 @@ def read(path):
     with open(path, "rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or start[:4] == b"\x80\x02\x8a\n":
-        arrays = weight_files.flatten(torch_files.load(path))
+        arrays, _ = state_dicts.find(torch_files.load(path), path)
         arrays = {k: v for k, v in arrays.items() if not k.endswith(".num_batches_tracked")}
         return _assemble(path, arrays, _torchvision_names)
     if start[:1] == b"\x80":
@@ -217,7 +217,9 @@ def _write_safetensors(path, params):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.complete(path) as unfinished:
-            save_file(weight_files.flatten(params), unfinished)
+            # Of an array that is no row-major block safetensors writes the memory under its shape.
+            flat = weight_files.flatten(params)
+            save_file({name: np.ascontiguousarray(a) for name, a in flat.items()}, unfinished)
     except (OSError, SafetensorError):
         pass
 

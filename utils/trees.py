@@ -3,7 +3,7 @@
 import numpy as np
 from flax import traverse_util
 
-MAX_NAMED = 20  # entries in an error line; the rest is counted
+LONGEST = 200  # characters of names in an error line; the rest is counted
 
 
 def flatten(tree):
@@ -56,13 +56,24 @@ def check_tree(expected, tree, where):
     check_shapes(shapes, flatten(tree), where)
 
 
+def listed(names):
+    """Lists names for an error line, as many as are short enough together, and how many more."""
+    names = list(names)
+    count = length = 0
+    for name in names:
+        length += len(name) + 2
+        if count and length > LONGEST:
+            return f"{', '.join(names[:count])} and {len(names) - count} more"
+        count += 1
+    return ", ".join(names)
+
+
 def raise_problems(where, missing=(), left_over=(), misfits=()):
     """Raises ValueError with one line where any of the lists of names is not empty."""
     problems = {"missing": missing, "left over": left_over, "of another shape": misfits}
     parts = []
     for kind, names in problems.items():
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         if names:
-            parts.append(f"{kind}: {', '.join(names[:MAX_NAMED])}{more}")
+            parts.append(f"{kind}: {listed(names)}")
     if parts:
         raise ValueError(f"{where}: {'; '.join(parts)}")
