@@ -11,6 +11,7 @@ settings of jax that images depend on hold within each call, and leave the proce
 
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from models import network
 from run import config as run_config
 from run import inherit, weights
-from utils import environment, files, sharding
+from utils import environment, sharding
 from utils import images as image_utils
 
 OUTPUTS = ("uint8", "float", "latents")
@@ -70,7 +71,7 @@ def load(source, *options, config=None, step=None, average="ema"):
       FileNotFoundError, ValueError: nothing there, damaged, or options that contradict the
         weights; one line.
     """
-    source = str(files.user_path(source))
+    source = os.path.expanduser(str(source))
     found = weights.read(source, step=step)
     if config is None:
         config = "default" if found["config"] else run_config.published(source, found, options)

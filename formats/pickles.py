@@ -148,6 +148,8 @@ def _known_globals():
         ("types", "SimpleNamespace"): _Namespace,
         ("_codecs", "encode"): _Function(_encode),
         ("torch", "Size"): _Function(tuple),
+        ("pathlib", "PosixPath"): _Function(lambda *parts: "/".join(parts)),
+        ("pathlib._local", "PosixPath"): _Function(lambda *parts: "/".join(parts)),
         ("torch", "device"): _Function(lambda *args: args),
         ("torch._utils", "_rebuild_tensor"): _Function(_Tensor),
         ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: _Tensor(*args[:4])),
@@ -234,6 +236,8 @@ def _array(tensor, fetch):
     if last >= len(data):
         raise ValueError(f"a tensor reaches element {last} of a storage of {len(data)}")
     item = data.dtype.itemsize
-    return np.lib.stride_tricks.as_strided(
-        data[offset:], shape, [s * item for s in strides], writeable=False
-    )
+    strides = [stride * item for stride in strides]
+    array = np.ndarray(shape, data.dtype, data.view(np.uint8), offset * item, strides)
+    array.flags.writeable = False  # elements may share memory
+    # A few numbers of a large storage need not keep all of it in memory.
+    return array.copy() if 4 * array.nbytes < data.nbytes else array

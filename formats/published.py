@@ -56,8 +56,7 @@ def load(path) -> dict:
     file = path / "checkpoint" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"load_from={path}: neither a run with checkpoints nor a published checkpoint, "
-            "that is a file or folder checkpoint_STEP"
+            f"{path}: no published checkpoint, that is a file or folder checkpoint_STEP"
         )
     with files.reading(file, "damaged or not a published checkpoint"):
         state = serialization.msgpack_restore(file.read_bytes())

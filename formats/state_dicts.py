@@ -25,7 +25,7 @@ def find(content, path, average=True):
         has none; else the network.
 
     Returns:
-      {name: array} without the parts of `WRAPPERS`, and the entry of the file that they are; "": all.
+      {name: array} without the parts of `WRAPPERS`, and the entry where they lay; "": at the top.
 
     Raises:
       ValueError: no weights there, two under one name, or whole numbers in the place of weights.

@@ -82,6 +82,8 @@ def read_pickle(file, path):
 
 
 def _open(path):
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: a folder in the place of a file")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     return open(path, "rb")

@@ -31,7 +31,8 @@ def find(given, option, variable, names, advice):
         if path:
             path = files.user_path(path)
             if not path.is_file():
-                raise FileNotFoundError(f"{origin}: no such file: {path}")
+                what = "a folder in the place of a file" if path.is_dir() else "no such file"
+                raise FileNotFoundError(f"{origin}: {what}: {path}")
             return path
     for name in names:
         if (cache_folder() / name).is_file():

@@ -4,8 +4,8 @@ import numpy as np
 
 from formats import hugging_face, published, published_cifar, published_imf, sit, start
 from models import dit
-from run import checkpoint, layout, snapshots
-from utils import sharding, trees
+from run import astray, checkpoint, layout, snapshots
+from utils import files, sharding, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
@@ -68,6 +68,7 @@ READERS = (
 
 def read(path, optimizer=False, step=None):
     """`load` without a model: the weights are whatever the path holds; `step`: of a run."""
+    astray.check(path)
     if step is not None:
         found = _run(path, optimizer, step)
     else:
@@ -160,7 +161,7 @@ def begin(config, module, fresh):
       FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
     """
     path, name, kind = config.init_from, config.init_weights, config.init_format
-    if sit.recognises(path):
+    if sit.recognises(path) or (kind and files.path(path).is_file()):
         found, latents = sit.load(path, name, kind), SD_FACTOR
         _check_positions(found.positions, path)
     elif kind:
