@@ -3,18 +3,17 @@
 The form is told by the content, not by the ending of the name. Nothing is executed.
 """
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from formats import torch_files
+from formats import state_dicts, torch_files
 
 
 def read(path):
     """Reads a file of weights: {name: array}, the names of HDF5 groups joined by `/`.
 
     Raises:
-      FileNotFoundError, ValueError: nothing there, damaged, or no flat dictionary of arrays.
+      FileNotFoundError, ValueError: nothing there, damaged, or no weights by name.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -25,10 +24,7 @@ def read(path):
             raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     if start.startswith(b"\x89HDF"):
         return _hdf5(path)
-    arrays = torch_files.load(path)
-    if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
-        raise ValueError(f"{path}: no plain dictionary of arrays")
-    return arrays
+    return state_dicts.find(torch_files.load(path), path)[0]
 
 
 def _hdf5(path):
