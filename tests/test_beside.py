@@ -176,7 +176,7 @@ def test_the_function_of_latents_asks_for_the_autoencoder(tmp_path, monkeypatch)
     make.run(tmp_path / "run", *words)
     model = generator.load(tmp_path / "run")
     twice = vae.Autoencoder({"a": np.float32(2)}, None, lambda params, x: params["a"] * x, 1)
-    monkeypatch.setattr(parts, "load_autoencoder", lambda config: twice)
+    monkeypatch.setattr(parts, "load_autoencoder", lambda *_: twice)
     x = model.sample([0], output="latents")
     arguments = model.params, model.noise(1), [0]
     np.testing.assert_allclose(model.function(output="latents")(*arguments), x, atol=1e-6)
