@@ -19,8 +19,10 @@ from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
 from run import checkpoint, inherit, layout, metric_writer, report, results
 from run import weights as weights_of
-from utils import dataset, environment, files, processes, sharding
+from utils import contents, dataset, environment, files, identity, processes, sharding
 from utils import images as image_utils
+
+COUNTED = 2**30  # bytes of records that are read to see whether their classes are balanced
 
 
 class Evaluator:
@@ -31,11 +33,12 @@ class Evaluator:
       autoencoder: from `models.vae.load`.
       score: `metrics.scorer.Scorer`.
       options: the options `sampling`.
+      counts: from `label_counts`, for `fid.labels: data`.
     """
 
-    def __init__(self, parts, autoencoder, score, options):
+    def __init__(self, parts, autoencoder, score, options, counts=None):
         self.parts, self.autoencoder, self.score, self.options = parts, autoencoder, score, options
-        mesh = parts.mesh
+        self.counts, mesh = counts, parts.mesh
         self.draw = jax.jit(self.draw_batch, out_shardings=sharding.by_row(mesh))
         self.add = jax.jit(
             self.add_batch, out_shardings=sharding.replicated(mesh), donate_argnums=0,
@@ -55,8 +58,8 @@ class Evaluator:
     def draw_batch(self, params, start, setting):
         """Draws x of a batch from noise. Pure; compiled for each number of steps."""
         index, seed = self.index(start), self.options.seed
-        labels = self.score.options.labels
-        given = sample.conditions(index, labels, self.parts.num_classes, seed)
+        labels, classes = self.score.options.labels, self.parts.num_classes
+        given = sample.conditions(index, labels, classes, seed, self.counts)
         return sample.generate(self.parts, seed, params, index, given, setting)
 
     def add_batch(self, statistics, vae_params, feature_params, x, start):
@@ -99,13 +102,15 @@ class Evaluation:
         images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
         score = scorer.Scorer(features.load(self.fid), parts.mesh, self.fid, images.shape[1:])
         self.reference = reference.Reference(self.fid, score, records)
-        self.evaluator = Evaluator(parts, autoencoder, score, self.sampling)
+        counts = label_counts(self.fid.labels, records, parts.num_classes)
+        self.evaluator = Evaluator(parts, autoencoder, score, self.sampling, counts)
         self.described = {
             "evaluator": evaluators.describe(self.fid, latents),
             **score.describe(),
             **self.reference.describe(),
             "num_samples": self.fid.num_samples,
             "labels": self.fid.labels,
+            **({} if counts is None else {"label_counts": identity.of_arrays({"counts": counts})}),
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
             "network_dtype": network_dtype(config.training),
@@ -167,6 +172,29 @@ class Evaluation:
         return known
 
 
+def label_counts(labels, records, num_classes):
+    """Counts the records of each class where `fid.labels` is `data`, int64 (num_classes,), or None.
+
+    Of other labels says where they are drawn as the records do not have them. A large set is not
+    read for that.
+    """
+    by_data = labels == "data"
+    if records is None or not num_classes or not (by_data or contents.size_of(records) <= COUNTED):
+        return None
+    counts = processes.from_writer(
+        contents.label_counts(records, num_classes).tolist() if processes.is_writer() else None
+    )
+    if by_data:
+        return np.array(counts)
+    if max(counts) > 1.1 * min(counts):
+        logging.warning(
+            "%s: a class has from %s to %s records, and the evaluation draws each label as often "
+            "(fid.labels: %s); fid.labels=data draws them as the records have them",
+            records.root, f"{min(counts):,}", f"{max(counts):,}", labels,
+        )  # fmt: skip
+    return None
+
+
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     parts = make_parts(config)
@@ -180,7 +208,8 @@ def evaluate_job(config, workdir):
     weights = weights_of.place(weights, parts.mesh)
     autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
     inherit.check_autoencoder(weights, autoencoder, where)
-    records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
+    needless = config.fid.cache_ref and config.fid.labels != "data"
+    records = None if needless else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, parts, autoencoder, records)
     settings, folder = len(sample.settings(config.sampling)), files.path(workdir)
     report.tell(report.evaluating(config, parts, weights, settings, folder))

@@ -242,7 +242,8 @@ class Observer:
         metric, result = self.config.training.keep_best, self._last_result
         if metric and result and result["checkpoint_step"] == step and processes.is_writer():
             higher = metric in evaluators.HIGHER_IS_BETTER
-            best.keep_best(self.workdir, step, metric, result[metric], higher)
+            how = f"{results.metric_name(result)}, {results.measure(result, metric)}"
+            best.keep_best(self.workdir, step, metric, result[metric], higher, how)
 
     def end(self, step):
         """Says what came out and where everything lies."""
@@ -262,7 +263,8 @@ def peak_rate(model, batch_size):
 
     None where the peak of the devices or the cost of the network is not known.
     """
-    chip, needed = chips.chip(model.mesh.devices.flat[0]), model.step_flops(batch_size)
+    devices, needed = model.mesh.devices.flat, model.step_flops(batch_size)
+    chip = chips.chip(devices[0], devices)
     if chip is None or needed is None:
         return None
     return chip.peak * model.mesh.size / needed

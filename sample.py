@@ -44,24 +44,34 @@ def draw_fresh(seed, index, shape, k):
     return jax.vmap(draw)(index)
 
 
-def draw_labels(seed, index, num_classes, kind):
-    """Labels of images number `index` (N,), int32: `random` (uniform) or `balanced` (in turn)."""
+def draw_labels(seed, index, num_classes, kind, counts=None):
+    """Draws the labels of images number `index` (N,), int32.
+
+    Args:
+      kind: `random` (all classes as often), `balanced` (in turn) or `data` (as often as `counts`).
+      counts: number of records of each class, int (num_classes,), for `data`.
+    """
     if kind == "balanced":
         return index % max(num_classes, 1)
     key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    if kind == "data" and num_classes:
+        ends = np.cumsum(counts, dtype=np.int32)
+        drawn = jax.vmap(lambda k: jax.random.randint(k, (), 0, ends[-1]))(keys)
+        return jax.numpy.searchsorted(ends, drawn, side="right").astype(np.int32)
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, max(num_classes, 1)))(keys)
 
 
-def conditions(index, labels, num_classes=0, seed=0):
+def conditions(index, labels, num_classes=0, seed=0, counts=None):
     """Returns the conditions of images number `index` (N,) by name, as objectives take them.
 
     Args:
       labels: one of the kinds of `draw_labels`; or the labels of all images, int32 (M,) or weights
         float32 (M, K + 1), which begin anew where there are more images.
+      counts: see `draw_labels`.
     """
     if isinstance(labels, str):
-        return {"y": draw_labels(seed, index, num_classes, labels)}
+        return {"y": draw_labels(seed, index, num_classes, labels, counts)}
     return {"y": labels[index % len(labels)]}
 
 

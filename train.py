@@ -118,8 +118,9 @@ def train_step(recipe, key, state, batch, frozen=None):
     """
     key = jax.random.fold_in(key, state.step)
     key_x, key_draw = jax.random.split(key)
-    x, given = recipe.codec.encode(batch, key_x)
-    draws = recipe.method.draw(key_draw, x.shape, state.step)
+    with jax.named_scope("data"):  # one of the parts that benchmarks/cycles.py tells apart
+        x, given = recipe.codec.encode(batch, key_x)
+        draws = recipe.method.draw(key_draw, x.shape, state.step)
     return update(recipe, state, x, given, draws, jax.random.fold_in(key, DROPOUT), frozen)
 
 

@@ -1,10 +1,9 @@
 """Speed of training, evaluation and data on the devices at hand, with made-up data and weights.
 
-    python -m benchmarks train --config=configs/load_config.py:NAME [--against plain]
+    python -m benchmarks train --config=configs/load_config.py:NAME
     python -m benchmarks evaluation --config=configs/load_config.py:NAME
     python -m benchmarks data
     python -m benchmarks compile --config=... --topology v5e:4x4 (or h200), without having it
-    python -m benchmarks table      the table of docs/speed.md, in a few minutes
     python -m benchmarks check      whether the card's kernels compute the right thing
 
 Options of the config follow as for main.py (`--config.training.batch_size=64`); `--json FILE` also
@@ -15,7 +14,7 @@ import argparse
 import sys
 
 import parts
-from benchmarks import check, compile, costs, data, evaluation, table, train
+from benchmarks import check, compile, costs, data, evaluation, train
 from utils import environment, signals
 
 COMMANDS = {
@@ -23,10 +22,9 @@ COMMANDS = {
     "evaluation": (evaluation, "the evaluation's stages"),
     "data": (data, "the data iterator"),
     "compile": (compile, "the steps compiled for chips that are not at hand"),
-    "table": (table, "all of docs/speed.md's rows of a card"),
     "check": (check, "the kernels of the card beside float32"),
 }
-WITHOUT_CONFIG = (data, table, check)
+WITHOUT_CONFIG = (data, check)
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ LARGEST = {"values": 0.01, "gradient": 0.01, "tangent": 0.01}  # relative errors
 
 
 def add_arguments(parser):
-    """The options of `run`."""
+    """Adds the options of `run`."""
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
 
 
@@ -51,13 +51,13 @@ def run(args):
 
 
 def inputs(shape, seed, count):
-    """Random bfloat16 arrays; some logits are large."""
+    """Returns random bfloat16 arrays; some logits are large."""
     keys = jax.random.split(jax.random.key(seed), count)
     return [(1.5 * jax.random.normal(key, shape)).astype(jnp.bfloat16) for key in keys]
 
 
 def distance(found, expected):
-    """|found - expected| / |expected|, in float64; NaN where there is one."""
+    """Returns |found - expected| / |expected|, in float64; NaN where there is one."""
     found, expected = (
         np.concatenate([np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(x)])
         for x in (found, expected)
@@ -66,7 +66,7 @@ def distance(found, expected):
 
 
 def attention_errors(shape, fused, seed):
-    """Relative errors of half precision: values, gradient of q, k, v, and tangent."""
+    """Returns the relative errors of half precision: values, gradient of q, k, v, and tangent."""
     arrays = inputs(shape, seed, 7)
     half, full = arrays, [a.astype(jnp.float32) for a in arrays]
 
@@ -91,7 +91,7 @@ def attention_errors(shape, fused, seed):
 
 
 def tangent_times(shape, seed):
-    """Seconds of the tangent, by its kernel and by XLA, and of the values by theirs."""
+    """Returns the seconds of the tangent, by its kernel and by XLA, and of the values by theirs."""
     arrays = inputs(shape, seed, 6)
     functions = {
         "4 warps": lambda *a: attention_kernel.call(*a, warps=4),
@@ -103,7 +103,7 @@ def tangent_times(shape, seed):
 
 
 def seconds(function, arrays, repeats=20):
-    """Seconds of a call, the median of five means."""
+    """Returns the seconds of a call, the median of five means."""
     jax.block_until_ready(function(*arrays))
     found = []
     for _ in range(5):
@@ -116,14 +116,14 @@ def seconds(function, arrays, repeats=20):
 
 
 def small_config():
-    """The published recipe on a network of two blocks, with heads of 72 as in XL/2."""
+    """Returns the published recipe on a network of two blocks, with heads of 72 as in XL/2."""
     sizes = {"cls": "DiT", "depth": 2, "hidden_size": 288, "num_heads": 4, "patch_size": 2}
     words = [f"--config.model.{name}={value}" for name, value in sizes.items()]
     return costs.config_without_data(["--config=configs/load_config.py:default", *words])[0]
 
 
 def gradient(config, batch_size=64):
-    """Cosine and ratio of the norms of the gradients in half precision and in float32.
+    """Returns the cosine and ratio of the norms of the gradients in half precision and in float32.
 
     The parameters are moved from where they begin: there adaLN is zero, and most gradients with it.
     """

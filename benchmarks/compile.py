@@ -5,11 +5,11 @@
 
 Options of the config follow as for main.py (`--config.mesh.fsdp=16`). What is compiled is the train
 step of train.py and the evaluation step, as they would run on every chip; nothing is run. For a TPU
-slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4; requirements-tpu-compile.txt) no time is told but the
-compiler's own. For NVIDIA cards (h100, h200, h200:8; `pip install "jax[cuda13]"`, Python 3.12) the
-kernels are counted, and their time is predicted, to about a tenth. `--against FILE` shows the
-change from figures that `--json FILE` wrote. Exit status: 0 all fits, 1 it does not, 2 wrong
-options.
+slice (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1; requirements-tpu-compile.txt) it tells
+the cycles that the compiler expects, by part of the step (benchmarks/cycles.py). For NVIDIA cards
+(h100, h200, h200:8; `pip install "jax[cuda13]"`, Python 3.12) the kernels are counted, and their
+time is predicted, to about a tenth. `--against FILE` shows the change from figures that `--json
+FILE` wrote. Exit status: 0 all fits, 1 it does not, 2 wrong options.
 """
 
 import json
@@ -24,9 +24,9 @@ from jax.experimental import topologies
 
 import parts
 import train
-from benchmarks import costs, gpu_target, program, stand_ins
+from benchmarks import costs, cycles, gpu_target, hlo, program, stand_ins
 from models import card
-from utils import chips, sharding
+from utils import chips, files, sharding
 
 # The compiler would otherwise ask the machine for its TPU.
 ENVIRONMENT = {
@@ -39,14 +39,14 @@ ENVIRONMENT = {
 
 
 def add_arguments(parser):
-    """The options of `run`."""
+    """Adds the options of `run`."""
     parser.add_argument("--topology", required=True, help="like v5e:4x4, h200 or h200:8")
     parser.add_argument("--steps", nargs="+", choices=["train", "eval"], default=["train", "eval"])
     parser.add_argument("--against", help="a file of --json, to show the change from")
 
 
 def devices_of(topology):
-    """The devices of a topology by its name.
+    """Returns the devices of a topology by its name.
 
     Raises:
       ValueError: no compiler for it, or no such topology.
@@ -59,16 +59,16 @@ def devices_of(topology):
             return gpu_target.devices(topology)
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # jax and its compilers raise several kinds
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--topology {topology}: {reason} (topologies are named like v4:2x2x4, v5e:4x4, "
-            "v5p:2x2x2, v6e:4x4, for which libtpu is in requirements-tpu-compile.txt, and h100, "
-            'h200, h200:8, for which pip install "jax[cuda13]")'
+            f"--topology {topology}: {files.first_line(error)} (topologies are named like "
+            "v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, for which libtpu is in "
+            "requirements-tpu-compile.txt, and h100, h200, h200:8, for which pip install "
+            '"jax[cuda13]")'
         ) from error
 
 
 def train_step(config, model):
-    """The compiled function of training and its arguments: function, shapes, FLOPs per chip."""
+    """Returns the jitted step of training, the shapes of its arguments, and FLOPs per chip."""
     mesh, key = model.mesh, jax.random.key(config.training.seed)
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
     recipe, _ = train.make_recipe(config, model, 1)
@@ -82,7 +82,7 @@ def train_step(config, model):
 
 
 def evaluation_step(config, model):
-    """The same for a batch of the evaluation: its two functions as one."""
+    """Returns the same for a batch of the evaluation: its two functions as one."""
     step, arguments = stand_ins.stages(stand_ins.evaluator(config, model))["whole"]
     return jax.jit(step, donate_argnums=0), arguments, None
 
@@ -91,7 +91,7 @@ def compile_step(step, arguments, flops, chip, is_gpu):
     """Compiles; returns figures per chip, most of them None where it ran out of memory."""
     lowered = step.lower(*arguments)
     begin = time.perf_counter(), time.process_time()
-    figures = {"flops": flops, "temporaries": None, "collectives": None, "kernels": None}
+    figures = {"flops": flops, "temporaries": None, "collectives": None}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -99,32 +99,36 @@ def compile_step(step, arguments, flops, chip, is_gpu):
             raise
         return figures | {"fits": False, "needed": needed(str(error))}
     seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    memory, text = costs.peak_bytes(compiled), compiled.as_text()
+    memory, parsed = costs.peak_bytes(compiled), hlo.parse(compiled.as_text())
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
     if is_gpu:
-        figures["kernels"] = program.summary(program.kernels(text))
+        figures["kernels"] = program.summary(program.kernels(parsed))
         accessed = 1e9 * figures["kernels"]["all"]["GB"]
+        figures["seconds"] = figures["kernels"]["all"]["ms"] / 1e3
+    else:
+        figures["cycles"] = cycles.summary(parsed, chip)
+        figures["seconds"] = figures["cycles"]["seconds"]
     return figures | {
         "bytes": accessed,
         "needed": memory,
         "arguments": compiled.memory_analysis().argument_size_in_bytes,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "fits": memory <= chip.memory,
-        "collectives": costs.collectives(text),
+        "collectives": hlo.collectives(parsed),
         "compile_seconds": seconds[0],
         "compile_cpu_seconds": seconds[1],
     }
 
 
 def needed(message):
-    """Bytes that the compiler says it would have needed."""
+    """Returns the bytes that the compiler says it would have needed."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
     number, unit = [group for group in found.groups() if group] if found else ("nan", "G")
     return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
 def report(name, figures, chip):
-    """A step's figures for people."""
+    """Prints a step's figures for people."""
     verdict = "fits" if figures["fits"] else "DOES NOT FIT"
     print(f"{name}: {verdict}, {figures['needed'] / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB")
     if figures["temporaries"] is None:
@@ -136,11 +140,13 @@ def report(name, figures, chip):
         print(f"  FLOPs        {figures['flops']:8.3g} ({1e3 * least:.1f} ms at the chip's peak)")
     if figures["bytes"]:
         print(f"  bytes moved  {figures['bytes'] / 1e9:8.1f} GB")
-    for kind, row in (figures["kernels"] or {}).items():
+    for kind, row in figures.get("kernels", {}).items():
         print(f"  {kind:12} {row['kernels']:6d} kernels {row['GB']:9.1f} GB {row['TFLOP']:8.2f} "
               f"TFLOP {row['ms']:8.1f} ms predicted")  # fmt: skip
     for kind, (count, size) in figures["collectives"].items():
         print(f"  {kind:<20} {count:4d} times, {size / 2**20:.1f} MiB")
+    if "cycles" in figures:
+        cycles.report(figures["cycles"])
     print(
         f"  compiled in {figures['compile_seconds']:.0f} s "
         f"({figures['compile_cpu_seconds']:.0f} s of CPU)"
@@ -152,16 +158,13 @@ def run(config, args):
     topology, steps = args.topology, args.steps
     before = json.loads(Path(args.against).read_text()) if args.against else None
     devices = devices_of(topology)
-    chip = chips.chip(devices[0])
+    chip = chips.chip(devices[0], devices)
     if chip is None:
         raise ValueError(
             f"--topology {topology}: the memory of a {devices[0].device_kind} is not known here "
-            "(utils/chips.py: TPU v4, v5e, v5p, v6e)"
+            "(utils/chips.py)"
         )
     is_gpu = gpu_target.is_card(topology)
-    if not is_gpu:
-        share = len({tuple(device.coords) for device in devices}) / len(devices)  # v4: two cores
-        chip = chip._replace(peak=chip.peak * share, memory=chip.memory * share)
     card.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     model = parts.make(config, mesh)
@@ -181,8 +184,8 @@ def run(config, args):
         needed = model.step_flops(batch) * batch / len(devices)
         of_train["flops_by_hand"] = needed
         print(f"  FLOPs needed, by hand: {needed:.3g} ({passes:g} F)")
-        if of_train["kernels"]:
-            of_train["MFU"] = needed / chip.peak / (of_train["kernels"]["all"]["ms"] / 1e3)
+        if "seconds" in of_train:
+            of_train["MFU"] = needed / chip.peak / of_train["seconds"]
             print(f"  MFU predicted: {of_train['MFU']:.3f}")
     if before:
         compare(before, results, steps)
@@ -200,7 +203,7 @@ def compare(before, results, steps):
 
 
 def flat(figures, prefix=""):
-    """(name, number) of all numbers in nested dicts."""
+    """Yields (name, number) of all numbers in nested dicts."""
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name} ")

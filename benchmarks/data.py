@@ -22,7 +22,7 @@ STORES = ("float32", "float16")
 
 
 def add_arguments(parser):
-    """The options of `run`."""
+    """Adds the options of `run`."""
     parser.add_argument("--num_records", type=int, default=16384, help="size of the synthetic set")
     parser.add_argument("--latent_size", type=int, default=32, help="side, with 2 x 4 channels")
     parser.add_argument("--batch_size", type=int, default=256)
@@ -84,7 +84,7 @@ def record_batches(root, args):
 
 
 def epoch_apart(root, args):
-    """A whole epoch in a process of its own: its rate, and its memory along the way (MiB)."""
+    """Reads a whole epoch in a process of its own: its rate, and its memory by the way (MiB)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_epoch, (root, args))
 

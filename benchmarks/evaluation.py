@@ -1,26 +1,18 @@
 """Speed of the evaluation by stage, with made-up weights."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
 import parts
 from benchmarks import stand_ins
-from configs import load_config
 from utils import sharding
 
 
 def add_arguments(parser):
-    """The options of `run`."""
+    """Adds the options of `run`."""
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
-    parser.add_argument("--devices", type=int, nargs="*", default=[], help="numbers of CPU devices")
 
 
 def run(config, args):
@@ -33,7 +25,6 @@ def run(config, args):
         batch_size,
         args.rounds,
     )
-    results |= {f"whole, {n} CPU devices": on_devices(config, args, n) for n in args.devices}
     kind = jax.devices()[0].device_kind
     print(f"{config.model.cls}, {model.mesh.size} x {kind}, images per second")
     for name, rate in results.items():
@@ -42,7 +33,7 @@ def run(config, args):
 
 
 def rates(stages, batch_size, rounds):
-    """Images per second of each `Stage`, measured in turn; the median of `rounds`."""
+    """Returns the images per second of each `Stage`, measured in turn; the median of `rounds`."""
     found = {name: [] for name in stages}
     for _ in range(rounds):
         for name, stage in stages.items():
@@ -70,22 +61,3 @@ class Stage:
         if isinstance(result, tuple):  # of the whole, whose statistics are used up
             self.values = (result[0], *self.values[1:])
         return seconds
-
-
-def on_devices(config, args, count):
-    """Images per second of the whole on `count` CPU devices."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = [
-            f"--config.{path}={load_config.written(value)}"
-            for path, value in load_config.options(config).items()
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks", "evaluation", f"--json={folder}/results",
-             f"--rounds={args.rounds}", "--config=configs/load_config.py:default", *options],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)},
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise ValueError(f"--devices {count}: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads(Path(folder, "results").read_text())["whole"]

@@ -43,12 +43,12 @@ device_description_str: "{name}"
 
 
 def is_card(topology):
-    """Whether a topology is that of cards: `h200`, `h100:8`."""
+    """Tells whether a topology is that of cards: `h200`, `h100:8`."""
     return topology.partition(":")[0] in CARDS
 
 
 def devices(topology):
-    """The devices of a topology like `h200` or `h100:8` (cards of one machine).
+    """Returns the devices of a topology like `h200` or `h100:8` (cards of one machine).
 
     Raises:
       ValueError: a number that is none.

@@ -10,12 +10,10 @@ import math
 import re
 from typing import NamedTuple
 
-from benchmarks.costs import array_bytes, computations, trip_count
+from benchmarks import hlo
+from benchmarks.hlo import array_bytes, shapes
 
-IDLE = set("parameter constant tuple get-tuple-element bitcast iota after-all partition-id".split())
 SLICES = {"dynamic-slice", "slice", "gather"}
-MOVES = {"copy", "transpose", "slice", "concatenate", "reshape", "convert", "pad", "bitcast",
-         "dynamic-slice", "dynamic-update-slice", "broadcast"}  # fmt: skip
 
 # Measured on one H200 (jax 0.11.2, 2026-11-26): an 8192^3 product in bfloat16, a copy of 8 GB. The
 # factors make the programs of that day come out as they ran; others may be off by a tenth. Neither
@@ -36,84 +34,26 @@ class Kernel(NamedTuple):
 
     @property
     def seconds(self):
-        """Of all its runs, by the factors above."""
+        """Returns the seconds of all its runs, by the factors above."""
         rate = ATTENTION if self.kind == "attention" else PRODUCTS
         return FACTORS[self.kind] * self.runs * max(self.bytes / MEMORY, self.flops / rate)
 
 
-class Instruction(NamedTuple):
-    """A line of a program."""
-
-    name: str
-    result: str  # its type
-    operation: str
-    operands: list
-    text: str
-    is_root: bool
+def kernels(program):
+    """Returns all kernels of a compiled GPU program, an `hlo.Program`."""
+    return [
+        kernel(i, {x.name: x for x in program.computations[name]}, program, runs)
+        for i, name, runs in hlo.walk(program)
+        if i.operation not in hlo.IDLE and not i.operation.endswith("-done")
+    ]
 
 
-LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
-
-
-def instructions(lines):
-    """The lines of a computation, parsed."""
-    found = []
-    for line in lines:
-        match = LINE.match(re.sub(r"/\*index=\d+\*/", "", line))
-        if match:
-            root, name, result, operation, rest = match.groups()
-            operands = re.findall(r"%([\w.-]+)", rest[: closing(rest)])
-            found.append(Instruction(name, result, operation, operands, rest, bool(root)))
-    return found
-
-
-def closing(text):
-    """Where the parenthesis that is open at the beginning closes."""
-    depth = 1
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return i
-    return len(text)
-
-
-def kernels(text):
-    """All kernels in the text of a compiled GPU program."""
-    lines, main = computations(text)
-    parsed = {name: instructions(of) for name, of in lines.items()}
-    found = []
-
-    def visit(name, runs):
-        here = {i.name: i for i in parsed[name]}
-        for i in parsed[name]:
-            if i.operation in IDLE or i.operation.endswith("-done"):
-                continue
-            if i.operation == "while":
-                condition = called(i, "condition")
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', i.text)
-                times = int(known.group(1)) if known else trip_count(lines[condition])
-                visit(called(i, "body"), runs * times)
-            elif i.operation in ("call", "conditional", "async-start"):
-                for inner in re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", i.text):
-                    visit(inner, runs)
-            else:
-                found.append(kernel(i, here, parsed, runs))
-
-    visit(main, 1)
-    return found
-
-
-def called(instruction, role):
-    """The computation that an instruction calls as its `role`."""
-    return re.search(rf"{role}=%?([\w.-]+)", instruction.text).group(1)
-
-
-def kernel(i, here, parsed, runs):
-    """The `Kernel` of an instruction that is one."""
-    inside = parsed[called(i, "calls")] if "fusion" in i.operation else []
+def kernel(i, here, program, runs):
+    """Returns the `Kernel` of an instruction that is one."""
+    inside = program.computations[i.called("calls")] if "fusion" in i.operation else []
     nested = [x for x in inside if x.operation == "fusion"]  # what a memcpy was made of
-    if nested and len(inside) <= len(nested) + sum(x.operation in IDLE for x in inside):
-        inside = parsed[called(nested[0], "calls")]
+    if nested and len(inside) <= len(nested) + sum(x.operation in hlo.IDLE for x in inside):
+        inside = program.computations[nested[0].called("calls")]
     defined = {x.name: x for x in inside} or here
     flops = sum(product_flops(x, defined) for x in inside or [i])
     if inside:
@@ -122,12 +62,11 @@ def kernel(i, here, parsed, runs):
         size = sum(total(here[name].result) for name in i.operands if name in here)
         size += total(i.result)
     kind, extra = kind_of(i, inside, flops)
-    source = re.search(r'op_name="([^"]*)"', i.text)
-    return Kernel(i.name, kind, runs, size, flops + extra, source.group(1) if source else "")
+    return Kernel(i.name, kind, runs, size, flops + extra, i.source)
 
 
 def kind_of(i, inside, flops):
-    """Which of FACTORS, and FLOPs that only the kernel's target tells."""
+    """Returns which of FACTORS, and FLOPs that only the kernel's target tells."""
     target = re.search(r'custom_call_target="([^"]*)"', i.text)
     if target and "fmha" in target.group(1):
         B, a, b, d = next(s for s in shapes(i.result) if len(s) == 4)
@@ -139,21 +78,15 @@ def kind_of(i, inside, flops):
         return "attention", 12 * B * heads * tokens**2 * d
     if flops:
         return "products", 0
-    operations = {x.operation for x in inside or [i]} - IDLE
-    if operations <= MOVES or i.operation in ("copy", "copy-start", "fusion-start"):
+    operations = {x.operation for x in inside or [i]} - hlo.IDLE
+    if operations <= hlo.MOVES or i.operation in ("copy", "copy-start", "fusion-start"):
         return "copies", 0
     return ("sums" if "reduce" in operations else "elementwise"), 0
 
 
 def total(text):
-    """Bytes of all arrays of a type."""
+    """Returns the bytes of all arrays of a type."""
     return sum(array_bytes(text))
-
-
-def shapes(text):
-    """The dimensions of all arrays of a type."""
-    found = re.findall(r"\b[a-z]+\d*\[([\d,]*)\]", text)
-    return [[int(n) for n in dims.split(",") if n] for dims in found]
 
 
 def product_flops(i, defined):
@@ -183,7 +116,7 @@ def convolution_flops(i, defined):
 
 
 def fusion_bytes(inside):
-    """What a fusion reads and writes."""
+    """Returns the bytes that a fusion reads and writes."""
     by_name, users = {i.name: i for i in inside}, collections.defaultdict(list)
     for i in inside:
         for name in i.operands:
@@ -215,7 +148,7 @@ def fusion_bytes(inside):
 
 
 def summary(found):
-    """{kind: {"kernels", "GB", "TFLOP", "ms"}} of one run of a program, and of all kinds."""
+    """Returns {kind, or "all": {"kernels", "GB", "TFLOP", "ms"}} of one run of a program."""
     table = {}
     for kind in [*FACTORS, "all"]:
         chosen = [k for k in found if kind in (k.kind, "all")]

@@ -12,7 +12,7 @@ from utils import sharding
 
 
 def evaluator(config, model):
-    """The evaluator of a config, with `ShapeDtypeStruct`s as the weights of others.
+    """Returns the evaluator of a config, with `ShapeDtypeStruct`s as the weights of others.
 
     Where `dataset.vae` is `mse` or `ema`, the autoencoder is that of Stable Diffusion.
     """
@@ -30,11 +30,12 @@ def evaluator(config, model):
     else:
         network = features.of_inception(inception_shapes(), options.resize, None)
     score = scorer.Scorer(network, model.mesh, options, images.shape[1:])
-    return evaluate.Evaluator(model, autoencoder, score, config.sampling)
+    counts = np.ones(model.num_classes)
+    return evaluate.Evaluator(model, autoencoder, score, config.sampling, counts)
 
 
 def inception_shapes():
-    """The parameters of the FID network."""
+    """Returns the parameters of the FID network."""
     shapes = {
         layer: {"kernel": shape, "bias": shape[-1:]}
         for layer, shape in inception_weights.CONV_SHAPES.items()
@@ -48,7 +49,7 @@ def inception_shapes():
 
 
 def stages(evaluator):
-    """The stages of the evaluation of a batch as pure functions, and `whole`, the step that runs.
+    """Returns the stages of a batch in the evaluation as pure functions, and `whole`, the step.
 
     Returns:
       name -> (function, its arguments as a tree of `ShapeDtypeStruct`s with shardings).
@@ -85,7 +86,7 @@ def stages(evaluator):
 
 
 def random_values(shapes):
-    """Arrays for a tree of shapes: small numbers, and bytes for images."""
+    """Returns arrays for a tree of shapes: small numbers, and bytes for images."""
     rng = np.random.RandomState(0)
 
     def values(x):

@@ -18,12 +18,12 @@ KINDS = {
 
 
 def kind(name):
-    """Which of KINDS a kernel is of."""
+    """Returns which of KINDS a kernel is of."""
     return next(kind for kind, words in KINDS.items() if re.search(words, name.lower()))
 
 
 def kernels(folder):
-    """The kernels of the first device in a trace.
+    """Returns the kernels of the first device in a trace.
 
     Args:
       folder: what `jax.profiler.trace` wrote into.
@@ -57,12 +57,12 @@ def kernels(folder):
 
 
 def is_of_kernels(line):
-    """Whether a line of a device's plane holds its kernels: others repeat them by module or op."""
+    """Tells whether a line of a device's plane holds its kernels; others repeat them."""
     return line.startswith("Stream") or line == "XLA Ops"
 
 
 def summary(kernels, steps):
-    """Milliseconds of a step: {"by kind": {kind: ms}, "largest": [(name, ms, runs of a step)]}."""
+    """Returns ms of a step: {"by kind": {kind: ms}, "largest": [(name, ms, runs of a step)]}."""
     of_kind, of_name = collections.Counter(), collections.defaultdict(list)
     for name, seconds in kernels:
         of_kind[kind(name)] += 1e3 * seconds / steps

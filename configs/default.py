@@ -172,7 +172,7 @@ class Fid:
     cache_ref: Path = ""  # npz with the reference mean and covariance; empty: the training images
     evaluator: str = "meanflow"  # meanflow | adm | edm2: whose numbers; it sets what is empty below
     resize: str = ""  # to 299x299: half_pixel (published numbers) | tf1 (ADM, NVIDIA)
-    labels: str = ""  # labels of the samples: random (all three) | balanced
+    labels: str = ""  # labels of the samples: random (all three) | balanced | data (as the records)
     rounding: str = ""  # of images to bytes: nearest (127.5 x + 128) | down (127.5 (x + 1), ADM)
     metrics: Texts = ()  # fid, sfid, inception_score, precision_recall, fd_dinov2, kid, ...
     features: str = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])

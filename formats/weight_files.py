@@ -9,7 +9,7 @@ from utils import files
 
 
 def cache_folder():
-    """Where weights are looked for and kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+    """Returns where weights are looked for: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
 
     A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
     """
@@ -17,7 +17,7 @@ def cache_folder():
 
 
 def find(given, option, variable, names, advice):
-    """The weight file to read, as a pathlib.Path.
+    """Returns the weight file to read, as a pathlib.Path.
 
     Args:
       given: what the option `option` says; else the environment variable `variable` counts, else
@@ -41,7 +41,7 @@ def find(given, option, variable, names, advice):
 
 
 def digest(tree):
-    """SHA-256 (hex) over a nested dict of arrays: the same for the same weights of any format."""
+    """Returns the SHA-256 (hex) of a nested dict of arrays, whatever file they come from."""
     total = hashlib.sha256()
     for name, value in sorted(flatten(tree).items()):
         value = np.ascontiguousarray(value, np.float32)
@@ -51,7 +51,7 @@ def digest(tree):
 
 
 def flatten(tree, prefix=""):
-    """The arrays of a nested dict under dotted names; everything else is left out."""
+    """Returns the arrays of a nested dict under dotted names; everything else is left out."""
     flat = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):

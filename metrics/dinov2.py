@@ -26,7 +26,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def features(params, images, resize="edm2", heads=None, offset=POSITION_OFFSET):
-    """The class token after the last norm, float32 (N, D), of images uint8 (N, H, W, 3).
+    """Returns the class token after the last norm, float32 (N, D), of images uint8 (N, H, W, 3).
 
     Args:
       params: from `dinov2_weights.load`.
@@ -43,7 +43,7 @@ def features(params, images, resize="edm2", heads=None, offset=POSITION_OFFSET):
 
 
 def resized(images, resize):
-    """Images uint8 (N, H, W, 3) -> float32 grey values (N, 224, 224, 3), whatever their aspect.
+    """Resizes images uint8 (N, H, W, 3) to grey values float32 (N, 224, 224, 3), any aspect.
 
     `edm2`: antialiased bicubic, neither clipped nor rounded. `edm2_pil`: Pillow's bicubic, rounded
     and clipped (dgm-eval, arXiv 2306.04675). `torch_fidelity`: TF1 bilinear, not antialiased. Each
@@ -61,7 +61,7 @@ def resized(images, resize):
 
 @functools.cache
 def interpolation(table, grid, offset=POSITION_OFFSET):
-    """The matrix (grid, table), float32, that brings an axis of the position table to the grid.
+    """Returns the matrix (grid, table), float32, from an axis of the position table to the grid.
 
     Bicubic with a = -0.75, not antialiased, borders repeated. The original code asks for the
     scale (grid + 0.1) / table, so the last cell lies short of where it should; the features
@@ -80,7 +80,7 @@ def interpolation(table, grid, offset=POSITION_OFFSET):
 
 
 def positions(table, grid=SIZE // PATCH, offset=POSITION_OFFSET):
-    """The table of positions (M M, D) at grid x grid: float32 (grid grid, D), row by row."""
+    """Resizes the table of positions (M M, D) to float32 (grid grid, D), row by row."""
     side = round(table.shape[0] ** 0.5)
     matrix = interpolation(side, grid, offset)
     square = table.reshape(side, side, -1)
@@ -89,7 +89,7 @@ def positions(table, grid=SIZE // PATCH, offset=POSITION_OFFSET):
 
 
 def _tokens(p, x, offset):
-    """Normalised images (N, 224, 224, 3) -> tokens with their positions, the class token first."""
+    """Turns normalised images (N, 224, 224, 3) into tokens, the class token first."""
     n, grid = len(x), SIZE // PATCH
     x = x.reshape(n, grid, PATCH, grid, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     x = _linear(p["patch"], x.reshape(n, grid * grid, -1))  # (N, 256, D)

@@ -24,7 +24,7 @@ SIZES = {(384, 12): "ViT-S/14", (768, 12): "ViT-B/14", (1024, 24): "ViT-L/14"}  
 
 
 def load(path=None):
-    """The parameters of `dinov2.features`, numpy float32.
+    """Returns the parameters of `dinov2.features`, numpy float32.
 
     `path` (option `fid.dinov2_weights`), else the environment variable DINOV2_WEIGHTS, else a file
     of one of FILE_NAMES in the cache folder.
@@ -37,7 +37,7 @@ def load(path=None):
 
 
 def find(path=None):
-    """The weight file that `load` will read, as a pathlib.Path; raises FileNotFoundError."""
+    """Returns the path of the file that `load` will read; raises FileNotFoundError."""
     advice = (
         f"no DINOv2 weights: put {FILE_NAMES[0]} (published with "
         "github.com/facebookresearch/dinov2), or the model.safetensors of facebook/dinov2-large "
@@ -48,7 +48,7 @@ def find(path=None):
 
 
 def name(params):
-    """The network's name for people, by its size."""
+    """Returns the network's name for people, by its size."""
     depth, width = params["blocks"]["ls1"].shape
     return f"DINOv2 {SIZES.get((width, depth), f'of width {width}, depth {depth}')}"
 
@@ -67,7 +67,7 @@ def read(path):
 
 
 def convert(arrays, where, rename=lambda arrays: arrays):
-    """{published name: array} -> the tree of `dinov2.features`; `where` opens an error line.
+    """Turns {published name: array} into the tree of `dinov2.features`; `where` opens an error.
 
     `rename` brings the names of another form to those of the `.pth`.
     """
@@ -103,7 +103,7 @@ def _depth(arrays):
 
 
 def _shapes(arrays, where):
-    """{published name: shape} of the network whose width, depth and table the arrays tell."""
+    """Returns {published name: shape} of a network as wide and deep as the arrays tell."""
     told = {"cls_token": 3, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
     for name, ndim in told.items():
         if np.ndim(arrays.get(name)) != ndim:
@@ -176,7 +176,7 @@ _HUGGINGFACE = {
 
 
 def _from_huggingface(arrays):
-    """The names of `model.safetensors` -> those of the `.pth`; unknown ones stay as they are."""
+    """Renames the arrays of `model.safetensors` as in the `.pth`; unknown ones stay as they are."""
     found, thirds = {}, {}
     for name, value in arrays.items():
         parts = name.split(".")

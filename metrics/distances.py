@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 
 def init_moments(dim):
-    """The empty accumulator for features of `dim` numbers."""
+    """Returns the empty accumulator for features of `dim` numbers."""
     # No array twice: the buffers may be donated.
     vectors = [jnp.zeros(dim, jnp.float32) for _ in range(3)]
     matrices = [jnp.zeros((dim, dim), jnp.float32) for _ in range(2)]
@@ -40,7 +40,7 @@ def init_moments(dim):
 
 
 def add_moments(acc, features, weight):
-    """Add a batch: `features` (N, D) float32, `weight` (N,) of 1 (count this row) and 0 (do not).
+    """Adds a batch: `features` (N, D) float32, `weight` (N,) of 1 (count this row) and 0 (do not).
 
     To be called inside jit, over one device or a mesh with the rows of `features` sharded: the
     accumulator may be replicated or sharded, and what is added is the sum over all devices.
@@ -64,7 +64,7 @@ def add_moments(acc, features, weight):
 
 
 def _add_to_pair(hi, lo, value):
-    """(hi + lo) + value, where hi takes the rounded sum and lo what the rounding lost."""
+    """Adds a value to hi + lo: hi takes the rounded sum, lo what the rounding lost."""
     total = hi + value
     virtual = total - hi
     lost = (hi - (total - virtual)) + (value - virtual)
@@ -72,7 +72,7 @@ def _add_to_pair(hi, lo, value):
 
 
 def finish_moments(acc):
-    """`(mu (D,), sigma (D, D))`, float64 numpy, sigma with the divisor n - 1.
+    """Returns `(mu (D,), sigma (D, D))`, float64 numpy, sigma with the divisor n - 1.
 
     Raises ValueError below two samples and where a feature was not finite.
     """
@@ -92,7 +92,7 @@ def finish_moments(acc):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians, `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2)`.
+    """Returns |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2): Frechet's squared distance of Gaussians.
 
     FID on pool features, sFID on spatial ones. The trace of the root is the sum of the singular
     values of `R1^T R2`, where `R R^T = S`: unlike the root of the product `S1 S2` it is
@@ -109,7 +109,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def _root(sigma):
-    """A matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance.
+    """Returns a matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance.
 
     Cholesky's, with the largest variance that is left first: a tenth of the time of eigenvectors.
     Those where it is not exact, as rounding has made a singular covariance an indefinite one.
@@ -138,14 +138,14 @@ class Scores(NamedTuple):
 
 
 def init_scores(splits=10, classes=1008):
-    """The empty accumulator of the Inception score."""
+    """Returns the empty accumulator of the Inception score."""
     tables = [jnp.zeros((splits, classes), jnp.float32) for _ in range(2)]
     rows = [jnp.zeros(splits, jnp.float32) for _ in range(2)]
     return Scores(jnp.zeros(splits, jnp.int32), *tables, *rows)
 
 
 def add_scores(acc, logits, split, weight):
-    """Add a batch; inside jit, as `add_moments`.
+    """Adds a batch; inside jit, as `add_moments`.
 
     `logits` (N, classes) float32 without the bias of the last layer; `split` (N,) int32, which
     split each sample belongs to (sample i of n: `((i + 1) * splits - 1) // n`); `weight` (N,) is
@@ -165,7 +165,7 @@ def add_scores(acc, logits, split, weight):
 
 
 def finish_scores(acc):
-    """`(mean, std)` of the Inception score over the splits."""
+    """Returns `(mean, std)` of the Inception score over the splits."""
     acc = jax.device_get(acc)
     if acc.count.min() < 1:
         raise ValueError(f"Inception score: a split without samples, counts {acc.count.tolist()}")
@@ -174,32 +174,9 @@ def finish_scores(acc):
 
 
 def _score(count, probs, entropy):
-    """exp of E[KL(p(y|x) || p(y))], split by split, from counts, sums of p, sums of p log p."""
+    """Returns mean and deviation of exp E[KL(p(y|x) || p(y))] by split, from counts and sums."""
     marginal = probs / count[:, None]
     log_marginal = np.log(np.where(marginal > 0, marginal, 1))
     divergence = entropy / count - (marginal * log_marginal).sum(1)
     scores = np.exp(divergence)
     return float(scores.mean()), float(scores.std())
-
-
-def inception_score(logits, splits=10, split_size=None):
-    """`(mean, std)` over `splits` consecutive parts of `logits` (N, classes), in float64.
-
-    With `split_size`, parts of so many samples instead, the last of which may be smaller and
-    counts as much as the others (ADM's 5,000).
-
-    The logits are those without the bias of the last layer, in the order of the samples: so it
-    is done in the first implementation, in ADM and in torch-fidelity.
-    """
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"Inception score: {len(logits)} samples cannot make {splits} splits")
-    ends = [len(logits) * i // splits for i in range(1, splits)]
-    if split_size:
-        ends = range(split_size, len(logits), split_size)
-    sums = []
-    for part in np.split(np.asarray(logits, np.float64), ends):
-        part = part - part.max(1, keepdims=True)
-        log_probs = part - np.log(np.exp(part).sum(1, keepdims=True))
-        probs = np.exp(log_probs)
-        sums.append((len(part), probs.sum(0), (probs * log_probs).sum()))
-    return _score(*(np.array(column) for column in zip(*sums, strict=True)))

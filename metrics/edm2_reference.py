@@ -19,7 +19,7 @@ ARRAYS = (
 
 
 def load(path):
-    """The statistics of a file: {"fid": (mu (D,), sigma (D, D)), "fd_dinov2": ...}, float64.
+    """Reads the statistics of a file: {"fid": (mu (D,), sigma (D, D)), "fd_dinov2": ...}, float64.
 
     A metric that the file lacks is left out.
 

@@ -26,7 +26,7 @@ HIGHER_IS_BETTER = (
     *METRICS["precision_recall_float16"],
 )
 OF_SETS = ("precision_recall", "precision_recall_float16", "kid", "kid_all", "mind")
-LABELS = ("random", "balanced")
+LABELS = ("random", "balanced", "data")
 ROUNDINGS = ("nearest", "down")
 
 
@@ -50,7 +50,7 @@ PRESETS = {
 
 
 def fill(fid, latents=True):
-    """The options `fid` with those of the evaluator where they are empty, a copy.
+    """Returns the options `fid` with those of the evaluator where they are empty, a copy.
 
     Args:
       latents: whether images are decoded: EDM2 rounds these down, and pixels to the nearest.
@@ -90,7 +90,7 @@ def _options(evaluator, latents):
 
 
 def describe(fid, latents=True):
-    """The evaluator's name for the results, with what was overridden; `fid` as `fill` returns it.
+    """Names an evaluator for the results, with what was overridden; `fid` as `fill` returns it.
 
     Which metrics are taken changes none of them, so it is not said.
     """
@@ -102,13 +102,13 @@ def describe(fid, latents=True):
 
 
 def splits(evaluator, count):
-    """In how many splits the Inception score of `count` samples is taken."""
+    """Returns in how many splits the Inception score of `count` samples is taken."""
     size = PRESETS[evaluator].split_size
     return -(-count // size) if size else 10
 
 
 def split_of(evaluator, index, count):
-    """The split of samples number `index` (N,) of `count`; the rest behind `count` in the last."""
+    """Returns the split of samples number `index` (N,); those behind `count` are in the last."""
     size = PRESETS[evaluator].split_size
     index = index.clip(0, count - 1)
     # Ten parts [k n // 10, (k + 1) n // 10), as distances.inception_score cuts them.
@@ -116,7 +116,7 @@ def split_of(evaluator, index, count):
 
 
 def tag(name, count):
-    """A metric's name in the log: `fid`, or `fid@5k` where fewer than 10,000 samples bias it."""
+    """Names a metric in the log: `fid`, or `fid@5k` where fewer than 10,000 samples bias it."""
     if count >= 10_000:
         return name
     return f"{name}@{count / 1000:g}k" if count >= 1000 else f"{name}@{count}"

@@ -18,7 +18,7 @@ class Features(NamedTuple):
 
 
 def load(options):
-    """The feature networks that the options `fid` ask for, as `evaluators.fill` returns them.
+    """Loads the feature networks that the options `fid`, as `evaluators.fill` gives them, ask for.
 
     Raises:
       ValueError, FileNotFoundError: no weights, or damaged ones.
@@ -37,7 +37,7 @@ def load(options):
 
 
 def of_inception(params, resize, digest):
-    """`Features` of the FID network with these parameters."""
+    """Returns `Features` of the FID network with these parameters."""
     described = {
         "features": f"Inception 2015-12-05, {resize} resize",
         "resize": resize,
@@ -49,7 +49,7 @@ def of_inception(params, resize, digest):
 
 
 def of_dinov2(params, resize, digest):
-    """`Features` of DINOv2 with these parameters."""
+    """Returns `Features` of DINOv2 with these parameters."""
     described = {
         "dinov2": dinov2_weights.name(params),
         "dinov2_resize": resize,
@@ -63,7 +63,7 @@ def of_dinov2(params, resize, digest):
 
 
 def join(networks):
-    """Several `Features` as one."""
+    """Joins several `Features` into one."""
     if len(networks) == 1:
         return networks[0]
     described = {name: value for network in networks for name, value in network.described.items()}
@@ -78,10 +78,10 @@ def join(networks):
 
 
 def rgb(images):
-    """Images of one or three channels -> three."""
+    """Brings images of one or three channels to three."""
     return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def pixel_features(params, images):
-    """The pixels in [0, 1] as they are, float32 (N, H W C)."""
+    """Returns the pixels in [0, 1] as they are, float32 (N, H W C)."""
     return {"pool": images.reshape(len(images), -1).astype(jnp.float32) / 255}

@@ -22,7 +22,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def features(params, images, resize="half_pixel"):
-    """The outputs that the metrics need, for `images` uint8 (N, H, W, 3), H and W >= 1.
+    """Returns what the metrics need of `images` uint8 (N, H, W, 3), H and W >= 1.
 
     Returns float32 `pool` (N, 2048) for FID, `logits` (N, 1008), `logits_no_bias` (N, 1008) for
     the Inception score, `spatial` (N, 2023) for sFID: the first 7 channels of the first branch
@@ -179,12 +179,12 @@ def _max_branch(p, name, x):
 
 
 def _max_pool(x):
-    """3x3, stride 2, no padding."""
+    """Takes maxima over 3x3, stride 2, without padding."""
     return _windows(jnp.maximum, x, 2)
 
 
 def _avg_pool(x):
-    """3x3, stride 1, mean over the part of the window that lies inside."""
+    """Takes means over 3x3, stride 1, of the part of the window that lies inside."""
     total = _windows(jnp.add, jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 1)
     rows, columns = (np.full(n, 3.0, np.float32) for n in x.shape[1:3])
     rows[[0, -1]] = columns[[0, -1]] = 2
@@ -192,7 +192,7 @@ def _avg_pool(x):
 
 
 def _windows(combine, x, stride):
-    """Reduce 3x3 windows, rows and then columns: slices are several times faster on a CPU than
+    """Reduces 3x3 windows, rows and then columns: slices are several times faster on a CPU than
     `reduce_window`, and fuse."""
     for axis in (1, 2):
         end = x.shape[axis] - 2
@@ -205,6 +205,6 @@ def _windows(combine, x, stride):
 
 
 def resize_bilinear(images, resize):
-    """(N, H, W, C) of any numeric dtype -> (N, 299, 299, C) float32; see `features`."""
+    """Resizes (N, H, W, C) of any numeric dtype to (N, 299, 299, C) float32; see `features`."""
     rows, columns = (resizing.bilinear(n, SIZE, resize) for n in images.shape[1:3])
     return resizing.apply(images, rows, columns)

@@ -5,11 +5,8 @@ No framework is needed for any format, nothing is executed, and every mapping is
 is consumed once, each shape checked.
 """
 
-import hashlib
-
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from formats import state_dicts, torch_files, weight_files
 from utils import files, trees
@@ -22,28 +19,19 @@ NOT_OURS = "not the weights of the FID network"
 
 
 def load(path=None):
-    """The parameters of `inception.features` as numpy float32: layer -> {kernel, bias}.
+    """Returns the parameters of `inception.features` as numpy float32: layer -> {kernel, bias}.
 
     `path` (option `fid.inception_weights`), else the environment variable INCEPTION_WEIGHTS,
-    else a file of one of FILE_NAMES in `weight_files.cache_folder()`. What is read is kept there as
-    safetensors, so that the next start is quick. Raises FileNotFoundError or ValueError with
-    one line that says which file is needed, or what is wrong with it.
+    else a file of one of FILE_NAMES in `weight_files.cache_folder()`.
+
+    Raises:
+      FileNotFoundError, ValueError: in a line, which file is needed, or what is wrong with it.
     """
-    source = find(path)
-    cached = weight_files.cache_folder() / f"inception-{_file_hash(source)[:16]}.safetensors"
-    if cached.is_file():
-        try:
-            return _read_safetensors(cached)
-        except (ValueError, OSError):
-            pass  # damaged, or another user's: it is read from its source
-    params = read(source)
-    if cached.is_absolute():
-        _write_safetensors(cached, params)
-    return params
+    return read(find(path))
 
 
 def find(path=None):
-    """The weight file that `load` will read, as a pathlib.Path; raises FileNotFoundError."""
+    """Returns the path of the file that `load` will read; raises FileNotFoundError."""
     advice = (
         f"no Inception weights: put {PTH_NAME} (sha256 {PTH_SHA256}, from the releases of "
         f"github.com/mseitzer/pytorch-fid) into {weight_files.cache_folder()}, or name a file in "
@@ -54,7 +42,7 @@ def find(path=None):
 
 
 def read(path):
-    """Read a weight file of any known format, recognised by its content. Errors as `load`."""
+    """Reads a weight file of any known format, recognised by its content. Errors as `load`."""
     with open(path, "rb") as file:
         start = file.read(16)
     if start[:4] == b"PK\x03\x04" or start[:4] == b"\x80\x02\x8a\n":
@@ -73,20 +61,15 @@ def read(path):
 
 
 def from_torch(state):
-    """The parameters of `inception.features` from arrays by the names of a `.pth`."""
+    """Returns the parameters of `inception.features` from arrays by the names of a `.pth`."""
     return _assemble("state dict", state, _torchvision_names)
-
-
-def _file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------- layers
 
 
 def _conv_shapes():
-    """layer -> (height, width, channels in, channels out), for the 94 convolutions."""
+    """Returns {layer: (height, width, channels in, channels out)} of the 94 convolutions."""
     shapes = {
         "Conv2d_1a_3x3": (3, 3, 3, 32),
         "Conv2d_2a_3x3": (3, 3, 32, 32),
@@ -131,7 +114,7 @@ FC_SHAPE = (2048, 1008)
 
 
 def _assemble(path, arrays, names):
-    """Fold `arrays` (flat: name -> array) into the tree; `names` tells a layer's arrays.
+    """Folds `arrays` (flat: name -> array) into the tree; `names` tells a layer's arrays.
 
     `names(layer)` gives a dict of kernel, gamma, beta, mean, var (for `fc`: kernel, bias), each
     a pair of the name in the file and the axes that bring it into our order.
@@ -171,7 +154,7 @@ def _check_finite(path, params):
 
 
 def _permuted(shape, axes):
-    """The shape in the file of what becomes `shape` when transposed by `axes`."""
+    """Returns the shape in the file of what becomes `shape` when transposed by `axes`."""
     stored = [0] * len(shape)
     for ours, theirs in enumerate(axes):
         stored[theirs] = shape[ours]
@@ -184,7 +167,7 @@ _HWIO, _OIHW, _VECTOR = (0, 1, 2, 3), (2, 3, 1, 0), (0,)
 
 
 def _torchvision_names(layer):
-    """State dict of pytorch-fid and torch-fidelity."""
+    """Names a layer's arrays in the state dict of pytorch-fid and torch-fidelity."""
     if layer == "fc":
         return {"kernel": ("fc.weight", (1, 0)), "bias": ("fc.bias", _VECTOR)}
     return {
@@ -197,7 +180,7 @@ def _torchvision_names(layer):
 
 
 def _jax_fid_names(layer):
-    """Nested dicts of jax-fid, which mirror the state dict with Flax names and order."""
+    """Names them in jax-fid's nested dicts: the state dict in Flax's names and order."""
     if layer == "fc":
         return {"kernel": ("fc.kernel", (0, 1)), "bias": ("fc.bias", _VECTOR)}
     return {
@@ -209,22 +192,8 @@ def _jax_fid_names(layer):
     }
 
 
-# Kept as safetensors -----------------------------------------------------------------------------
-
-
-def _write_safetensors(path, params):
-    """Keep `params` for the next start; a folder that cannot be written to is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.complete(path) as unfinished:
-            # Of an array that is no row-major block safetensors writes the memory under its shape.
-            flat = weight_files.flatten(params)
-            save_file({name: np.ascontiguousarray(a) for name, a in flat.items()}, unfinished)
-    except (OSError, SafetensorError):
-        pass
-
-
 def _read_safetensors(path):
+    """Reads the folded weights, as earlier versions of this project kept them in the cache."""
     with files.reading(path, "damaged safetensors file"):
         flat = load_file(path)
     wanted = {f"{layer}.kernel": shape for layer, shape in CONV_SHAPES.items()}

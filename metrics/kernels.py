@@ -20,7 +20,7 @@ DIRECTIONS = 1000
 
 
 def kid(generated, reference, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=SEED):
-    """`(mean, std)` of KID over random subsets (Binkowski et al., arXiv 1801.01401).
+    """Returns `(mean, std)` of KID over random subsets (Binkowski et al., arXiv 1801.01401).
 
     The subsets are torch-fidelity's: for each, `subset_size` rows of `generated` (N, D) without
     replacement, then of `reference` (M, D), from `numpy.random.RandomState(seed)`. The std is the
@@ -52,13 +52,13 @@ def subset_rows(num_generated, num_reference, subsets, subset_size, seed):
 
 
 def kid_values(generated, reference, rows):
-    """KID of each pair of rows of the two sets, float64 (subsets,)."""
+    """Returns KID of each pair of rows of the two sets, float64 (subsets,)."""
     origin = _origin(reference)
     return np.array([_mmd(generated[a], reference[b], origin, len(a)) for a, b in rows])
 
 
 def kid_all(generated, reference, rows=5000):
-    """KID of two whole sets (N, D), (M, D): no randomness, `rows` by `rows` at a time."""
+    """Returns KID of two whole sets (N, D), (M, D): no randomness, `rows` by `rows` at a time."""
     return _mmd(generated, reference, _origin(reference), rows)
 
 
@@ -67,19 +67,19 @@ def _origin(reference):
 
 
 def _mmd(x, y, origin, rows):
-    """Unbiased squared MMD of x (N, D) and y (M, D): Gretton et al. 2012, eq. 3."""
+    """Returns the unbiased squared MMD of x (N, D) and y (M, D): Gretton et al. 2012, eq. 3."""
     within = _within(x, origin, rows) + _within(y, origin, rows)
     return within - 2 * _total(x, y, origin, rows) / (len(x) * len(y))
 
 
 def _within(x, origin, rows):
-    """Mean of the kernel over the pairs of different rows of x."""
+    """Returns the mean of the kernel over the pairs of different rows of x."""
     own = _sum(_own(x[i : i + rows], origin) for i in range(0, len(x), rows))
     return (_total(x, x, origin, rows) - own) / (len(x) * (len(x) - 1))
 
 
 def _total(x, y, origin, rows):
-    """Sum of the kernel over all pairs of rows of x and y."""
+    """Returns the sum of the kernel over all pairs of rows of x and y."""
     starts = itertools.product(range(0, len(x), rows), range(0, len(y), rows))
     return _sum(_row_sums(x[i : i + rows], y[j : j + rows], origin) for i, j in starts)
 
@@ -98,7 +98,7 @@ def _row_sums(x, y, origin):
 
 @jax.jit
 def _own(x, origin):
-    """The centred kernel of each row with itself."""
+    """Returns the centred kernel of each row with itself."""
     p = _dot(x - origin, origin)
     s = jnp.sum((x - origin) ** 2, axis=1) / len(origin)
     return _centred(_dot(origin, origin) + 1, p, p, s)
@@ -109,7 +109,7 @@ def _dot(a, b):
 
 
 def _centred(alpha, p, q, s):
-    """k(x, y) - k(x, o) - k(o, y) + k(o, o) for k(x, y) = (x.y / D + 1)^3 and an origin o.
+    """Returns k(x, y) - k(x, o) - k(o, y) + k(o, o), k(x, y) = (x.y / D + 1)^3, o an origin.
 
     The unbiased MMD is the same for both kernels: what depends on one row alone cancels. But in
     float32 the values of the first are large and equal, and their differences lost.
@@ -126,13 +126,13 @@ def _centred(alpha, p, q, s):
 
 
 def directions(dim, count=DIRECTIONS, seed=SEED):
-    """Random unit rows, float64 (count, dim)."""
+    """Returns random unit rows, float64 (count, dim)."""
     rows = np.random.RandomState(seed).standard_normal((count, dim))
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def mind(generated, reference, unit_rows=None, chunk=50):
-    """MIND of two sets (N, D) of equal size (arXiv 2605.06797): 3 D times the mean squared
+    """Returns MIND of two sets (N, D) of equal size (arXiv 2605.06797): 3 D times the mean squared
     difference of their sorted projections on `unit_rows` (M, D), by default 1000 random ones.
 
     A squared sliced 2-Wasserstein distance; the factor 3 D is the paper's. `chunk` directions are
@@ -156,7 +156,7 @@ def mind(generated, reference, unit_rows=None, chunk=50):
 
 @jax.jit
 def _sorted_distance(x, y, unit_rows):
-    """Mean squared difference of the sorted projections, by direction."""
+    """Returns the mean squared difference of the sorted projections, by direction."""
 
     def project(a):
         return jnp.sort(jnp.einsum("md,nd->mn", unit_rows, a, precision=HIGHEST), axis=1)

@@ -11,7 +11,7 @@ HALF_ROWS = 10_000  # side of the blocks in which ADM computes, which matter whe
 
 
 def precision_recall(reference, generated, k=3, rows=2048, half=False):
-    """`(precision, recall)`: the share of samples inside a ball of the other set.
+    """Returns `(precision, recall)`: the share of samples inside a ball of the other set.
 
     A ball reaches from a sample to its k-th nearest neighbour within its own set; its surface
     belongs to it. The sets need not be of the same size, and their sizes matter: the balls of a
@@ -27,7 +27,7 @@ def precision_recall(reference, generated, k=3, rows=2048, half=False):
 
 
 def flags(reference, generated, k=3, rows=2048, half=False):
-    """Which samples lie inside a ball of the other set: bool (M,) generated, (N,) reference.
+    """Tells which samples lie inside a ball of the other set: bool (M,) generated, (N,) reference.
 
     Raises ValueError where a set has no k-th neighbour.
     """
@@ -48,7 +48,7 @@ def flags(reference, generated, k=3, rows=2048, half=False):
 
 
 def radii(features, k=3, rows=2048, half=False):
-    """Squared distance of each sample to its k-th neighbour in its own set, float32 (N,)."""
+    """Returns each sample's squared distance to its k-th neighbour in its set, float32 (N,)."""
     return _by_rows(_kth_distance, features, rows, features, k, half)
 
 
@@ -70,7 +70,7 @@ def _kth_distance(samples, others, k, half):
 
 
 def _squared_distances(a, b, half):
-    """|a_i - b_j|^2, float32 (N, M), of a (N, D) and b (M, D)."""
+    """Returns |a_i - b_j|^2, float32 (N, M), of a (N, D) and b (M, D)."""
     if not half:
         return _distances(a, b)
     parts = [b[i : i + HALF_ROWS] for i in range(0, len(b), HALF_ROWS)]
@@ -83,7 +83,7 @@ def _distances(a, b):
 
 
 def _half_distances(a, b):
-    """A block of ADM's distances: every result rounded to float16, unless one is not finite."""
+    """Returns a block of ADM's distances, each rounded to float16 unless one is not finite."""
 
     def half(x):  # a cast to float16 might be left out where it is fused
         return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)

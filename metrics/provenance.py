@@ -16,7 +16,7 @@ LARGEST = 2**30  # bytes of an array of statistics
 
 
 def of_file(file):
-    """What an opened npz says of its statistics, the entries of FIELDS that it has, and `origin`.
+    """Returns what an opened npz says of its statistics: entries of FIELDS, and `origin`.
 
     Raises:
       ValueError: an entry that cannot be meant, or arrays far too large for statistics.
@@ -38,7 +38,7 @@ def of_file(file):
 
 
 def of_path(path):
-    """`of_file` of a file of statistics, which are not looked at. ValueError where it is none."""
+    """Does as `of_file` for a path; the statistics are not looked at. ValueError: it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return of_file(file)
@@ -54,7 +54,7 @@ def check_sizes(file, names):
 
 
 def describe(said, path, size):
-    """What a result says of its reference; tells it to people too, and warns where it is unknown.
+    """Returns what a result says of its reference; tells people too, and warns of an unknown one.
 
     Args:
       said: from `of_file`.
@@ -80,7 +80,7 @@ def describe(said, path, size):
 
 
 def differences(said, asked):
-    """What a file says differently from what is asked for, as a list of lines; see FIELDS.
+    """Returns what a file says differently from what is asked for, as a list of lines; see FIELDS.
 
     `images` is known only when all of them are read, so it is not asked for here.
     """

@@ -72,12 +72,12 @@ class Reference:
         return self._statistics
 
     def pool(self):
-        """Pool features of the reference images, float32 (N, D)."""
+        """Returns the pool features of the reference images, float32 (N, D)."""
         self.statistics()
         return self._pool
 
     def compare(self, found, pool, count):
-        """Metrics of `count` images: name -> float.
+        """Returns the metrics of `count` images: name -> float.
 
         Args:
           found, pool: from `Scorer.gather`.
@@ -95,12 +95,15 @@ class Reference:
         return {name: results[name] for name in evaluators.NUMBERS if name in results}
 
     def describe(self):
-        """Which reference it is, for the results."""
+        """Describes the reference for the results."""
         if self.options.cache_ref:
             names = [name for pair in MOMENTS.values() for name in pair]
             moments = {n: self._statistics[n] for n in names if self._statistics[n] is not None}
-            digest = identity.of_arrays(moments)
-            return {"reference": self.options.cache_ref, "reference_digest": digest, **self._said}
+            found = {"reference": self.options.cache_ref, **self._said}
+            found["reference_digest"] = identity.of_arrays(moments)
+            if self.score.keeps_features:
+                found["reference_arr_0"] = image_checksum(self.options.cache_ref)
+            return found
         digests = {name: self.records.identity.get(name) for name in ("content", "sample")}
         return {
             "reference": str(self.records.root),
@@ -110,12 +113,12 @@ class Reference:
 
 
 def named(metric, values):
-    """The numbers of a metric by their names."""
+    """Returns the numbers of a metric by their names."""
     return dict(zip(evaluators.METRICS[metric], values, strict=True))
 
 
 def compare_sets(metric, generated, reference):
-    """The numbers of a metric of two sets of features, (N, D) and (M, D)."""
+    """Returns the numbers of a metric of two sets of features, (N, D) and (M, D)."""
     if metric == "kid":
         return kernels.kid(generated, reference)
     if metric == "kid_all":
@@ -128,7 +131,7 @@ def compare_sets(metric, generated, reference):
 
 
 def subset(features, count):
-    """`count` rows of a set, random ones where it is larger, the same each time."""
+    """Returns `count` rows of a set, random ones where it is larger, the same each time."""
     if len(features) == count:
         return features
     rows = np.random.RandomState(SUBSET_SEED).choice(len(features), count, replace=False)
@@ -187,32 +190,40 @@ def check_fits(options, reference, score):
 
 
 def image_features(path, score):
-    """Pool features of the images `arr_0` in a reference file, float32 (N, D).
+    """Returns the pool features of the images `arr_0` in a reference file, float32 (N, D).
 
-    They are kept beside the file, by the network and resize that made them.
+    They are kept beside the file, under the network and resize that made them and the checksum of
+    the images: another file of the same name has other features.
     """
     path, described = pathlib.Path(path), score.features.described
-    digest = str(described["feature_weights_sha256"])[:12]
-    kept = path.with_name(f"{path.stem}-features-{described['resize']}-{digest}.npy")
-    if processes.all_true(kept.is_file()):
-        return np.load(kept, allow_pickle=False)
+    weights = str(described["feature_weights_sha256"])[:12]
+    name = f"{path.stem}-features-{described['resize']}-{weights}-{image_checksum(path)}.npy"
+    known = path.with_name(name)
+    if processes.all_true(known.is_file()):
+        return np.load(known, allow_pickle=False)
     with np.load(path, allow_pickle=False) as file:
         images = file["arr_0"]
     _, pool = score.read(images.__getitem__, len(images), "reference images")
     if processes.is_writer():
         try:
-            with files.complete(kept) as unfinished, open(unfinished, "wb") as file:
+            with files.complete(known) as unfinished, open(unfinished, "wb") as file:
                 np.save(file, pool)
         except OSError as error:
             logging.warning("features of the reference images could not be kept (%s)", error)
     return pool
 
 
+def image_checksum(path):
+    """Returns the CRC-32 (hex) of the images `arr_0` in an npz, which their zip file holds."""
+    with np.load(path, allow_pickle=False) as file:
+        return f"{file.zip.getinfo('arr_0.npy').CRC:08x}"
+
+
 # The file ---------------------------------------------------------------------------------------
 
 
 def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, resize=None, **more):
-    """Write statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
+    """Writes statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
 
     `resize` says which resize came before the network; comparing two would mislead. `more` are
     `mu_dinov2`, `sigma_dinov2`, `dinov2_resize`, and what metrics/provenance.py names.
@@ -223,7 +234,7 @@ def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, resize=No
 
 
 def load_reference(path):
-    """Reference statistics: a dict with `mu` (D,), `sigma` (D, D) of the pool features, float64.
+    """Reads reference statistics: a dict of `mu` (D,), `sigma` (D, D) of pool features, float64.
 
     Beside them `mu_s, sigma_s` (sFID), `mu_dinov2, sigma_dinov2`, `resize`, `dinov2_resize` (str)
     and `image_shape` (H, W, C) of the images `arr_0`; each None where the file does not say. And
@@ -297,7 +308,7 @@ def _read_npz(file, path):
 
 
 def _image_shape(file, path):
-    """(H, W, C) of arr_0, without reading its gigabytes."""
+    """Returns (H, W, C) of arr_0 without reading its gigabytes."""
     with file.zip.open("arr_0.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0

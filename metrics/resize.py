@@ -16,7 +16,7 @@ PIL_BITS = 22  # of the fraction in Pillow's fixed-point weights
 
 
 def apply(images, rows, columns):
-    """(N, H, W, C) -> (N, P, Q, C) float32, by `rows` (P, H) and `columns` (Q, W)."""
+    """Resizes (N, H, W, C) to (N, P, Q, C) float32 by `rows` (P, H) and `columns` (Q, W)."""
     x = images.astype(jnp.float32)
     x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=HIGHEST)
     return jnp.einsum("qw,npwc->npqc", columns, x, precision=HIGHEST)
@@ -24,7 +24,7 @@ def apply(images, rows, columns):
 
 @functools.cache
 def bilinear(size, out, kind):
-    """The matrix (out, size), float32, of a bilinear resize without antialiasing.
+    """Returns the matrix (out, size), float32, of a bilinear resize without antialiasing.
 
     `kind` is `tf1`, source coordinate i size / out (TensorFlow 1), or `half_pixel`,
     (i + 1/2) size / out - 1/2. Coordinates are rounded to float32, as in every evaluator that is
@@ -44,7 +44,7 @@ def bilinear(size, out, kind):
 
 
 def keys_cubic(x, a):
-    """Keys' cubic convolution kernel, support 2 (IEEE ASSP 29 (6), 1981, eq. 15)."""
+    """Returns Keys' cubic convolution kernel, support 2 (IEEE ASSP 29 (6), 1981, eq. 15)."""
     x = np.abs(x)
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
     outer = (((x - 5) * x + 8) * x - 4) * a
@@ -53,7 +53,7 @@ def keys_cubic(x, a):
 
 @functools.cache
 def bicubic(size, out):
-    """The matrix (out, size), float64, of the antialiased bicubic resize, a = -0.5.
+    """Returns the matrix (out, size), float64, of the antialiased bicubic resize, a = -0.5.
 
     Pixels beyond the border are left out and the weights divided by their sum, as Pillow and
     torch's `interpolate(antialias=True)` do.

@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 def compiler_options(mesh):
-    """Options of XLA for the feature networks.
+    """Returns the options of XLA for the feature networks.
 
     Their products are float32, where Triton's kernels are compiled by the dozen for each, one
     chosen, and nothing gained over cuBLAS: measured on an H200, 44 s instead of 3 to compile the
@@ -60,11 +60,11 @@ class Scorer:
 
     @functools.cached_property
     def feature_params(self):
-        """The parameters of the feature network, on every device."""
+        """Returns the parameters of the feature network, on every device."""
         return sharding.place_everywhere(self.mesh, self.features.params)
 
     def init(self, count):
-        """Statistics that begin a set of `count` images. Pure."""
+        """Returns the statistics that begin a set of `count` images. Pure."""
         metrics, scores = self.options.metrics, None
         if "inception_score" in metrics:
             splits = evaluators.splits(self.options.evaluator, count)
@@ -77,7 +77,7 @@ class Scorer:
         return Statistics(moments, scores)
 
     def empty(self, count):
-        """`init` on the devices."""
+        """Places `init` on the devices."""
         return sharding.place_everywhere(self.mesh, self.init(count))
 
     def add(self, statistics, feature_params, images, index, count):
@@ -101,7 +101,7 @@ class Scorer:
         return Statistics(moments, scores), found["pool"] if self.keeps_features else None
 
     def gather(self, step, count, name):
-        """Statistics of `count` images, and their pool features (count, D), or None.
+        """Returns the statistics of `count` images, and their pool features (count, D), or None.
 
         Args:
           step: function (statistics, number of the first image) -> as `add`.
@@ -124,7 +124,7 @@ class Scorer:
         return statistics, np.concatenate(kept)[:count] if kept else None
 
     def read(self, read, count, name):
-        """`gather` for images on the host; `read(index)` gives those number (N,)."""
+        """Does as `gather` for images on the host; `read(index)` gives those number (N,)."""
         rows = sharding.by_row(self.mesh)
 
         def step(statistics, start):
@@ -135,5 +135,5 @@ class Scorer:
         return self.gather(step, count, name)
 
     def describe(self):
-        """What the numbers depend on, beside the images and the reference."""
+        """Describes what the numbers depend on beside the images and the reference."""
         return self.features.described

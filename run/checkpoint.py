@@ -276,5 +276,5 @@ def _unraisable_hook(unraisable):
 
 def _reason(error):
     """What an exception says, in a line: of tensorstore's chain of causes the last."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = files.first_line(error)
     return line if len(line) < 200 else re.sub(r" \[\w+=.*", "", line.split(": ")[-1])[-200:]

@@ -30,6 +30,30 @@ def guidance_of(result):
     return {name: result[name] for name in GUIDANCE if name in result}
 
 
+def measure(result, metric):
+    """Returns in words what a metric of a result depends on beside the images.
+
+    Two numbers are compared only where these are the same. A reference is named by its contents
+    where they are known, since one file lies in many places.
+    """
+    network, weights = "features", "feature_weights_sha256"
+    if metric.startswith("fd_dinov2"):
+        network, weights = "dinov2", "dinov2_weights_sha256"
+    parts = ("arr_0",) if metric.split("@")[0] not in ("fid", "sfid", "fd_dinov2") else ()
+    contents = [result.get(f"reference_{key}") for key in (*parts, "digest", "content", "images")]
+    contents = [str(x)[:8] for x in contents if x] + [result.get("reference", "not known")]
+    words = [
+        (result.get("evaluator", "evaluator not known"), ""),
+        (f"{result['num_samples']:,}", " samples"),
+        (result.get("labels"), " labels"),
+        (result.get("rounding"), " values"),
+        (result.get(network), ""),
+        (str(result.get(weights) or "")[:8], " weights"),
+        (contents[0], " as the reference"),
+    ]
+    return ", ".join(f"{value}{what}" for value, what in words if value)
+
+
 # For people -------------------------------------------------------------------------------------
 
 

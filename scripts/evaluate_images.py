@@ -20,8 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from configs import load_config
-from utils import npy, pictures, signals
-from utils.files import system_reason
+from utils import files, npy, pictures, signals
 
 SHUFFLE_SEED = 2020
 
@@ -88,10 +87,8 @@ def read_npz(path):
             raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
         images = npy.member(path, "arr_0")
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        reason = system_reason(error) or (str(error).strip() or type(error).__name__)
-        raise ValueError(
-            f"--images: {path} is no npz with arr_0 ({reason.splitlines()[0]})"
-        ) from error
+        reason = files.system_reason(error) or files.first_line(error)
+        raise ValueError(f"--images: {path} is no npz with arr_0 ({reason})") from error
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         raise ValueError(
             f"--images: {path}: arr_0 {images.shape} is NCHW; NHWC is expected, which "

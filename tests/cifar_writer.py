@@ -7,8 +7,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
-
-from formats.torch_writer import Raw, reference
+from torch_writer import Raw, reference
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]

@@ -7,8 +7,7 @@ import importlib.util
 import pickle
 
 import numpy as np
-
-from formats.torch_writer import write_legacy, write_zip
+from torch_writer import write_legacy, write_zip
 
 
 def random_weights(folder):

@@ -15,10 +15,10 @@ from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch_writer import write_zip
 
 from configs import default, load_config, strict_yaml
 from formats import published, torch_files
-from formats.torch_writer import write_zip
 from metrics import reference
 from scripts.prepare import images, labels, latents, moments, pt
 from utils import pictures

@@ -275,7 +275,7 @@ def test_a_run_with_an_option_that_there_is_no_more(two, tmp_path, capsys):
     old = write(tmp_path / "old", options={"method.of_before": 0.5})
     status, out, _ = run(capsys, *two, old, "--html", tmp_path / "page.html")
     assert status == 0 and "method.of_before" in out
-    assert "<code>method.of_before</code>" in (tmp_path / "page.html").read_text()
+    assert ">method.of_before</th>" in (tmp_path / "page.html").read_text()
 
 
 def test_words_of_a_run_are_never_markup(tmp_path, capsys):

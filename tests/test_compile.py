@@ -6,7 +6,8 @@ import json
 import pytest
 
 from benchmarks import compile as ahead
-from benchmarks import program
+from benchmarks import cycles, hlo, program
+from utils import chips
 
 TINY = (
     "--config=configs/load_config.py:digits --config.model.depth=2 --config.model.hidden_size=128 "
@@ -164,7 +165,7 @@ ENTRY %main (x: (s32[], bf16[12,64,16])) -> (s32[], bf16[12,64,16]) {
 
 def test_kernels_of_a_program_are_counted_with_its_loops():
     """The expected figures are reckoned by hand."""
-    product, rows, stack = program.kernels(PROGRAM)
+    product, rows, stack = program.kernels(hlo.parse(PROGRAM))
     assert (product.kind, product.runs, product.source) == ("products", 12, "fc1")
     assert product.flops == 2 * 64 * 32 * 16
     assert product.bytes == 2 * (64 * 32 + 32 * 16 + 64 * 16)
@@ -192,9 +193,98 @@ dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{}"
         ("f32[128,3,3,64]", "%x, %y", "BackwardFilter"),
     ]
     for kind in kinds:
-        (kernel,) = program.kernels(call.format(*kind))
+        (kernel,) = program.kernels(hlo.parse(call.format(*kind)))
         assert kernel.kind == "products"
         assert kernel.flops == 2 * 8 * 8 * 16 * 128 * 3 * 3 * 64, kind
+
+
+TPU_PROGRAM = """HloModule jit_train_step, is_scheduled=true
+
+%product (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %d = bf16[64,16]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf
+}
+
+%outer (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %f = bf16[64,16]{1,0} fusion(%p0, %p1), kind=kOutput, calls=%product
+}
+
+%pieces (t: (s32[], bf16[64,16])) -> (s32[], bf16[64,16]) {
+  %t = (s32[], bf16[64,16]) parameter(0)
+  %ps = (bf16[2,32], bf16[2,32]) collective-permute-start(%t), channel_id=1
+  %q = bf16[64,16]{1,0} fusion(%t, %t), kind=kOutput, calls=%outer, \
+metadata={op_name="jit(train_step)/transpose(jvp(jvp(DiT.together)))/fc1"}, \
+backend_config={"estimated_cycles":"1000"}
+  %pd = bf16[2,32] collective-permute-done(%ps)
+  %n = bf16[64,16]{1,0} negate(%q), backend_config={"estimated_cycles":"50"}
+  ROOT %o = (s32[], bf16[64,16]) tuple(%t, %q)
+}
+
+%body (t: (s32[], bf16[64,16])) -> (s32[], bf16[64,16]) {
+  %t = (s32[], bf16[64,16]) parameter(0)
+  %m = bf16[64,16] multiply(%t, %t), metadata={op_name="jit(step)/jvp(jvp(DiT.together))/m"}, \
+backend_config={"estimated_cycles":"70"}
+  ROOT %o = (s32[], bf16[64,16]) tuple(%t, %m)
+}
+
+%condition (t: (s32[], bf16[64,16])) -> pred[] {
+  %t2 = (s32[], bf16[64,16]) parameter(0)
+  %bound = s32[] constant(12)
+  ROOT %less = pred[] compare(%t2, %bound), direction=LT
+}
+
+%condition_rs (t: (u32[], bf16[64,16])) -> pred[] {
+  %t2 = (u32[], bf16[64,16]) parameter(0)
+  %bound = u32[]{:T(128)} constant(8)
+  ROOT %less = pred[] compare(%t2, %bound), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[64,16])) -> (s32[], bf16[64,16]) {
+  %x = (s32[], bf16[64,16]) parameter(0)
+  %e = f32[64]{0} convert(%x), metadata={op_name="jit(train_step)/data/mul"}, \
+backend_config={"estimated_cycles":"5"}
+  %c = bf16[32,16]{1,0} convert(%x), metadata={op_name="jit(train_step)/jvp(DiT.cast)/c"}, \
+backend_config={"estimated_cycles":"7"}
+  %g = bf16[64,16]{1,0} fusion(%x, %c), kind=kOutput, calls=%product, \
+metadata={op_name="jit(train_step)/jvp(DiT.together)/fc1"}, backend_config={"estimated_cycles":"11"}
+  %k = bf16[64,16]{1,0} custom-call(%g), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(train_step)/jvp(jvp(DiT.together))/kernel"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"19700000000","bytes_accessed":"64"}}}
+  %s = (bf16[64,16], bf16[64,16]) all-reduce-start(%g), channel_id=2, to_apply=%add
+  %d = bf16[64,16] all-reduce-done(%s)
+  %loop = (s32[], bf16[64,16]) while(%x), condition=%condition_rs, body=%body, \
+backend_config={"known_trip_count":{"n":"12"}}
+  %windows = (s32[], bf16[64,16]) while(%loop), condition=%condition_rs, body=%pieces, \
+metadata={op_name="jit(train_step)/transpose(jvp(jvp(DiT.together)))/fc1"}
+  %a = f32[64]{0} add(%e, %e), metadata={op_name="jit(train_step)/add"}, \
+backend_config={"estimated_cycles":"13"}
+  ROOT %r = (s32[], bf16[64,16]) copy(%windows), backend_config={"estimated_cycles":"3"}
+}
+"""
+
+
+def test_cycles_of_a_program_are_those_counted_by_hand():
+    """One loop runs 12 times and one 8; the kernel has 1e-4 s of products on a v5e at 1.5 GHz."""
+    found = cycles.summary(hlo.parse(TPU_PROGRAM), chips.V5E)
+    parts = {"data": 5, "casts": 7, "guidance": 11, "forward": 12 * 70 + 150_000,
+             "backward": 8 * 1050, "optimizer and averages": 13, "other": 3}  # fmt: skip
+    assert found["parts"] == pytest.approx(parts)
+    kinds = {"products": 8011, "copies": 15, "elementwise": 1253, "custom kernels": 150_000}
+    assert found["kinds"] == pytest.approx(kinds)
+    total = sum(parts.values())
+    assert found["cycles"] == pytest.approx(total) and found["seconds"] == total / 1.5e9
+    assert found["windowed"] == pytest.approx(8400 / total)
+    assert [row["runs"] for row in found["largest"][:3]] == [1, 8, 12]
+    assert found["alone"] == {"all-reduce bf16[64,16]": 1}  # the pieces have a product beside them
+
+
+def test_a_pass_without_tangents_is_the_forward_pass():
+    text = TPU_PROGRAM.replace("jvp(jvp(DiT.together))", "jvp(DiT.together)")
+    parts = cycles.summary(hlo.parse(text), chips.V5E)["parts"]
+    assert "guidance" not in parts and parts["forward"] == pytest.approx(11 + 12 * 70 + 150_000)
 
 
 def test_change_against_earlier_figures(capsys):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import make
 import numpy as np
 import optax
+import plain
 import pytest
 
-from benchmarks import plain
 from models import blocks, card, dit, network
 
 CLASSES, SHAPE = 3, (4, 4, 2)

@@ -8,11 +8,11 @@ import make
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_writer import write_zip
 
 import parts
 from configs import default
 from formats import weight_files
-from formats.torch_writer import write_zip
 from metrics import (
     dinov2_weights,
     edm2_reference,
@@ -115,7 +115,7 @@ def test_adms_reference(tmp_path):
         real = reference_of(tmp_path, fid)
         found, pool = real.score.read(generated.__getitem__, count, "images")
         results = real.compare(found, pool, count)
-        (kept,) = tmp_path.glob("adm-features-tf1-ab.npy")  # computed once
+        (kept,) = tmp_path.glob("adm-features-tf1-ab-*.npy")  # computed once
         if not again:
             np.save(kept, np.load(kept)[:10])  # and read from there the second time
     assert set(results) == {
@@ -128,6 +128,21 @@ def test_adms_reference(tmp_path):
     assert (results["precision"], results["recall"]) == neighbours.precision_recall(
         by_hand[0][:10], by_hand[1]
     )
+
+
+def test_the_images_of_a_reference_are_known_by_their_contents(tmp_path):
+    """A file that takes the place of another has features of its own, and its results too."""
+    path, found = tmp_path / "adm.npz", []
+    for seed in (2, 4):
+        fid = options(evaluator="adm", cache_ref=str(adm_file(path, arr_0=images(20, seed))))
+        real = reference_of(path, fid)
+        expected = images(20, seed).reshape(20, -1)[:, :DIM]
+        np.testing.assert_array_equal(real.pool(), expected)
+        found.append(real.describe())
+    assert found[0].pop("reference_arr_0") != found[1].pop("reference_arr_0")
+    assert found[0] == found[1]  # their moments are the same
+    fid = options(evaluator="adm", cache_ref=str(path), metrics=("fid",))
+    assert "reference_arr_0" not in reference_of(path, fid).describe()  # FID does not see them
 
 
 def test_sets_are_compared_by_kid_and_mind(tmp_path):

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+import evaluate
 import parts
 import sample
 import train
@@ -355,6 +357,36 @@ def test_samples_without_classes_have_the_null_label():
         assert set(np.asarray(sample.draw_labels(0, index, 3, kind))) == {0, 1, 2}
     assert sample.grid_labels(0).tolist() == [0] * 100
     assert sample.grid_labels(3).tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_labels_as_the_records_have_them():
+    index, counts = np.arange(4000), np.array([190, 0, 10])
+    draw = functools.partial(sample.draw_labels, 0, num_classes=3, kind="data", counts=counts)
+    labels = np.asarray(draw(index))
+    found = np.bincount(labels, minlength=3)
+    assert found[1] == 0 and abs(found[2] - 200) < 4 * np.sqrt(200)
+    np.testing.assert_array_equal(draw(index[77:99]), labels[77:99])  # by the number alone
+    assert not np.any(sample.draw_labels(0, index, 0, "data", np.zeros(0)))
+
+
+@pytest.mark.parametrize(
+    "ends, said", [((0, 100, 200), None), ((0, 95, 200), "95 to 105"), ((0, 190, 200), "10 to 190")]
+)
+def test_unbalanced_classes_are_told_and_counted(caplog, ends, said):
+    labels = np.repeat([0, 1], np.diff(ends)).astype(np.int32)
+    records = SimpleNamespace(
+        root="set", shape=(2, 2, 1), dtype=np.dtype(np.uint8), has_flipped=False,
+        num_records=len(labels), read=lambda rows, flipped: {"label": labels[rows]},
+    )  # fmt: skip
+    assert evaluate.label_counts("data", records, 2).tolist() == np.diff(ends).tolist()
+    assert caplog.text == ""
+    for kind in ("random", "balanced"):
+        assert evaluate.label_counts(kind, records, 2) is None
+    assert caplog.text.count("fid.labels=data") == (2 if said else 0)
+    assert said is None or said in caplog.text.replace("from ", "")
+    caplog.clear()
+    records.num_records = evaluate.COUNTED  # such a set is not read for a line
+    assert evaluate.label_counts("random", records, 2) is None and caplog.text == ""
 
 
 def test_guidance_without_classes_is_refused():

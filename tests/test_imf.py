@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import make
 import numpy as np
 import optax
+import plain_improved
 import pytest
 from jobs import Jobs, assert_equal_runs, results, wait
 from test_benchmark import count
@@ -17,7 +18,6 @@ from test_faults import until
 
 import parts
 import train
-from benchmarks import plain_improved
 from models import card, codec, network
 from run import checkpoint
 from utils import sharding

@@ -228,7 +228,7 @@ def finished(records, tmp_path_factory):
     """A short flow matching run, its best checkpoint, and the lines of its log."""
     folder = tmp_path_factory.mktemp("finished")
     words = {"method.name": "flow", "training.num_steps": 6, "fid.on_training": True}
-    words |= {"training.fid_per_step": 2, "training.keep_best": "fid"}
+    words |= {"training.fid_per_step": 2, "training.keep_best": "fid", "fid.labels": "data"}
     words |= {"training.checkpoint_per_step": 3, "sampling.num_steps": "1,2"}
     words |= {"training.sample_on_training": True, "training.sample_per_step": 4}
     words |= {"training.sample_steps": ""}
@@ -243,6 +243,7 @@ def test_cadences_in_steps(finished):
     assert grids == [f"grid_0000000{n}{steps}.png" for n in (4, 6) for steps in ("", "_2step")]
     results = json.loads((folder / "results.json").read_text())
     assert [r["checkpoint_step"] for r in results] == [2, 2, 4, 4, 6, 6]
+    assert {r["labels"] for r in results} == {"data"} and len(results[0]["label_counts"]) == 32
 
 
 def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
@@ -251,13 +252,16 @@ def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
     first = [r for r in results if r["num_steps"] == 1]
     best = min(first, key=lambda r: r["fid"])
     about = json.loads((folder / "best" / "best.json").read_text())
+    how = about.pop("measure")
     assert about == {"metric": "fid", "value": best["fid"], "step": best["checkpoint_step"]}
     assert weights.read(folder / "best")["step"] == best["checkpoint_step"]
     # Worse ones change nothing, better ones take its place.
-    best_of.keep_best(folder, 3, "fid", best["fid"] + 1)
+    best_of.keep_best(folder, 3, "fid", best["fid"] + 1, measure=how)
     assert checkpoint.steps(folder / "best") == [best["checkpoint_step"]]
-    best_of.keep_best(folder, 3, "fid", best["fid"] - 1)
+    best_of.keep_best(folder, 3, "fid", best["fid"] - 1, measure=how)
     assert checkpoint.steps(folder / "best") == [3]
+    best_of.keep_best(folder, 4, "fid", best["fid"] + 1, measure="another evaluator")
+    assert checkpoint.steps(folder / "best") == [4]
     best_of.keep_best(folder, 6, "precision", 0.5, True)  # another metric begins anew
     best_of.keep_best(folder, 4, "precision", 0.6, True)
     assert checkpoint.steps(folder / "best") == [4]

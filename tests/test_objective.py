@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import make
 import numpy as np
 import optax
+import plain
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import plain
 from methods import path
 from methods.sampler import check_times, integrate, sample_times
 from utils import iterator

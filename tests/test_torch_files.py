@@ -6,9 +6,9 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from torch_writer import MAGIC, Parameter, Raw, Strided, reference, write_legacy, write_zip
 
 from formats import torch_files
-from formats.torch_writer import MAGIC, Parameter, Raw, Strided, reference, write_legacy, write_zip
 
 WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 DTYPES = "float64 float32 float16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_writer
 
 import parts
 from configs import load_config
-from formats import published_cifar, torch_writer
+from formats import published_cifar
 from models import augment, codec, network, unet
 from run import weights
 from utils import trees

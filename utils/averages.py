@@ -64,11 +64,6 @@ def sigma_to_gamma(sigma):
     return float(roots.real[np.abs(roots.imag) < 1e-6 * np.abs(roots)].max())
 
 
-def gamma_to_sigma(gamma):
-    """The inverse of `sigma_to_gamma`."""
-    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
-
-
 def update_weight(step, gamma):
     """What the newest weights count in the average after step number `step` (1, 2, ...): ().
 

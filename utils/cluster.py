@@ -11,6 +11,8 @@ from typing import NamedTuple
 # What jax calls its detection of TPU slices, SLURM, Open MPI and Kubernetes is not public.
 from jax._src.clusters import ClusterEnv
 
+from utils import files
+
 NAMES = {
     "SlurmCluster": "SLURM (SLURM_NTASKS, SLURM_PROCID)",
     "OmpiCluster": "Open MPI (OMPI_COMM_WORLD_SIZE)",
@@ -73,10 +75,9 @@ def find(timeout, described=False):
     except Exception as error:  # of each environment its own
         if described:
             return None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logging.warning(
             "%s does not say which processes belong to this job (%s: %s): this one runs alone",
-            name, type(error).__name__, reason,
+            name, type(error).__name__, files.first_line(error),
         )  # fmt: skip
         return None
 

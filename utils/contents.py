@@ -6,6 +6,7 @@ utils/files.py and utils/identity.py.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,7 @@ def of_records(records, description):
     Reads some of them.
     """
     count = records.num_records
-    size = np.prod(records.shape) * records.dtype.itemsize * (1 + records.has_flipped)
-    whole = count <= WHOLE and count * size <= WHOLE_BYTES
+    whole = count <= WHOLE and size_of(records) <= WHOLE_BYTES
     indices = np.arange(count) if whole else np.linspace(0, count - 1, SAMPLED).astype(np.int64)
     noted = {}
     try:
@@ -60,3 +60,21 @@ def of_records(records, description):
     except (ValueError, TypeError, KeyError):  # of before, or of other people
         noted.pop("content", None)
     return noted | {"sample": identity.of_arrays(records.read(indices), count)}
+
+
+def label_counts(records, num_classes):
+    """Returns the number of records of each class, int64 (num_classes,). Reads all of them."""
+    parts = np.array_split(np.arange(records.num_records), -(-records.num_records // SAMPLED))
+
+    def count(part):
+        labels = records.read(part, flipped=False)["label"]
+        return np.bincount(labels, minlength=num_classes)
+
+    with ThreadPoolExecutor(8) as pool:
+        return sum(pool.map(count, parts))
+
+
+def size_of(records):
+    """Returns the bytes of all records, labels apart."""
+    size = np.prod(records.shape) * records.dtype.itemsize * (1 + records.has_flipped)
+    return int(records.num_records * size)

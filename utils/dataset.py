@@ -76,7 +76,7 @@ def _writing(path):
     try:
         yield
     except RuntimeError as error:  # of ArrayRecord, whatever the system said
-        reason = files.system_reason(error) or _first_line(error)
+        reason = files.system_reason(error) or files.first_line(error)
         raise OSError(f"{path} cannot be written ({reason})") from error
 
 
@@ -264,7 +264,7 @@ def open_records(root, split="train"):
         if reason := files.system_reason(error):
             raise OSError(f"the dataset at {root} cannot be read: {reason}") from error
         raise ValueError(
-            f"{root}: not a dataset of this project ({_first_line(error)}); "
+            f"{root}: not a dataset of this project ({files.first_line(error)}); "
             "rewrite it with scripts/prepare_dataset.py"
         ) from error
     if split not in info.splits:
@@ -342,8 +342,4 @@ def _no_dataset(root):
 
 def _damaged(path, reason):
     mend = "delete the file and run the preparation again"
-    return f"damaged shard {path}: {_first_line(reason)}; {mend}"
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"damaged shard {path}: {files.first_line(reason)}; {mend}"

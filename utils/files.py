@@ -167,6 +167,11 @@ def alone(path, owner=None):
 # What the system says -------------------------------------------------------------------------
 
 
+def first_line(error):
+    """Returns the first line of what an exception says, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def system_reason(error):
     """What the system said, where an exception comes of that and not of what a file holds; or "".
 
@@ -195,7 +200,7 @@ def reading(path, otherwise):
     except Exception as error:
         if reason := system_reason(error):
             raise OSError(f"{path} cannot be read: {reason}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: {otherwise} ({reason})") from error
 
 

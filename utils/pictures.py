@@ -164,8 +164,7 @@ def _opened(path, file=None):
     except Exception as error:  # PIL raises nearly anything on damaged files
         if reason := files.system_reason(error):
             raise OSError(f"{path} cannot be read: {reason}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read the image {path} ({reason})") from error
+        raise ValueError(f"cannot read the image {path} ({files.first_line(error)})") from error
 
 
 def _is_turned(file):

@@ -26,7 +26,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from utils import cluster, signals
+from utils import cluster, files, signals
 
 RESTART = signals.RESTART
 HEARTBEAT_TIMEOUT = 60  # seconds until a silent process counts as dead
@@ -97,7 +97,7 @@ def join(
                 shutdown_timeout_seconds=shutdown_timeout,
             )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"{me} cannot join at {job.address}: {_first_line(error)}") from error
+        raise ValueError(f"{me} cannot join at {job.address}: {files.first_line(error)}") from error
     threading.Thread(target=_watch, daemon=True).start()
 
 
@@ -276,7 +276,3 @@ def _exit(status):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,6 @@ QUALITY = 85
 SETTINGS = ("weights", "sampling_method", "num_steps", *results.GUIDANCE, "num_samples",
             "evaluator", "features", "labels", "reference")  # fmt: skip
 OF_ROWS = {"r=t": "rows with r = t", "r<t": "rows with r < t"}
-NONE = "<span class=none>–</span>"
 
 
 def page(runs, most_grids):
@@ -48,11 +47,9 @@ def page(runs, most_grids):
         "JS": parts["js"],
         "DATE": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "RUNS": _runs(runs),
-        "SUMMARY": _summary(runs),
-        "DIFFER": "Options that " + ("differ" if len(runs) > 1 else "are not the default's"),
-        "DIFFERING": _values(runs, tables.differing(runs), "None."),
+        "TABLES": "".join(_section(runs, *section) for section in tables.sections(runs)),
         "RESULTS": _results(runs),
-        "OPTIONS": _values(runs, tables.options(runs), ""),
+        "OPTIONS": _section(runs, "", tables.options(runs)),
         "DATA": _json(data),
     }
     head, *rest = parts["html"].split("{{")
@@ -110,12 +107,12 @@ def _chart(title, note, kind, lines, higher=False):
 
 
 def _line(points):
-    """A curve as JSON has it; five digits are more than a screen shows."""
+    """Returns a curve as JSON has it; five digits are more than a screen shows."""
     return {"steps": list(points), "values": [float(f"{x:.5g}") for x in points.values()]}
 
 
 def _data(run, most_grids):
-    """What page.js shows of a run beside its curves."""
+    """Returns what page.js shows of a run beside its curves."""
     grids, notes = {}, []
     for kind, files in run.grids.items():
         for step in spread(sorted(files), most_grids):
@@ -128,7 +125,7 @@ def _data(run, most_grids):
 
 
 def spread(values, most):
-    """At most so many of a list, evenly spread, the first and the last with them."""
+    """Returns at most so many of a list, evenly spread, the first and the last with them."""
     if len(values) <= most:
         return values
     last = len(values) - 1
@@ -136,7 +133,7 @@ def spread(values, most):
 
 
 def data_uri(path):
-    """A picture as text that stands for it in a page; a large one smaller.
+    """Returns a picture as text that stands for it in a page; a large one smaller.
 
     Raises:
       OSError, ValueError, SyntaxError: it is no whole picture.
@@ -153,7 +150,7 @@ def data_uri(path):
 
 
 def _json(value):
-    """JSON that can stand in a script element, whatever text is in it."""
+    """Returns JSON that can stand in a script element, whatever text is in it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -162,7 +159,7 @@ def _json(value):
 
 
 def _runs(runs):
-    """The runs' names, each a button that shows and hides it, and where they lie."""
+    """Returns the runs' names, each a button that shows and hides it, and where they lie."""
     items = []
     for i, run in enumerate(runs):
         notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in run.notes)
@@ -174,43 +171,23 @@ def _runs(runs):
     return f"<ul id=runs>{''.join(items)}</ul>"
 
 
-def _summary(runs):
-    """How far, how fast, how good."""
-    facts = tables.facts(runs)
-    rows = [_row(html.escape(name), map(tables.number, facts[name])) for name in facts]
-    for metric, values in tables.scores(runs).items():
-        better = "higher is better" if metric.higher_is_better else "lower is better"
-        about = html.escape(f"{better}, {metric.measure}".removesuffix(", "))
-        label = f"{html.escape(metric.name)} <small>{about}</small>"
-        rows.append(_row(label, map(_best, values)))
-    return _table(["", *(run.name for run in runs)], rows)
+def _section(runs, title, table):
+    """Returns a table {label: [text by run, or None]} below its title."""
+    if not table:
+        return ""
+    rows = [_row(html.escape(name), map(_cell, cells)) for name, cells in table.items()]
+    title = f"<h3>{html.escape(title)}</h3>" if title else ""
+    return title + _table(["", *(run.name for run in runs)], rows)
 
 
-def _best(best):
-    if best is None:
-        return NONE
-    value = tables.number(best.value)
-    last = "" if best.last is None else f"; last {tables.number(best.last)}"
-    shown = f"<b>{value}</b>" if best.leads else value
-    return f"{shown} <small>step {best.step:,}{last}</small>"
-
-
-def _values(runs, options, none):
-    """A table of options, {option: [value by run]}."""
-    if not options:
-        return f"<p>{none if any(run.options for run in runs) else 'Not known.'}"
-    rows = [_row(_code(name), map(_value, values)) for name, values in options.items()]
-    return _table(["", *(run.name for run in runs)], rows)
-
-
-def _value(text):
+def _cell(text):
     if text is None:
         return "<span class=none>not known</span>"
-    return f"<div class={'long' if len(text) > 24 else 'short'}>{_code(text)}</div>"
+    return f"<b>{html.escape(text)}</b>" if " *" in text else html.escape(text)
 
 
 def _results(runs):
-    """All evaluations, by evaluator and the best of each first; a column's head sorts by it."""
+    """Returns the table of all evaluations, by evaluator, the best of each first."""
     found = [(i, run, result) for i, run in enumerate(runs) for result in run.results]
     if not found:
         return "<p>No evaluation yet."
@@ -239,7 +216,7 @@ def _rank(result):
     if not reading.number(value):
         return "", 0
     sign = -1 if reading.Metric(name, "").higher_is_better else 1
-    return reading.measure(result, name), sign * value
+    return results.measure(result, name), sign * value
 
 
 def _sortable(value):
@@ -261,7 +238,3 @@ def _table(head, rows, kind=""):
 
 def _row(label, cells):
     return f"<tr><th scope=row>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _code(text):
-    return f"<code>{html.escape(text)}</code>"

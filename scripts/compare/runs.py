@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 
 def read_all(paths):
-    """The runs at `paths`, and a line for each that is left out.
+    """Returns the runs at `paths`, and a line for each that is left out.
 
     Returns:
       A list of `Run`, and a list of lines.
@@ -65,7 +65,7 @@ def read_all(paths):
 
 
 def why_not(path):
-    """In a line, why the folder at `path` holds no run; or ""."""
+    """Says in a line why the folder at `path` holds no run; or ""."""
     if not path.is_dir():
         return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
     left = (layout.METRICS, layout.RESULTS, layout.CHECKPOINTS, layout.SAMPLES, layout.CONFIG)
@@ -75,7 +75,7 @@ def why_not(path):
 
 
 def names(paths):
-    """The last parts of each path, as many as tell them all apart."""
+    """Returns the last parts of each path, as many as tell them all apart."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts), default=1) + 1):
         short = ["/".join(part[-count:]) for part in parts]
@@ -85,7 +85,7 @@ def names(paths):
 
 
 def read(path, name):
-    """The `Run` at `path`; what is missing or broken in it becomes one of its notes.
+    """Returns the `Run` at `path`; what is missing or broken in it becomes one of its notes.
 
     Raises:
       OSError: the system does not let it be read.
@@ -108,7 +108,7 @@ def read(path, name):
 
 
 def options_of(path):
-    """The options of a run, {"section.option": value} or None, and what is wrong, a line each.
+    """Returns a run's options, {"section.option": value} or None, and what is wrong, a line each.
 
     They are those of its newest checkpoint or, before there is one, of its config.yml.
     """
@@ -128,7 +128,7 @@ def options_of(path):
 
 
 def curves_of(lines):
-    """The numbers of training: steps, and {name: values}, at most POINTS of each."""
+    """Returns the numbers of training: steps, and {name: values}, at most POINTS of each."""
     lines = [{k: v for k, v in line.items() if not results.is_score(k)} for line in lines]
     lines = [line for line in lines if line.keys() - set(OF_LINES)]
     size = max(1, -(-len(lines) // POINTS))
@@ -156,35 +156,13 @@ def scores_of(lines, stored):
     for step, scores, result in rows:
         for name, value in scores.items():
             if number(value) and "_std" not in name.split("/")[0]:
-                how = measure(result, name) if result else UNKNOWN
+                how = results.measure(result, name) if result else UNKNOWN
                 found.setdefault(Metric(name, how), {})[step] = value
     return {metric: dict(sorted(points.items())) for metric, points in found.items()}
 
 
-def measure(result, name):
-    """Returns in words what a metric of a result depends on beside the images: see `Metric`.
-
-    A reference is named by its contents where they are known, since one file lies in many places.
-    """
-    network, weights = "features", "feature_weights_sha256"
-    if name.startswith("fd_dinov2"):
-        network, weights = "dinov2", "dinov2_weights_sha256"
-    contents = [result.get(f"reference_{key}") for key in ("digest", "content", "images")]
-    contents = [str(x)[:8] for x in contents if x] + [result.get("reference", "not known")]
-    words = [
-        (result.get("evaluator", UNKNOWN), ""),
-        (f"{result['num_samples']:,}", " samples"),
-        (result.get("labels"), " labels"),
-        (result.get("rounding"), " values"),
-        (result.get(network), ""),
-        (str(result.get(weights) or "")[:8], " weights"),
-        (contents[0], " as the reference"),
-    ]
-    return ", ".join(f"{value}{what}" for value, what in words if value)
-
-
 def results_of(path):
-    """The results of a run, and what is wrong with results.json, a line each."""
+    """Returns the results of a run, and what is wrong with results.json, a line each."""
     try:
         stored = results.load(path)
     except ValueError as error:
@@ -200,7 +178,7 @@ def results_of(path):
 
 
 def facts_of(lines, options):
-    """How far a run has come, and how fast: {what: number}."""
+    """Returns how far a run has come, and how fast: {what: number}."""
     facts = {}
     if lines:
         facts["steps"] = lines[-1]["step"]
@@ -220,16 +198,16 @@ def facts_of(lines, options):
 
 
 def batch_size(options):
-    """Images of a step, where the options are known, or None."""
+    """Returns the images of a step, where the options are known, or None."""
     found = (options or {}).get("training.batch_size")
     return found if type(found) is int and found > 0 else None
 
 
 def number(value):
-    """Whether this is a finite number."""
+    """Tells whether this is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def mean(values):
-    """The mean of numbers, None of none."""
+    """Returns the mean of numbers, None of none."""
     return sum(values) / len(values) if values else None

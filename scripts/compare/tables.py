@@ -1,7 +1,5 @@
 """The tables that both the terminal and the page show, and how they look in the terminal."""
 
-from typing import NamedTuple
-
 from configs import default, load_config, saved
 from scripts.compare import runs as reading
 
@@ -9,13 +7,7 @@ WIDEST = 40  # characters of a value in the terminal
 LOSSES = ("r=t", "r<t")
 
 
-class Best(NamedTuple):
-    """The best value of a metric of one run; `leads`: no run has a better one."""
-
-    value: float
-    step: int
-    leads: bool
-    last: float | None  # the value at the last step, where that is another one
+STAR = "*: the best of all runs with the same evaluator and reference"
 
 
 def facts(runs):
@@ -54,30 +46,31 @@ def differing(runs):
 
 
 def scores(runs):
-    """Returns the best of each metric: {Metric: [Best or None by run]}.
+    """Returns the best of each metric: {Metric: ["3.1 at 200 *, last 4" by run]}.
 
-    Evaluations come first, then the raw losses by kind of row. None leads among the losses, which
-    depend on the objective's options, nor among numbers of an evaluator that is not known.
+    Evaluations come first, then the raw losses by kind of row. A star marks the best of all runs,
+    but not among the losses, which depend on the objective's options, nor among numbers of an
+    evaluator that is not known.
     """
     series = [run.scores | losses(run) for run in runs]
     found = {}
     for metric in sorted({m: None for one in series for m in one}, key=lambda m: not m.measure):
         sign = -1 if metric.higher_is_better else 1
         points = [one.get(metric, {}) for one in series]
-        lowest = [min((sign * value for value in of.values()), default=None) for of in points]
-        values = [value for value in lowest if value is not None]
-        compared = len(values) > 1 and metric.measure not in ("", reading.UNKNOWN)
-        found[metric] = [
-            _best(of, sign, compared and value == min(values)) if of else None
-            for of, value in zip(points, lowest, strict=True)
-        ]
+        values = [sign * value for of in points for value in of.values()]
+        several = sum(map(bool, points)) > 1 and metric.measure not in ("", reading.UNKNOWN)
+        found[metric] = [_best(of, sign, min(values) if several else None) for of in points]
     return found
 
 
-def _best(points, sign, leads):
+def _best(points, sign, leader):
+    if not points:
+        return number(None)
     step, value = min(points.items(), key=lambda point: sign * point[1])
+    star = " *" if sign * value == leader else ""
     last = max(points)
-    return Best(value, step, leads, None if last == step else points[last])
+    after = f", last {number(points[last])}" if last != step else ""
+    return f"{number(value)} at {step}{star}{after}"
 
 
 def losses(run):
@@ -104,6 +97,17 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
 
 
+def sections(runs):
+    """Yields the tables (title, {label: [text by run]}): facts, options that differ, metrics."""
+    yield "", {name: list(map(number, values)) for name, values in facts(runs).items()}
+    title = "options that differ" if len(runs) > 1 else "options that are not the default's"
+    yield title, differing(runs)
+    of_measure = {}
+    for metric, values in scores(runs).items():
+        of_measure.setdefault(metric.measure or "losses", {})[metric.name] = values
+    yield from of_measure.items()
+
+
 # In the terminal --------------------------------------------------------------------------------
 
 
@@ -112,20 +116,13 @@ def text(runs, width):
 
     A single run or name that is wider than that stands alone.
     """
-    rows = [("run", [run.name for run in runs]), ("", ())]
-    rows += [(name, list(map(number, values))) for name, values in facts(runs).items()]
-    if differ := differing(runs):
-        title = "options that differ" if len(runs) > 1 else "options that are not the default's"
-        rows += [("", ()), (title, ())]
-        rows += [(f"  {name}", list(map(_short, values))) for name, values in differ.items()]
-    measure = None
-    for metric, values in scores(runs).items():
-        if metric.measure != measure:
-            measure = metric.measure
-            rows += [("", ()), (measure or "losses", ())]
-        rows.append((f"  {metric.name}", list(map(_point, values))))
-    if any(values and "*" in "".join(values) for _, values in rows):
-        rows += [("", ()), ("*: the best of all runs with the same evaluator and reference", ())]
+    rows = [("run", [run.name for run in runs])]
+    for title, table in sections(runs):
+        rows += [("", ())] + [(title, ())] * bool(title) if table else []
+        indent = "  " if title else ""
+        rows += [(indent + name, list(map(_short, values))) for name, values in table.items()]
+    if any("*" in cell for _, cells in rows for cell in cells):
+        rows += [("", ()), (STAR, ())]
     return "\n\n".join(_block(rows, part) for part in _parts(rows, len(runs), width))
 
 
@@ -147,13 +144,6 @@ def _block(rows, part):
     cells = [[name, *(values[i] for i in part if values)] for name, values in rows]
     widths = [max(map(len, column)) for column in zip(*(c for c in cells if c[1:]), strict=True)]
     return "\n".join("  ".join(map(str.ljust, cell, widths)).rstrip() for cell in cells)
-
-
-def _point(best):
-    if best is None:
-        return "–"
-    last = "" if best.last is None else f", last {number(best.last)}"
-    return f"{number(best.value)} at {best.step}{' *' * best.leads}{last}"
 
 
 def _short(value):

@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from scripts.prepare import shards
-from utils import images, pictures
+from utils import files, images, pictures
 
 
 def run(args):
@@ -27,7 +27,7 @@ def run(args):
     try:
         builder = tfds.builder(args.name, **({"data_dir": args.data_dir} if args.data_dir else {}))
     except Exception as error:  # tfds explains unknown names in many lines
-        known = str(error).strip().splitlines()[0]
+        known = files.first_line(error)
         raise ValueError(f"TensorFlow Datasets has no set '{args.name}' ({known})") from error
     image_key, label_key = _keys(builder.info, args.name)
     channels = builder.info.features[image_key].shape[-1]

@@ -2,13 +2,13 @@
 
 JVP on all rows, both guidance passes on all rows. Written from the paper (arXiv 2505.13447,
 algorithm 1, section 4.2 and appendix B), independently of methods/meanflow.py, and slower by a
-third. The tests compare with it, and `benchmarks train --against plain` measures it.
+third.
 """
 
 import jax
 import jax.numpy as jnp
+import plain_improved
 
-from benchmarks import plain_improved
 from methods import improved
 
 
