@@ -111,7 +111,7 @@ def split_of(evaluator, index, count):
     """Returns the split of samples number `index` (N,); those behind `count` are in the last."""
     size = PRESETS[evaluator].split_size
     index = index.clip(0, count - 1)
-    # Ten parts [k n // 10, (k + 1) n // 10), as distances.inception_score cuts them.
+    # Ten parts [k n // 10, (k + 1) n // 10), as torch-fidelity cuts them.
     return index // size if size else ((index + 1) * 10 - 1) // count
 
 

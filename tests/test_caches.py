@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from torch_writer import write_zip
 
-from formats.torch_writer import write_zip
 from scripts import prepare_dataset
 from utils import dataset
 
