@@ -30,10 +30,10 @@ def run(args):
     """The job behind `prepare_dataset arrays`; returns whether the records are complete."""
     root, listing = Path(args.input), pictures.Listing()
     args.labels = "auto"
-    if root.is_dir():
+    if root.is_dir() or root.suffix == ".zip":
         manifest.check_configs(root)
         tree = trees.open_tree(root, listing, (".npy", ".npz", "dataset.json"))
-        if any(name.endswith("dataset.json") for name in tree.names):
+        if root.is_file() or any(name.endswith("dataset.json") for name in tree.names):
             return latents.bring(args, cache_items.of_tree(tree, args, listing), listing)
         cache = of_rows(root, tree.names, listing)
     elif root.is_file():

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from formats import torch_files
 from scripts.prepare import folders, shards, statistics
+from utils import pictures
 
 SIDE = 32
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -111,13 +111,13 @@ def load(path, check=True):
     if not path.exists():
         raise FileNotFoundError(f"no CIFAR-10 at {path}: name an archive or a folder")
     splits = _from_archive(path, check) if path.is_file() else _from_folder(path, check)
-    for name, (pictures, labels) in splits.items():
+    for name, (images, labels) in splits.items():
         if not len(labels) or labels.min() < 0 or labels.max() >= len(CLASSES):
             raise ValueError(f"{path}: the labels of '{name}' are not those of CIFAR-10")
         counts = np.bincount(labels, minlength=len(CLASSES))
-        if check and (len(pictures) != COUNTS[name] or counts.min() != counts.max()):
+        if check and (len(images) != COUNTS[name] or counts.min() != counts.max()):
             raise ValueError(
-                f"{path}: {len(pictures)} images of '{name}' ({counts.min()} to {counts.max()} of "
+                f"{path}: {len(images)} images of '{name}' ({counts.min()} to {counts.max()} of "
                 f"a class) where CIFAR-10 has {COUNTS[name]}; --check=False takes them as they are"
             )
     return splits
@@ -259,11 +259,7 @@ def _from_pictures(path):
 
 
 def _picture(file, where):
-    try:
-        with Image.open(file) as picture:
-            image = np.asarray(picture.convert("RGB"))
-    except Exception as error:  # PIL raises nearly anything on damaged files
-        raise ValueError(f"{where}: not a picture, or damaged ({error})") from error
+    image = np.asarray(pictures.read(where, file=file).convert("RGB"))
     if image.shape != (SIDE, SIDE, 3):
         raise ValueError(f"{where}: a picture of {image.shape[1]}x{image.shape[0]}, not 32x32")
     return image

@@ -196,16 +196,18 @@ class Form(NamedTuple):
 
     def __call__(self, array):
         """One record -> moments (h, w, 2c) float32. A sample becomes a mean of deviation 0."""
-        array = _channels_last(array, self.channels_first).astype(np.float32)
+        array = _channels_last(array, self.channels_first)
+        h, w, c = array.shape
+        found = (np.zeros if self.content == "samples" else np.empty)(
+            (h, w, 2 * c if self.content == "samples" else c), np.float32
+        )
+        found[..., :c] = array
         if self.content == "log_moments":  # as diffusers' DiagonalGaussianDistribution
-            array = array.copy()
-            logs = array[..., array.shape[-1] // 2 :]
+            logs = found[..., c // 2 :]
             np.exp(0.5 * np.clip(logs, -30, 20), out=logs)
         if self.scaled_by != 1:
-            array = array / np.float32(self.scaled_by)
-        if self.content == "samples":
-            return np.concatenate([array, np.zeros_like(array)], axis=-1)
-        return array
+            found /= np.float32(self.scaled_by)
+        return found
 
     def settings(self):
         """What of it has to be equal for a run to go on with the shards of another."""

@@ -39,12 +39,13 @@ class Spread:
 
     def add(self, moments):
         """Counts moments (..., 2c)."""
-        mean = np.split(moments.astype(np.float64), 2, axis=-1)[0].reshape(
-            -1, moments.shape[-1] // 2
-        )
+        channels = moments.shape[-1] // 2
+        mean = moments[..., :channels].astype(np.float64)
         self.count += mean.size
-        self._sum = self._sum + mean.sum(axis=0)
-        self._square = self._square + (mean**2).sum(axis=0)
+        rows = (-1, mean.shape[-2] * channels)  # many columns are summed faster than few
+        for name, values in (("_sum", mean), ("_square", mean * mean)):
+            total = values.reshape(rows).sum(axis=0).reshape(-1, channels).sum(axis=0)
+            setattr(self, name, getattr(self, name) + total)
 
     def std(self):
         """Standard deviation of the latents themselves."""
