@@ -73,18 +73,18 @@ def load(source, *options, config=None, step=None, average="ema"):
     source = str(files.user_path(source))
     found = weights.read(source, step=step)
     if config is None:
-        config = "default" if found["config"] else run_config.published(source, found, options)
+        config = "default" if found.config else run_config.published(source, found, options)
     config = run_config.of_weights(config, options, source)
     mesh = sharding.make_mesh(1, jax.local_devices()[:1])
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
-    found = weights.checked(found, source, model.param_shapes(), config, may_lack)
+    found = weights.checked(found, source, model.param_shapes(), config.dataset, may_lack)
     inherit.check(config, found, source)
     if average.startswith("ema_sigma"):
         found = weights.place(found, mesh)  # it may have to be reconstructed
     params = weights.choose(found, average, "average")
-    options = found["config"] or config.to_dict()
-    return Generator(config, model, params, source, found["step"], options, found["identity"])
+    options = found.config or config.to_dict()
+    return Generator(config, model, params, source, found.step, options, found.identity)
 
 
 def mix(first, second, share):
@@ -258,7 +258,7 @@ class Generator:
             autoencoder = parts.load_autoencoder(data, dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder({"identity": self.identity}, autoencoder, self._source)
+        inherit.check_autoencoder(self.identity, autoencoder, self._source)
         return autoencoder
 
     @functools.cached_property

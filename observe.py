@@ -13,7 +13,8 @@ import sample
 from configs import load_config
 from metrics import evaluators
 from run import best, layout, metric_writer, report, results, snapshots
-from utils import chips, identity, processes, train_metrics
+from run import weights as weights_of
+from utils import averages, chips, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -39,6 +40,7 @@ class Observer:
         if total >= 2**31:
             raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
         self.rows = model.method.rows
+        self.average = averages.names(config.training.ema_val)[0]
         self.grids = self.evaluation = self.writer = None
         self.snapshots = None  # `run.snapshots.Writer`, where power-function averages are tracked
         self.times = sample.times_of(config.sampling)
@@ -133,7 +135,7 @@ class Observer:
         """
         training = self.config.training
         if self.snapshots and step and self.due(step, 0, training.ema_snapshot_per_epoch):
-            self.snapshots.save(step, state.ema_params[-len(training.ema_sigma) :])
+            self.snapshots.save(step, state.ema_params)
         if self.snapshots:
             self.snapshots.check()
 
@@ -174,7 +176,7 @@ class Observer:
         jax.block_until_ready(state)
         looked = time.perf_counter()
         if grid:
-            self._draw_grid(step, state.ema_params[0])
+            self._draw_grid(step, state.ema_params[self.average])
         if evaluation:
             self._evaluate(step, state)
         if self._clock:  # looking does not count as training time
@@ -230,9 +232,9 @@ class Observer:
         self._told.add(what)
 
     def _evaluate(self, step, state):
-        weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
-        weights["ema_vals"] = self.config.training.ema_val
-        weights |= {"ema_sigmas": self.config.training.ema_sigma, "workdir": self.workdir}
+        weights = weights_of.Weights(
+            step, state.params, state.ema_params, self.average, workdir=self.workdir
+        )
         found = self.evaluation.run(weights, self.workdir)
         self.writer.scalars(step, results.scalars(found))
         self._last_result = found[0]

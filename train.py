@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 (), steps done
     params: Any
-    ema_params: tuple[Any, ...]  # an average for each of training.ema_val, then .ema_sigma
+    ema_params: dict[str, Any]  # averages by name, see utils/averages.py
     opt_state: Any
     sums: dict[str, jax.Array]  # of the metrics, since the last line of the log
 
@@ -58,6 +58,11 @@ class Recipe:
     skip_nonfinite: bool = False
     log_per_step: int = 100
 
+    @property
+    def averages(self):
+        """The names of the averages; the first one is evaluated and held against the weights."""
+        return averages.names(self.ema_vals, self.ema_sigmas)
+
 
 def init_state(recipe, module, image_shape, key):
     """A fresh state of fresh weights. Pure, for `jit`."""
@@ -66,7 +71,7 @@ def init_state(recipe, module, image_shape, key):
 
 def fresh_state(recipe, params):
     """The state of a run that begins with these weights; the averages begin as their copies."""
-    ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
+    ema_params = {name: jax.tree.map(jnp.copy, params) for name in recipe.averages}
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
     return TrainState(jnp.int32(0), params, ema_params, opt_state, sums)
@@ -162,7 +167,7 @@ def update(recipe, state, x, given, draws, key, frozen=None):
       frozen: see `train_step`.
     """
     held = {name: partial(apply, frozen[name]) for name, apply in recipe.frozen.items()}
-    held["ema_params"] = recipe.gather(state.ema_params[0])
+    held["ema_params"] = recipe.gather(state.ema_params[recipe.averages[0]])
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -170,7 +175,9 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
         recipe.ema_sigmas,
     )  # fmt: skip
-    distances = [optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params]
+    distances = [
+        optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
+    ]
     norms = {
         "grad_norm": optax.tree.norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
@@ -245,7 +252,8 @@ def train(config, workdir):
     init = partial(init_state, recipe, model.module, model.image_shape)
     observer.introduce()
     made = resume.made_from(records, observer.autoencoder)
-    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
+    begin = resume.start(config, workdir, model.mesh, model.module, init, made)
+    state, place = begin.state, begin.place
     if place is None and config.load_from and int(state.step) >= total:
         raise ValueError(
             f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
@@ -257,11 +265,14 @@ def train(config, workdir):
         observer.keep_best(int(state.step))
     batches = open_batches(config, records, int(state.step), place)
     key = jax.random.key(training.seed)
+    shardings = sharding.by_parameter(model.mesh, state)
     frozen = sharding.place_everywhere(model.mesh, parts.load_frozen(model))
     step_fn = partial(make_steps(recipe, key, model.mesh, shardings, total), frozen=frozen)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
-        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))
+        checkpointer = stack.enter_context(
+            checkpoint.Checkpointer(workdir, identity=begin.identity)
+        )
         observer.open_snapshots(stack, int(state.step), state)
         observer.compiling(int(state.step))
         stack.enter_context(batches.blaming(int(state.step)))

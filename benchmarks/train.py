@@ -34,10 +34,12 @@ def plain_step(recipe, key, state, batch, frozen=None):
     grads, _ = jax.grad(of_params, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-    averages = tuple(
-        jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, average, params)
-        for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
-    )
+    averages = {
+        name: jax.tree.map(
+            lambda e, p, d=decay: d * e + (1 - d) * p, state.ema_params[name], params
+        )
+        for name, decay in zip(recipe.averages, recipe.ema_vals, strict=True)
+    }
     return train.TrainState(state.step + 1, params, averages, opt_state, state.sums)
 
 

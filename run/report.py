@@ -165,12 +165,12 @@ def cadences(config, steps_per_epoch, total):
 
 
 def evaluating(config, model, weights, settings, workdir):
-    """Returns the rows about an evaluation of `weights` from `weights.load`.
+    """Returns the rows about an evaluation of `run.weights.Weights`.
 
     `settings` is the number of samplers, steps and guidances.
     """
     fid = config.fid
-    text = f"step {weights['step']:,} of {config.load_from or workdir}: {', '.join(fid.weights)}"
+    text = f"step {weights.step:,} of {config.load_from or workdir}: {', '.join(fid.weights)}"
     reference = fid.cache_ref or f"the training images, {config.dataset.root}"
     images = f"{fid.num_samples:,} images for each of {len(fid.weights) * settings} settings"
     return [
@@ -182,13 +182,13 @@ def evaluating(config, model, weights, settings, workdir):
 
 
 def sampling(config, model, weights, workdir):
-    """Returns the rows about a sampling job, of `weights` from `weights.load`."""
+    """Returns the rows about a sampling job, of `run.weights.Weights`."""
     options = config.sampling
     steps = options.sampling_timesteps or options.num_steps[:1]
     text = f"times {shown(steps)}" if options.sampling_timesteps else f"steps {shown(steps)}"
     return [
         *network(config, model),
-        ("weights", f"step {weights['step']:,} of {config.load_from or workdir}"),
+        ("weights", f"step {weights.step:,} of {config.load_from or workdir}"),
         (
             "images",
             f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / layout.SAMPLES}",

@@ -134,7 +134,7 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
         resume.save(checkpointer, state, {"position": 2}, config)
     shapes = jax.eval_shape(lambda: state)
     targets = sharding.with_shardings(shapes, sharding.by_parameter(sharding.make_mesh(1), shapes))
-    again, place = resume.restore(config, tmp_path, targets)
+    again, place, _ = resume.restore(config, tmp_path, targets, {})
     assert place == {"position": 2}
     for batch in batches[2:]:
         state, again = step(state, batch), step(again, batch)

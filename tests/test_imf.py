@@ -19,7 +19,7 @@ import parts
 import train
 from benchmarks import plain_improved
 from models import card, codec, network
-from run import checkpoint
+from run import layout
 from utils import sharding
 
 BATCH, STEPS = 16, 2
@@ -308,7 +308,7 @@ def test_a_run_that_is_killed_and_a_sweep_of_guidance(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     jobs.train(whole, options)
     (process,) = jobs.start(killed, options)
-    until(lambda: checkpoint.steps(killed), process)
+    until(lambda: layout.steps(killed), process)
     process.kill()
     assert wait([process]) == [-signal.SIGKILL]
     jobs.train(killed, options)

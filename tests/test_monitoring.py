@@ -253,8 +253,10 @@ def test_the_log_comes_before_what_is_looked_at(monkeypatch):
     observer, calls = observe.Observer.__new__(observe.Observer), []
     observer.flush = lambda: calls.append("flush")
     observer._draw_grid = lambda *_: calls.append("grid")
-    observer._clock = None
-    observer._look(5, types.SimpleNamespace(ema_params=[None]), grid=True, evaluation=False)
+    observer._clock, observer.average = None, "ema_0.9"
+    observer._look(
+        5, types.SimpleNamespace(ema_params={"ema_0.9": None}), grid=True, evaluation=False
+    )
     assert calls == ["flush", "grid"]
 
 

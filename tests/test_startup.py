@@ -18,6 +18,7 @@ import main
 import parts
 from configs import listing, load_config, strict_yaml
 from run import report
+from run.weights import Weights
 from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def test_what_any_job_says(tmp_path):
     assert rows["  set by"] == (
         "the command line: training.seed, eval_only, sampling.num_steps"
     )  # fmt: skip
-    model, weights = parts.make(config), {"step": 1200}
+    model, weights = parts.make(config), Weights(1200, None, {}, "ema")
     rows = dict(report.evaluating(config, model, weights, 2, tmp_path))
     assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
     assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"
