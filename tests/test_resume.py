@@ -80,9 +80,11 @@ def assert_is_step(found, step):
 def test_the_newest_comes_back_as_it_was(workdir):
     assert_is_step(restored(workdir), 30)
     assert restored(workdir / "elsewhere") is None
-    with checkpoint.Checkpointer(workdir) as checkpointer:
+    made = {"autoencoder": {"name": "a"}}
+    with checkpoint.Checkpointer(workdir, identity=made) as checkpointer:
         resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
     assert layout.steps(workdir) == [20, 30, 40]
+    assert restored(workdir).identity == made  # which only the checkpoint knows
 
 
 def data_file(folder):
