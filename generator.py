@@ -43,7 +43,6 @@ import numpy as np
 import parts
 import sample
 from methods.sampler import SAMPLERS, check_times, integrate, sample_times
-from models import network
 from run import config as run_config
 from run import inherit, weights
 from utils import environment, files, sharding
@@ -116,7 +115,7 @@ class Generator:
 
     def __init__(self, config, parts, params, source, step, options, identity):
         # On one device nothing has to be gathered, and others may differentiate it as they like.
-        self.parts = parts._replace(net=network.function(parts.module))
+        self.parts = parts._replace(gather=parts.module.cast)
         self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
         self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
@@ -224,7 +223,8 @@ class Generator:
             if sampler == "consistency":
                 _check_shape("fresh", np.shape(fresh), (len(setting.times) - 2, *z.shape))
             x = integrate(
-                self.parts.method, self.parts.net, params, z, given, setting.times,
+                self.parts.method, self.parts.net, self.parts.gather(params), z, given,
+                setting.times,
                 guidance=setting.guidance, sampler=sampler, fresh=lambda k: fresh[k - 1],
             )  # fmt: skip
             return decode(vae_params, x) if decode else x
@@ -242,7 +242,7 @@ class Generator:
         return image_utils.to_uint8(images) if output == "uint8" else images
 
     def _velocity_of(self, params, z, t, r, given, guidance):
-        method, net = self.parts.method, self.parts.net
+        method, net, params = self.parts.method, self.parts.net, self.parts.gather(params)
         return method.velocity(net, params, z, t, r, given, method.guidance_at(guidance, t))
 
     @functools.cached_property

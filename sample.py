@@ -112,7 +112,7 @@ def generate(parts, seed, params, index, given, setting, noise=None):
     if noise is None:
         noise = draw_noise(seed, index, parts.image_shape)
     return integrate(
-        parts.method, parts.net, params, noise, given, setting.times,
+        parts.method, parts.net, parts.gather(params), noise, given, setting.times,
         guidance=setting.guidance, sampler=setting.sampler,
         fresh=partial(draw_fresh, seed, index, parts.image_shape),
     )  # fmt: skip

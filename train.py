@@ -54,7 +54,7 @@ class Recipe:
     ema_period: int = 1
     grad_accum_steps: int = 1
     frozen: dict[str, Callable] = dataclasses.field(default_factory=dict)  # (params, *inputs)
-    gather: Callable = lambda params: params  # once for all passes of a step, before `net`
+    gather: Callable = lambda params: params  # see `parts.Parts`; once for all passes of a step
     skip_nonfinite: bool = False
     log_per_step: int = 100
 
@@ -209,9 +209,8 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
     optimizer, schedule = make_optimizer(
         config.training, total_steps, steps_per_epoch, model.module.axes
     )
-    gather = sharding.gather(model.mesh)
     recipe = Recipe(
-        net=network.function(model.module),
+        net=model.net,
         method=model.method,
         codec=model.codec,
         optimizer=optimizer,
@@ -220,7 +219,7 @@ def make_recipe(config, model, total_steps, steps_per_epoch=0):
         ema_period=config.training.ema_period,
         grad_accum_steps=config.training.grad_accum_steps,
         frozen={name: frozen.apply for name, frozen in model.frozen.items()},
-        gather=lambda params: gather(model.module.cast(params)),
+        gather=model.gather,
         skip_nonfinite=config.training.skip_nonfinite,
         log_per_step=config.training.log_per_step,
     )

@@ -70,7 +70,7 @@ def counted_flops(step, *arguments):
 def countable(recipe, model):
     """A recipe for `counted_flops`: its network without loops, its parameters where they are."""
     net = network.function(model.module.unrolled())
-    return dataclasses.replace(recipe, net=net, gather=train.Recipe.gather)
+    return dataclasses.replace(recipe, net=net, gather=model.module.cast)
 
 
 # Compiled programs ----------------------------------------------------------------------------

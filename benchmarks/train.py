@@ -10,6 +10,7 @@ import numpy as np
 import parts
 import train
 from benchmarks import costs, plain, trace
+from models import network
 from utils import chips, sharding
 
 
@@ -53,7 +54,8 @@ class Candidate:
             config.update({"training": {"half_precision": False}, "model": {"remat": False}})
         model = parts.make(config, mesh)
         if is_plain:
-            model = model._replace(module=model.module.unrolled())  # of which the recipe is made
+            module = model.module.unrolled()
+            model = model._replace(module=module, net=network.function(module))
         self.model, self.batch_size = model, config.training.batch_size
         self.recipe, _ = train.make_recipe(config, model, 1)
         self.frozen = sharding.place_everywhere(mesh, parts.load_frozen(model))

@@ -144,8 +144,8 @@ def test_half_precision():
     z, c = inputs(16)
     params = perturbed(make())
     exact, half = (
-        jax.jit(network.function(make(dtype=dtype)))(params, (z, c))[0].u
-        for dtype in (jnp.float32, jnp.bfloat16)
+        jax.jit(network.function(net))(net.cast(params), (z, c))[0].u
+        for net in (make(dtype=jnp.float32), make(dtype=jnp.bfloat16))
     )
     error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
     assert half.dtype == jnp.float32 and 1e-5 < error < 2e-2, error
