@@ -57,7 +57,7 @@ class Candidate:
             module = model.module.unrolled()
             model = model._replace(module=module, net=network.function(module))
         self.model, self.batch_size = model, config.training.batch_size
-        self.recipe, _ = train.make_recipe(config, model, 1)
+        self.recipe, _ = train.make_recipe(config.training, model, 1)
         self.frozen = sharding.place_everywhere(mesh, parts.load_frozen(model))
         self.shapes = shapes = (
             costs.state_shapes(model, self.recipe), costs.batch_shapes(config), self.frozen

@@ -115,14 +115,14 @@ def versions(text):
 # Training -------------------------------------------------------------------------------------
 
 
-def training(config, model, records, lengths):
+def training(config, model, records, when):
     """Returns the rows about a run.
 
     Args:
       config: the whole config.
       model: `parts.Parts`.
       records: the training records.
-      lengths: (steps per epoch, steps of the run).
+      when: `run.cadence.Cadences`.
     """
     kind = "images" if records.key == "image" else "latents (mean, std)"
     shape = "x".join(map(str, records.shape))
@@ -130,8 +130,8 @@ def training(config, model, records, lengths):
     return [
         *network(config, model),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
-        ("length", length(config.training, *lengths)),
-        ("cadence", cadences(config, *lengths)),
+        ("length", length(config.training, when.steps_per_epoch, when.total)),
+        ("cadence", cadences(when)),
     ]
 
 
@@ -145,20 +145,14 @@ def length(options, steps_per_epoch, total):
     )
 
 
-def cadences(config, steps_per_epoch, total):
+def cadences(when):
     """Returns in words what comes in which cadence, in steps, and what comes at the end alone."""
-    training = config.training
-    kinds = [("checkpoint", training.checkpoint_per_step, training.checkpoint_per_epoch)]
-    if training.sample_on_training:
-        kinds.append(("grid", training.sample_per_step, training.sample_per_epoch))
-    if config.fid.on_training:
-        kinds.append(("evaluation", training.fid_per_step, training.fid_per_epoch))
-    found = [f"metrics every {training.log_per_step:,} steps"]
-    for name, steps, epochs in kinds:
-        cadence = steps or epochs * steps_per_epoch
-        regular = 0 < cadence < total
-        found.append(f"{name} {f'every {cadence:,}' if regular else 'at the end'}")
-    return ", ".join(found)
+    rows = [f"metrics every {when.metrics.period:,} steps"]
+    for name in ("checkpoint", "grid", "evaluation"):
+        period, total, on = getattr(when, name)
+        if on:
+            rows.append(f"{name} {f'every {period:,}' if 0 < period < total else 'at the end'}")
+    return ", ".join(rows)
 
 
 # The other jobs -------------------------------------------------------------------------------
