@@ -127,7 +127,7 @@ class Evaluation:
         interrupted job goes on with what is missing.
 
         Args:
-          weights: as from `weights.load`, on the devices.
+          weights: `run.weights.Weights` on the devices.
           workdir: results.json is written there, added to what it holds, result by result.
 
         Returns:
@@ -139,7 +139,7 @@ class Evaluation:
             about = {
                 "weights": name,
                 "weights_checksum": f"{checkpoint.checksums({'params': params}, {})['params']:08x}",
-                "checkpoint_step": weights["step"],
+                "checkpoint_step": weights.step,
             }
             for setting in sample.settings(self.sampling):
                 found.append(self.measure(params, about, setting, workdir))
@@ -200,14 +200,14 @@ def evaluate_job(config, workdir):
     parts = make_parts(config)
     where = config.load_from or workdir
     weights = weights_of.load(
-        where, parts.param_shapes(), config, may_lack=parts.module.only_for_training
+        where, parts.param_shapes(), config.dataset, may_lack=parts.module.only_for_training
     )
     inherit.check(config, weights, where)
     for name in config.fid.weights:
         weights_of.check_name(weights, name)  # told before hours of images
     weights = weights_of.place(weights, parts.mesh)
     autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
-    inherit.check_autoencoder(weights, autoencoder, where)
+    inherit.check_autoencoder(weights.identity, autoencoder, where)
     needless = config.fid.cache_ref and config.fid.labels != "data"
     records = None if needless else dataset.open_records(config.dataset.root)
     evaluation = Evaluation(config, parts, autoencoder, records)
@@ -221,7 +221,7 @@ def evaluate_job(config, workdir):
         wandb_project=config.training.wandb,
     )
     with contextlib.closing(writer):
-        writer.scalars(weights["step"], results.scalars(found))
+        writer.scalars(weights.step, results.scalars(found))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ import numpy as np
 import parts
 import sample
 from methods.sampler import SAMPLERS, check_times, integrate, sample_times
-from models import network
 from run import config as run_config
 from run import inherit, weights
 from utils import environment, sharding
@@ -74,18 +73,18 @@ def load(source, *options, config=None, step=None, average="ema"):
     source = os.path.expanduser(str(source))
     found = weights.read(source, step=step)
     if config is None:
-        config = "default" if found["config"] else run_config.published(source, found, options)
+        config = "default" if found.config else run_config.published(source, found, options)
     config = run_config.of_weights(config, options, source)
     mesh = sharding.make_mesh(1, jax.local_devices()[:1])
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
-    found = weights.checked(found, source, model.param_shapes(), config, may_lack)
+    found = weights.checked(found, source, model.param_shapes(), config.dataset, may_lack)
     inherit.check(config, found, source)
     if average.startswith("ema_sigma"):
         found = weights.place(found, mesh)  # it may have to be reconstructed
     params = weights.choose(found, average, "average")
-    options = found["config"] or config.to_dict()
-    return Generator(config, model, params, source, found["step"], options, found["identity"])
+    options = found.config or config.to_dict()
+    return Generator(config, model, params, source, found.step, options, found.identity)
 
 
 def mix(first, second, share):
@@ -117,7 +116,7 @@ class Generator:
 
     def __init__(self, config, parts, params, source, step, options, identity):
         # On one device nothing has to be gathered, and others may differentiate it as they like.
-        self.parts = parts._replace(net=network.function(parts.module))
+        self.parts = parts._replace(gather=parts.module.cast)
         self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
         self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
@@ -225,7 +224,8 @@ class Generator:
             if sampler == "consistency":
                 _check_shape("fresh", np.shape(fresh), (len(setting.times) - 2, *z.shape))
             x = integrate(
-                self.parts.method, self.parts.net, params, z, given, setting.times,
+                self.parts.method, self.parts.net, self.parts.gather(params), z, given,
+                setting.times,
                 guidance=setting.guidance, sampler=sampler, fresh=lambda k: fresh[k - 1],
             )  # fmt: skip
             return decode(vae_params, x) if decode else x
@@ -243,7 +243,7 @@ class Generator:
         return image_utils.to_uint8(images) if output == "uint8" else images
 
     def _velocity_of(self, params, z, t, r, given, guidance):
-        method, net = self.parts.method, self.parts.net
+        method, net, params = self.parts.method, self.parts.net, self.parts.gather(params)
         return method.velocity(net, params, z, t, r, given, method.guidance_at(guidance, t))
 
     @functools.cached_property
@@ -259,7 +259,7 @@ class Generator:
             autoencoder = parts.load_autoencoder(data, dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder({"identity": self.identity}, autoencoder, self._source)
+        inherit.check_autoencoder(self.identity, autoencoder, self._source)
         return autoencoder
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics, sample grids and evaluations, in their cadences."""
+"""What a run shows of itself: metrics, sample grids and evaluations."""
 
 import logging
 import time
@@ -8,18 +8,19 @@ import jax.numpy as jnp
 
 import evaluate
 import grids
-import parts
 import sample
 from configs import load_config
 from metrics import evaluators
-from run import best, layout, metric_writer, report, results, snapshots
-from utils import chips, identity, processes, train_metrics
+from parts import load_autoencoder
+from run import layout, metric_writer, report, results
+from run import weights as weights_of
+from utils import averages, chips, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
 
 class Observer:
-    """Looks at the state after each step, and never changes it.
+    """Shows the state after each step, and changes neither it nor the course of the run.
 
     Whatever sampling and evaluation need (weights of the autoencoder, reference statistics) is
     asked for here, before the first step.
@@ -27,31 +28,26 @@ class Observer:
     Args:
       config: the whole config.
       workdir: folder of the run.
-      model: `parts.Parts`.
+      parts: `parts.Parts`.
       records: the training records.
       schedule: function step -> learning rate.
-      steps_per_epoch, total: lengths in steps.
+      when: `run.cadence.Cadences`.
     """
 
-    def __init__(self, config, workdir, model, records, schedule, steps_per_epoch, total):
-        self.config, self.workdir, self.schedule = config, workdir, schedule
-        self.steps_per_epoch, self.total = steps_per_epoch, total
-        if total >= 2**31:
-            raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
-        self.rows = model.method.rows
+    def __init__(self, config, workdir, parts, records, schedule, when):
+        self.config, self.workdir, self.schedule, self.when = config, workdir, schedule, when
+        self.average = averages.names(config.training.ema_val)[0]
         self.grids = self.evaluation = self.writer = None
-        self.snapshots = None  # `run.snapshots.Writer`, where power-function averages are tracked
-        self.times = sample.times_of(config.sampling)
         self.autoencoder = {}  # its identity, where one is loaded
-        if config.training.sample_on_training or config.fid.on_training:
-            autoencoder = parts.load_autoencoder(config.dataset, config.sampling.vae_dtype)
+        if when.grid.on or when.evaluation.on:
+            autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
             self.autoencoder = dict(autoencoder.identity)
             identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
-        if config.training.sample_on_training:
-            self.grids = grids.Grids(config, workdir, model, autoencoder, records)
-        if config.fid.on_training:
-            self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
-        self.model, self.records = model, records
+        if when.grid.on:
+            self.grids = grids.Grids(config, workdir, parts, autoencoder, records)
+        if when.evaluation.on:
+            self.evaluation = evaluate.Evaluation(config, parts, autoencoder, records)
+        self.parts, self.records = parts, records
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
         self._told = set()
@@ -61,14 +57,13 @@ class Observer:
 
     def introduce(self):
         """Says what the run will be, before anything is compiled."""
-        lengths = self.steps_per_epoch, self.total
-        rows = report.training(self.config, self.model, self.records, lengths)
+        rows = report.training(self.config, self.parts, self.records, self.when)
         pictures = [("pictures", self.grids.describe())] if self.grids else []
         report.tell(rows + pictures)
 
     def compiling(self, step):
         """Says that the first step is compiled, in which nothing is heard of the run."""
-        if step < self.total:
+        if step < self.when.total:
             logging.info("compiling the train step ...")
         self._waiting = time.perf_counter()
 
@@ -84,58 +79,12 @@ class Observer:
         )
         options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
-        about = {"weights": self.config.fid.weights[0], "num_steps": len(self.times[0]) - 1}
+        steps = len(sample.times_of(self.config.sampling)[0]) - 1
+        about = {"weights": self.config.fid.weights[0], "num_steps": steps}
         fid = evaluators.tag("fid", self.config.fid.num_samples)
         self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
         if self.grids and self.grids.draw_real(step, self.writer):
             self._tell_first("picture, real images", self.grids.folder / layout.REAL)
-
-    def due(self, step, steps, epochs):
-        """Whether something is due that is done every `steps` steps, or where that is 0 every
-        `epochs` epochs; it always is at the end."""
-        cadence = steps or epochs * self.steps_per_epoch
-        return step == self.total or (cadence > 0 and step % cadence == 0)
-
-    def checkpoint_due(self, step):
-        """Whether to save: in its own cadence, and before an evaluation, which takes long."""
-        training = self.config.training
-        steps, epochs = training.checkpoint_per_step, training.checkpoint_per_epoch
-        return self.due(step, steps, epochs) or self.evaluation_due(step)
-
-    def evaluation_due(self, step):
-        """Whether to evaluate."""
-        training = self.config.training
-        due = self.due(step, training.fid_per_step, training.fid_per_epoch)
-        return bool(self.evaluation) and due
-
-    def _grid_due(self, step):
-        training = self.config.training
-        due = self.due(step, training.sample_per_step, training.sample_per_epoch)
-        return bool(self.grids) and due
-
-    def open_snapshots(self, stack, step, state):
-        """Begins to keep snapshots, where there is something to keep, until `stack` is closed.
-
-        Args:
-          stack: `contextlib.ExitStack`.
-          step, state: where the run begins or goes on.
-        """
-        if sigmas := self.config.training.ema_sigma:
-            writer = snapshots.Writer(self.workdir, sigmas, step)
-            self.snapshots = stack.enter_context(writer)
-            self.take_snapshot(step, state)
-
-    def take_snapshot(self, step, state):
-        """Saves the power-function averages where it is time to; never twice.
-
-        Raises:
-          OSError: this or the last snapshot could not be written, in one line.
-        """
-        training = self.config.training
-        if self.snapshots and step and self.due(step, 0, training.ema_snapshot_per_epoch):
-            self.snapshots.save(step, state.ema_params[-len(training.ema_sigma) :])
-        if self.snapshots:
-            self.snapshots.check()
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
@@ -147,9 +96,9 @@ class Observer:
             self._clock = (step, time.perf_counter())
             waited = self._clock[1] - self._waiting
             logging.info("compiled: the first step was done after %.1f s", waited)
-        if step % training.log_per_step == 0 or step == self.total:
+        if self.when.metrics.due(step):
             self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
-        while self._pending and step >= min(self._pending[0][0] + LAG, self.total):
+        while self._pending and step >= min(self._pending[0][0] + LAG, self.when.total):
             self._write_metrics(*self._pending.pop(0))
 
     def flush(self):
@@ -158,27 +107,28 @@ class Observer:
             self._write_metrics(*self._pending.pop(0))
 
     def look(self, step, state):
-        """Samples and evaluates where it is time to."""
-        self._look(step, state, self._grid_due(step), self.evaluation_due(step))
+        """Samples and evaluates where it is time to; returns the first result, or None."""
+        return self._look(step, state, self.when.grid.due(step), self.when.evaluation.due(step))
 
     def catch_up(self, step, state):
-        """Looks at a step that an interrupted run had saved, and not yet looked at."""
-        grid = self._grid_due(step) and not self.grids.path(step).exists()
-        evaluation = self.evaluation_due(step) and not self._is_evaluated(step)
-        self._look(step, state, *processes.from_writer([grid, evaluation]))
+        """Does what `look` does, where an interrupted run had saved a step but not looked at it."""
+        grid = self.when.grid.due(step) and not self.grids.path(step).exists()
+        evaluation = self.when.evaluation.due(step) and not self._is_evaluated(step)
+        return self._look(step, state, *processes.from_writer([grid, evaluation]))
 
     def _look(self, step, state, grid, evaluation):
         if not (grid or evaluation):
-            return
+            return None
         self.flush()  # the log never steps back: W&B would leave out what does
         jax.block_until_ready(state)
         looked = time.perf_counter()
         if grid:
-            self._draw_grid(step, state.ema_params[0])
+            self._draw_grid(step, state.ema_params[self.average])
         if evaluation:
             self._evaluate(step, state)
         if self._clock:  # looking does not count as training time
             self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
+        return self._last_result if evaluation else None
 
     def _is_evaluated(self, step):
         lines, _ = layout.metric_lines(self.workdir)
@@ -191,26 +141,27 @@ class Observer:
         self._clock = (step, now)
         steps_per_second = (step - last_step) / max(now - last_time, 1e-9)
         train_metrics.check_finite(sums)
-        metrics = train_metrics.means(sums, self.rows) | {
+        metrics = train_metrics.means(sums, self.parts.method.rows) | {
             "learning_rate": float(self.schedule(step - 1)),
-            "epoch": step / self.steps_per_epoch,
+            "epoch": step / self.when.steps_per_epoch,
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            now = self.model._replace(method=self.model.method.at(step - 1, self.total))
-            if peak := peak_rate(now, self.config.training.batch_size):
+            method = self.parts.method.at(step - 1, self.when.total)
+            batch_size = self.config.training.batch_size
+            if peak := peak_rate(self.parts._replace(method=method), batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()
         self.writer.scalars(step, metrics)
-        self.writer.progress(step, self.total, steps_per_second, metrics)
+        self.writer.progress(step, self.when.total, steps_per_second, metrics)
 
     def _profile(self, step, state, first, last):
         """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
-        if step == first - 1 and step < self.total:
+        if step == first - 1 and step < self.when.total:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.workdir / layout.PROFILE), create_perfetto_trace=True)
             self._profiling = True
-        elif self._profiling and step in (last, self.total):
+        elif self._profiling and step in (last, self.when.total):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._profiling = False
@@ -230,27 +181,19 @@ class Observer:
         self._told.add(what)
 
     def _evaluate(self, step, state):
-        weights = {"step": step, "params": state.params, "ema_params": state.ema_params}
-        weights["ema_vals"] = self.config.training.ema_val
-        weights |= {"ema_sigmas": self.config.training.ema_sigma, "workdir": self.workdir}
+        weights = weights_of.Weights(
+            step, state.params, state.ema_params, self.average, workdir=self.workdir
+        )
         found = self.evaluation.run(weights, self.workdir)
         self.writer.scalars(step, results.scalars(found))
         self._last_result = found[0]
-
-    def keep_best(self, step):
-        """Keeps the checkpoint of a step, which is on disk, where its evaluation is the best."""
-        metric, result = self.config.training.keep_best, self._last_result
-        if metric and result and result["checkpoint_step"] == step and processes.is_writer():
-            higher = metric in evaluators.HIGHER_IS_BETTER
-            how = f"{results.metric_name(result)}, {results.measure(result, metric)}"
-            best.keep_best(self.workdir, step, metric, result[metric], higher, how)
 
     def end(self, step):
         """Says what came out and where everything lies."""
         self.writer.close()
         if not processes.is_writer():
             return
-        logging.info("finished: step %d of %d", step, self.total)
+        logging.info("finished: step %d of %d", step, self.when.total)
         for name in layout.SHOWN:
             if (self.workdir / name).exists():
                 logging.info("  %-16s %s", name, self.workdir / name)
@@ -258,20 +201,20 @@ class Observer:
             logging.info("%s", results.report(self._last_result))
 
 
-def peak_rate(model, batch_size):
-    """Images/s if the devices did nothing but the products that a step needs, at their peak.
+def peak_rate(parts, batch_size):
+    """Returns images/s if the devices did the products of a step alone, at their peak.
 
     None where the peak of the devices or the cost of the network is not known.
     """
-    devices, needed = model.mesh.devices.flat, model.step_flops(batch_size)
+    devices, needed = parts.mesh.devices.flat, parts.step_flops(batch_size)
     chip = chips.chip(devices[0], devices)
     if chip is None or needed is None:
         return None
-    return chip.peak * model.mesh.size / needed
+    return chip.peak * parts.mesh.size / needed
 
 
 def device_memory():
-    """Memory of the fullest device of this process in GB, where its backend tells (no CPU does)."""
+    """Returns the memory of this process's fullest device in GB, where told (by no CPU)."""
     stats = [stat for device in jax.local_devices() if (stat := device.memory_stats())]
     names = {"memory_gb/in_use": "bytes_in_use", "memory_gb/peak": "peak_bytes_in_use"}
     return {

@@ -67,6 +67,7 @@ class Parts(NamedTuple):
     mesh: object  # `jax.sharding.Mesh`, or `sharding.NOWHERE`
     module: network.Network
     net: Callable  # the module as `models.network.function` gives it
+    gather: Callable  # parameters as `net` takes them: in the type of products, on every device
     method: objective.Objective
     codec: codec.Codec
     image_shape: tuple[int, int, int]  # (h, w, c) of what the network sees
@@ -108,10 +109,12 @@ def make(config, mesh=None):
     conditions = (*method.conditions, *records_codec.conditions)
     module = module.serving(conditions, method.needs_v)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    whole = sharding.gather(mesh)
     return Parts(
         mesh=mesh,
         module=module,
-        net=network.function(module, sharding.gather(mesh)),
+        net=network.function(module),
+        gather=lambda params: whole(module.cast(params)),
         method=method,
         codec=records_codec,
         image_shape=shape,

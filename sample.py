@@ -122,7 +122,7 @@ def generate(parts, seed, params, index, given, setting, noise=None):
     if noise is None:
         noise = draw_noise(seed, index, parts.image_shape)
     return integrate(
-        parts.method, parts.net, params, noise, given, setting.times,
+        parts.method, parts.net, parts.gather(params), noise, given, setting.times,
         guidance=setting.guidance, sampler=setting.sampler,
         fresh=partial(draw_fresh, seed, index, parts.image_shape),
     )  # fmt: skip
@@ -235,25 +235,23 @@ def sample_job(config, workdir):
     parts, options = make_parts(config), config.sampling
     where = config.load_from or workdir
     found = weights.load(
-        where, parts.param_shapes(), config, may_lack=parts.module.only_for_training
+        where, parts.param_shapes(), config.dataset, may_lack=parts.module.only_for_training
     )
     inherit.check(config, found, where)
     found = weights.place(found, parts.mesh)
     autoencoder = load_autoencoder(config.dataset, options.vae_dtype)
-    inherit.check_autoencoder(found, autoencoder, where)
+    inherit.check_autoencoder(found.identity, autoencoder, where)
     renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
     report.tell(report.sampling(config, parts, found, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)
+    params, classes = weights.choose(found, "ema"), config.dataset.num_classes
     for guidance in asked:
-        name = f"step_{found['step']}"
+        name = f"step_{found.step}"
         if len(asked) > 1:
             name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
-        output, setting = (
-            files.path(workdir) / layout.SAMPLES / name,
-            first.replace(guidance=guidance),
-        )
-        run(renderer, found["ema_params"][0], options, config.dataset.num_classes, output, setting)
-        logging.info("%d images of step %d: %s", options.num_images, found["step"], output)
+        output = files.path(workdir) / layout.SAMPLES / name
+        run(renderer, params, options, classes, output, first.replace(guidance=guidance))
+        logging.info("%d images of step %d: %s", options.num_images, found.step, output)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import optax
 
 import observe
-import parts
 from methods import objective
 from models import card, codec, network
 from optimizer import make_optimizer
-from run import checkpoint, folder, report, resume
+from parts import load_frozen, open_records
+from parts import make as make_parts
+from run import cadence, folder, report, resume
+from run.saver import Saver
 from utils import averages, files, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
@@ -33,7 +35,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 (), steps done
     params: Any
-    ema_params: tuple[Any, ...]  # an average for each of training.ema_val, then .ema_sigma
+    ema_params: dict[str, Any]  # averages by name, see utils/averages.py
     opt_state: Any
     sums: dict[str, jax.Array]  # of the metrics, since the last line of the log
 
@@ -54,9 +56,14 @@ class Recipe:
     ema_period: int = 1
     grad_accum_steps: int = 1
     frozen: dict[str, Callable] = dataclasses.field(default_factory=dict)  # (params, *inputs)
-    gather: Callable = lambda params: params  # once for all passes of a step, before `net`
+    gather: Callable = lambda params: params  # see `parts.Parts`; once for all passes of a step
     skip_nonfinite: bool = False
     log_per_step: int = 100
+
+    @property
+    def averages(self):
+        """The names of the averages; the first one is evaluated and held against the weights."""
+        return averages.names(self.ema_vals, self.ema_sigmas)
 
 
 def init_state(recipe, module, image_shape, key):
@@ -66,7 +73,7 @@ def init_state(recipe, module, image_shape, key):
 
 def fresh_state(recipe, params):
     """The state of a run that begins with these weights; the averages begin as their copies."""
-    ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in recipe.ema_vals + recipe.ema_sigmas)
+    ema_params = {name: jax.tree.map(jnp.copy, params) for name in recipe.averages}
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
     return TrainState(jnp.int32(0), params, ema_params, opt_state, sums)
@@ -163,7 +170,7 @@ def update(recipe, state, x, given, draws, key, frozen=None):
       frozen: see `train_step`.
     """
     held = {name: partial(apply, frozen[name]) for name, apply in recipe.frozen.items()}
-    held["ema_params"] = recipe.gather(state.ema_params[0])
+    held["ema_params"] = recipe.gather(state.ema_params[recipe.averages[0]])
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -171,7 +178,9 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
         recipe.ema_sigmas,
     )  # fmt: skip
-    distances = [optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params]
+    distances = [
+        optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
+    ]
     norms = {
         "grad_norm": optax.tree.norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
@@ -198,28 +207,29 @@ def update(recipe, state, x, given, draws, key, frozen=None):
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(config, model, total_steps, steps_per_epoch=0):
-    """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
+def make_recipe(training, parts, total_steps, steps_per_epoch=0):
+    """Makes the `Recipe` of the options `training` and `parts.Parts`, and its learning rate.
+
+    Returns:
+      `Recipe`, and the function step -> learning rate.
+    """
     optimizer, schedule = make_optimizer(
-        config.training,
-        total_steps,
-        steps_per_epoch,
-        axes=lambda: model.module.axes(model.param_shapes()),
-    )
-    gather = sharding.gather(model.mesh)
+        training, total_steps, steps_per_epoch,
+        axes=lambda: parts.module.axes(parts.param_shapes()),
+    )  # fmt: skip
     recipe = Recipe(
-        net=network.function(model.module),
-        method=model.method,
-        codec=model.codec,
+        net=parts.net,
+        method=parts.method,
+        codec=parts.codec,
         optimizer=optimizer,
-        ema_vals=tuple(config.training.ema_val),
-        ema_sigmas=tuple(config.training.ema_sigma),
-        ema_period=config.training.ema_period,
-        grad_accum_steps=config.training.grad_accum_steps,
-        frozen={name: frozen.apply for name, frozen in model.frozen.items()},
-        gather=lambda params: gather(model.module.cast(params)),
-        skip_nonfinite=config.training.skip_nonfinite,
-        log_per_step=config.training.log_per_step,
+        ema_vals=tuple(training.ema_val),
+        ema_sigmas=tuple(training.ema_sigma),
+        ema_period=training.ema_period,
+        grad_accum_steps=training.grad_accum_steps,
+        frozen={name: frozen.apply for name, frozen in parts.frozen.items()},
+        gather=parts.gather,
+        skip_nonfinite=training.skip_nonfinite,
+        log_per_step=training.log_per_step,
     )
     return recipe, schedule
 
@@ -236,63 +246,61 @@ def train_job(config, workdir):
 
 
 def train(config, workdir):
-    """`train_job`, in a folder that no other job uses."""
-    training = config.training
-    records = parts.open_records(config.dataset, training.batch_size)
-    model = parts.make(config)
-    sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
-    steps_per_epoch = records.num_records // training.batch_size
-    total = training.num_steps or training.num_epochs * steps_per_epoch
-    recipe, schedule = make_recipe(config, model, total, steps_per_epoch)
+    """Does what `train_job` does, in a folder that no other job uses."""
+    training, data = config.training, config.dataset
+    records = open_records(data, training.batch_size)
+    parts = make_parts(config)
+    sharding.check_batch("training.batch_size", training.batch_size, parts.mesh)
+    when = cadence.of_run(training, config.fid.on_training, records.num_records)
+    recipe, schedule = make_recipe(training, parts, when.total, when.steps_per_epoch)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
-    observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
-    init = partial(init_state, recipe, model.module, model.image_shape)
+    observer = observe.Observer(config, workdir, parts, records, schedule, when)
     observer.introduce()
-    made = resume.made_from(records, observer.autoencoder)
-    state, shardings, place = resume.start(config, workdir, model.mesh, model.module, init, made)
-    if place is None and config.load_from and int(state.step) >= total:
+    init = partial(init_state, recipe, parts.module, parts.image_shape)
+    identity = resume.made_from(records, observer.autoencoder)
+    state, place, identity = resume.start(config, workdir, parts.mesh, parts.module, init, identity)
+    step = int(state.step)
+    if place is None and config.load_from and step >= when.total:
         raise ValueError(
-            f"load_from {config.load_from} has done {int(state.step)} steps, and the run ends at "
-            f"{total}: raise training.num_epochs or training.num_steps"
+            f"load_from {config.load_from} has done {step} steps, and the run ends at "
+            f"{when.total}: raise training.num_epochs or training.num_steps"
         )
-    observer.begin(int(state.step))
-    if place is not None:
-        observer.catch_up(int(state.step), state)
-        observer.keep_best(int(state.step))
-    batches = open_batches(config, records, int(state.step), place)
-    key = jax.random.key(training.seed)
-    frozen = sharding.place_everywhere(model.mesh, parts.load_frozen(model))
-    step_fn = partial(make_steps(recipe, key, model.mesh, shardings, total), frozen=frozen)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(batches))
-        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, identity=made))
-        observer.open_snapshots(stack, int(state.step), state)
-        observer.compiling(int(state.step))
-        stack.enter_context(batches.blaming(int(state.step)))
-        state = loop(config, state, step_fn, batches, model.mesh, observer, checkpointer)
+    observer.begin(step)
+    with Saver(workdir, config, identity, when.snapshot, step) as saver:
+        if place is not None and (result := observer.catch_up(step, state)):
+            saver.keep_best(result)
+        batches = open_batches(training, data, records, step, place)
+        shardings = sharding.by_parameter(parts.mesh, state)
+        frozen = sharding.place_everywhere(parts.mesh, load_frozen(parts))
+        key = jax.random.key(training.seed)
+        step_fn = make_steps(recipe, key, parts.mesh, shardings, when.total)
+        step_fn = partial(step_fn, frozen=frozen)
+        saver.check(step, state)
+        observer.compiling(step)
+        with contextlib.closing(batches), batches.blaming(step):
+            state = loop(state, step_fn, batches, parts.mesh, when, observer, saver)
     observer.end(int(state.step))
     return state
 
 
-def open_batches(config, records, step, place):
-    """The iterator over this process's rows, at its place (None: where `step` steps lead)."""
-    size, seed = config.training.batch_size, config.training.seed
+def open_batches(training, data, records, step, place):
+    """Opens the iterator over this process's rows, at its place (None: where `step` steps lead)."""
+    size = training.batch_size
     batches = iterator.RecordIterator(
-        records, size, seed, jax.process_index(), jax.process_count(),
-        num_workers=config.dataset.num_workers, prefetch=config.dataset.prefetch_factor,
-        flipped=config.dataset.use_flip,
+        records, size, training.seed, jax.process_index(), jax.process_count(),
+        num_workers=data.num_workers, prefetch=data.prefetch_factor, flipped=data.use_flip,
     )  # fmt: skip
     batches.set_state(place or batches.get_state() | {"position": step * size})
     return batches
 
 
-def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
+def loop(state, step_fn, batches, mesh, when, observer, saver):
     """Steps to the end of the run; returns the last state.
 
     Raises:
       Preempted: asked to stop; the last step is being saved.
     """
-    first, total = int(state.step), observer.total
+    first, total = int(state.step), when.total
     batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
@@ -302,19 +310,15 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if step < total:  # the next batch is on its way while the device computes
             batch = sharding.to_global(mesh, next(batches))
         observer.log(step, state)
-        observer.take_snapshot(step, state)
-        checkpointer.check()
+        saver.check(step, state)
         stopping = processes.stop_requested()
-        if stopping or observer.checkpoint_due(step):
-            # A checkpoint never comes before the lines of the log that lead to it.
-            observer.flush()
-            resume.save(checkpointer, state, place, config)
+        if stopping or when.saves(step):
+            observer.flush()  # a checkpoint never comes before the lines of the log that lead to it
+            saver.save(state, place)
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")
-        observer.look(step, state)
-        if config.training.keep_best and observer.evaluation_due(step):
-            checkpointer.wait()
-            observer.keep_best(step)
+        if result := observer.look(step, state):
+            saver.keep_best(result)
     return state
 
 

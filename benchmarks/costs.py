@@ -68,7 +68,7 @@ def counted_flops(step, *arguments):
 def countable(recipe, model):
     """Returns a recipe for `counted_flops`: without loops, its parameters where they are."""
     net = network.function(model.module.unrolled())
-    return dataclasses.replace(recipe, net=net, gather=train.Recipe.gather)
+    return dataclasses.replace(recipe, net=net, gather=model.module.cast)
 
 
 def peak_bytes(compiled):

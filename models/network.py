@@ -142,20 +142,16 @@ def param_shapes(module, image_shape):
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0), image_shape))
 
 
-def function(module, gather=lambda params: params):
-    """A module as the function that objectives and the sampler call.
-
-    Args:
-      module: `Network`.
-      gather: brings parameters to the devices, see `utils.sharding.gather`.
+def function(module):
+    """Makes the function that objectives and the sampler call of a `Network`.
 
     Returns:
       `net(params, *batches, jvp=None, through=False, key=None) -> (Velocity, ...)`; a batch is
       (z, c), see `Network`; a key turns dropout on, the same for all batches of the call.
+      Parameters are best cast and gathered before (`parts.Parts.gather`), once for all calls.
     """
 
     def net(params, *batches, jvp=None, through=False, key=None):
-        params = gather(module.cast(params))
         rngs = {} if key is None else {"rngs": {"dropout": key}}
         how = {"jvp": jvp, "through": through}
         return module.apply({"params": params}, *batches, **how, method="together", **rngs)

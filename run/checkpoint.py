@@ -1,7 +1,7 @@
 """Saving and restoring a run with orbax. The layout is this module's alone:
 
     WORKDIR/checkpoints/STEP/params       the weights
-                            /ema_params   their averages, one for each decay
+                            /ema_params   their averages by name
                             /progress     step, optimizer, sums of the metrics
                             /data         the place in the data (JSON)
                             /config       the options of the run (JSON)
@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from run import layout
 from run.layout import checkpoint_path as _path
-from run.layout import folder, steps
+from run.layout import folder
 from utils import files
 from utils.checksums import checksums
 
@@ -143,12 +143,14 @@ def read_plain(workdir, step):
         return found | {name: dict(read(path / name)) for name in names}
 
 
-def read_arrays(workdir, step, targets):
+def read_arrays(workdir, step, targets, averages=()):
     """Items of a checkpoint that are trees of arrays, read by this process for itself.
 
     Args:
       targets: name -> tree of `ShapeDtypeStruct` with shardings, or None: numpy arrays, in
         whatever tree was written, its tuples as lists.
+      averages: names of the averages in the order of their options, by which `ema_params` that
+        were written as a list, until 2026-11-30, become a dict too.
 
     Raises:
       DamagedError: it cannot be read.
@@ -165,18 +167,21 @@ def read_arrays(workdir, step, targets):
     with _damage(workdir, step), contextlib.closing(reader):
         for name, target in targets.items():
             path = _path(workdir, step) / name
+            metadata = reader.metadata(path).item_metadata
+            if metadata is None:
+                raise ValueError(f"no metadata of {name}")
+            listed = averages and name == "ema_params" and isinstance(metadata.tree, list)
             if target is None:
-                metadata = reader.metadata(path).item_metadata
-                if metadata is None:
-                    raise ValueError(f"no metadata of {name}")
-                tree = metadata.tree
                 numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-                restore_args = jax.tree.map(lambda _, numpy=numpy: numpy, tree)
+                restore_args = jax.tree.map(lambda _, numpy=numpy: numpy, metadata.tree)
                 args = ocp.args.PyTreeRestore(restore_args=restore_args)
             else:
+                target = [target[key] for key in averages] if listed else target
                 restore_args = ocp.checkpoint_utils.construct_restore_args(target)
                 args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
             found[name] = reader.restore(path, args=args)
+            if listed:
+                found[name] = dict(zip(averages, found[name], strict=True))
     return found
 
 
@@ -194,57 +199,6 @@ def verify(workdir, step, arrays, plain):
 def set_aside(workdir, step):
     """Renames a damaged checkpoint, so that no one takes it for whole; returns its new path."""
     return _path(workdir, step).rename(layout.damaged_path(workdir, step))
-
-
-def restore_weights(workdir, step=None, optimizer=False):
-    """The weights of a run, without its model or devices: numpy trees.
-
-    Args:
-      workdir: the folder of the run.
-      step: which checkpoint; the newest that is whole by default.
-      optimizer: whether to read the moments of Adam too.
-
-    Returns:
-      A dict of `step`, `params`, `ema_params` (tuple of trees, one for each decay), `config`,
-      `identity` and, with `optimizer`, `opt_state`: {"count": (), "mu": tree, "nu": tree} or None.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint.
-      DamagedError: there is, but none that is whole.
-    """
-    available = steps(workdir)
-    if not available or (step is not None and step not in available):
-        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
-        raise FileNotFoundError(f"{folder(workdir)} does not hold {wanted} (found: {available})")
-    damage = None
-    for candidate in [step] if step is not None else reversed(available):
-        try:
-            return _read_weights(workdir, candidate, optimizer)
-        except DamagedError as error:
-            logging.warning("%s", error)
-            damage = damage or error
-    raise damage
-
-
-def _read_weights(workdir, step, optimizer):
-    names = ARRAYS if optimizer else ("params", "ema_params")
-    arrays, plain = read_arrays(workdir, step, dict.fromkeys(names)), read_plain(workdir, step)
-    verify(workdir, step, arrays, plain)
-    weights = {"step": step, "params": arrays["params"], "ema_params": tuple(arrays["ema_params"])}
-    weights |= {"config": plain["config"], "identity": plain["identity"]}
-    if optimizer:
-        weights["opt_state"] = _find_adam(arrays["progress"])
-    return weights
-
-
-def _find_adam(tree):
-    """The part of a tree of dicts and lists that holds the moments of Adam; or None."""
-    if isinstance(tree, dict):
-        if {"count", "mu", "nu"} <= tree.keys():
-            return {name: tree[name] for name in ("count", "mu", "nu")}
-        tree = list(tree.values())
-    found = [_find_adam(part) for part in tree] if isinstance(tree, list) else []
-    return next((part for part in found if part), None)
 
 
 @contextlib.contextmanager

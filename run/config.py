@@ -64,15 +64,15 @@ def published(source, found, options):
     Raises:
       ValueError: there is none.
     """
-    for name in found["configs"]:
+    for name in found.configs:
         made = parts.make(_command(name, options)[0], sharding.NOWHERE)
         shapes, may_lack = made.param_shapes(), made.module.only_for_training
         try:
-            weights.check_parameters("", shapes, found["ema_params"][0], may_lack)
+            weights.check_parameters("", shapes, weights.choose(found, "ema"), may_lack)
         except ValueError:
             continue
         return name
     raise ValueError(
         f"{source} does not tell its options, and its shapes are those of none of "
-        f"{', '.join(found['configs'])}: name one of configs/ that fits, load(..., config=NAME)"
+        f"{', '.join(found.configs)}: name one of configs/ that fits, load(..., config=NAME)"
     )

@@ -72,20 +72,23 @@ def check(config, weights, where):
 
     Where they do not tell, a line says that the options are taken on trust.
     """
-    if weights["config"] is None:
+    if weights.config is None:
         logging.info("%s does not tell its options: those of the config are taken on trust", where)
         return
-    theirs, ours = saved.of_run(weights["config"]), saved.flat(config)
+    theirs, ours = saved.of_run(weights.config), saved.flat(config)
     _refuse(where, {
         name: (theirs[name], value)
         for name, value in ours.items() if belongs(name) and theirs[name] != value
     })  # fmt: skip
 
 
-def check_autoencoder(weights, autoencoder, where):
-    """Raises ValueError where weights are known to be for latents of another autoencoder."""
-    made_of, now = weights["identity"], autoencoder.identity
-    then = made_of.get("autoencoder", {})
+def check_autoencoder(made_of, autoencoder, where):
+    """Raises ValueError where weights are known to be for latents of another autoencoder.
+
+    Args:
+      made_of: `identity` of the `Weights`.
+    """
+    now, then = autoencoder.identity, made_of.get("autoencoder", {})
     records = made_of.get("records", {})
     if "encoder" in then and "encoder" not in records:
         records = records | {"encoder": then["encoder"], "vae": then["name"]}

@@ -115,14 +115,14 @@ def versions(text):
 # Training -------------------------------------------------------------------------------------
 
 
-def training(config, model, records, lengths):
+def training(config, model, records, when):
     """Returns the rows about a run.
 
     Args:
       config: the whole config.
       model: `parts.Parts`.
       records: the training records.
-      lengths: (steps per epoch, steps of the run).
+      when: `run.cadence.Cadences`.
     """
     kind = "images" if records.key == "image" else "latents (mean, std)"
     shape = "x".join(map(str, records.shape))
@@ -130,8 +130,8 @@ def training(config, model, records, lengths):
     return [
         *network(config, model),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
-        ("length", length(config.training, *lengths)),
-        ("cadence", cadences(config, *lengths)),
+        ("length", length(config.training, when.steps_per_epoch, when.total)),
+        ("cadence", cadences(when)),
     ]
 
 
@@ -145,32 +145,26 @@ def length(options, steps_per_epoch, total):
     )
 
 
-def cadences(config, steps_per_epoch, total):
+def cadences(when):
     """Returns in words what comes in which cadence, in steps, and what comes at the end alone."""
-    training = config.training
-    kinds = [("checkpoint", training.checkpoint_per_step, training.checkpoint_per_epoch)]
-    if training.sample_on_training:
-        kinds.append(("grid", training.sample_per_step, training.sample_per_epoch))
-    if config.fid.on_training:
-        kinds.append(("evaluation", training.fid_per_step, training.fid_per_epoch))
-    found = [f"metrics every {training.log_per_step:,} steps"]
-    for name, steps, epochs in kinds:
-        cadence = steps or epochs * steps_per_epoch
-        regular = 0 < cadence < total
-        found.append(f"{name} {f'every {cadence:,}' if regular else 'at the end'}")
-    return ", ".join(found)
+    rows = [f"metrics every {when.metrics.period:,} steps"]
+    for name in ("checkpoint", "grid", "evaluation"):
+        period, total, on = getattr(when, name)
+        if on:
+            rows.append(f"{name} {f'every {period:,}' if 0 < period < total else 'at the end'}")
+    return ", ".join(rows)
 
 
 # The other jobs -------------------------------------------------------------------------------
 
 
 def evaluating(config, model, weights, settings, workdir):
-    """Returns the rows about an evaluation of `weights` from `weights.load`.
+    """Returns the rows about an evaluation of `run.weights.Weights`.
 
     `settings` is the number of samplers, steps and guidances.
     """
     fid = config.fid
-    text = f"step {weights['step']:,} of {config.load_from or workdir}: {', '.join(fid.weights)}"
+    text = f"step {weights.step:,} of {config.load_from or workdir}: {', '.join(fid.weights)}"
     reference = fid.cache_ref or f"the training images, {config.dataset.root}"
     images = f"{fid.num_samples:,} images for each of {len(fid.weights) * settings} settings"
     return [
@@ -182,13 +176,13 @@ def evaluating(config, model, weights, settings, workdir):
 
 
 def sampling(config, model, weights, workdir):
-    """Returns the rows about a sampling job, of `weights` from `weights.load`."""
+    """Returns the rows about a sampling job, of `run.weights.Weights`."""
     options = config.sampling
     steps = options.sampling_timesteps or options.num_steps[:1]
     text = f"times {shown(steps)}" if options.sampling_timesteps else f"steps {shown(steps)}"
     return [
         *network(config, model),
-        ("weights", f"step {weights['step']:,} of {config.load_from or workdir}"),
+        ("weights", f"step {weights.step:,} of {config.load_from or workdir}"),
         (
             "images",
             f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / layout.SAMPLES}",

@@ -5,6 +5,7 @@ The state is known here only as a named tuple with the fields of `train.TrainSta
 
 import logging
 import os
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +13,8 @@ import optax
 
 from configs.default import OPTIONS
 from configs.saved import flat, of_run
-from run import checkpoint, weights
-from utils import environment, processes, sharding, train_metrics
+from run import checkpoint, layout, weights
+from utils import averages, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
 
@@ -34,8 +35,16 @@ def made_from(records, autoencoder):
     return parts | {"environment": environment.describe() | flags}
 
 
-def start(config, workdir, mesh, module, init, identity=None):
-    """The state to begin with.
+class Begin(NamedTuple):
+    """Where a run begins, or goes on."""
+
+    state: Any  # `train.TrainState` on the devices
+    place: dict | None  # in the data; None: the run has no checkpoint yet
+    identity: dict  # what the run is made from, as `checkpoint.Checkpointer` takes it
+
+
+def start(config, workdir, mesh, module, init, identity):
+    """Returns the `Begin` of a run.
 
     Args:
       config: the whole config.
@@ -44,41 +53,59 @@ def start(config, workdir, mesh, module, init, identity=None):
       mesh: devices.
       module: `models.network.Network`.
       init: pure function key -> a fresh state.
-      identity: what the run is made from now, as `checkpoint.Checkpointer` takes it; what only
-        the checkpoint knows is added to it.
-
-    Returns:
-      The state on the devices, its shardings, and the place in the data, or None where the run
-      has no checkpoint yet.
+      identity: what the run is made from now; what only the checkpoint knows comes on top.
 
     Raises:
       ValueError: the run was made with other options, or none of its checkpoints is whole.
     """
-    training = config.training
-    key = jax.random.key(training.seed)
+    key = jax.random.key(config.training.seed)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
-    found = restore(config, workdir, sharding.with_shardings(shapes, shardings), identity)
-    if found:
-        return found[0], shardings, found[1]
+    targets = sharding.with_shardings(shapes, shardings)
+    if begin := restore(config, workdir, targets, identity):
+        return begin
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
-        found = weights.load(config.load_from, shapes.params, config, optimizer=True)
-        check_network(found["config"], config)
-        theirs, ours = found["identity"].get("records", {}), (identity or {}).get("records", {})
+        found = weights.load(config.load_from, shapes.params, config.dataset, optimizer=True)
+        check_network(found.config, config)
+        theirs, ours = found.identity.get("records", {}), identity.get("records", {})
         for line in identities.differences(theirs, ours, ["encoder"]).values():
             logging.warning("load_from %s learned other latents: %s", config.load_from, line)
-        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
-        logging.info("starting from %s, step %d", config.load_from, found["step"])
+        state = from_weights(state, found, shardings)
+        logging.info("starting from %s, step %d", config.load_from, found.step)
     if config.init_from:
         # All of it on each host, whatever the sharding, to be joined with what a file holds.
         fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
         params, line = weights.begin(config, module, fresh)
-        found = {"step": 0, "params": params, "ema_params": (params,), "ema_vals": ()}
-        found |= {"ema_sigmas": (), "opt_state": None}
-        state = from_weights(state, found, shardings, training.ema_val, training.ema_sigma)
+        state = from_weights(state, weights.Weights(0, params, {"ema": params}, "ema"), shardings)
         logging.info("%s", line)
-    return state, shardings, None
+    return Begin(state, None, identity)
+
+
+def from_weights(state, found, shardings):
+    """Returns a fresh state with the parameters, the step and the moments of Adam of `Weights`.
+
+    A decay that is not stored starts from the first stored average, a profile from the weights.
+    Where an average is all there is, the weights are that.
+    """
+    ema = found.ema_params[found.ema]
+    params = ema if found.params is None else found.params
+    ema_params = {
+        name: found.ema_params.get(name, ema if averages.sigma_of(name) is None else params)
+        for name in state.ema_params
+    }
+    opt_state = state.opt_state
+    if found.opt_state:
+        opt_state = optax.tree.set(opt_state, **found.opt_state)
+    new = state._replace(
+        step=np.int32(found.step), params=params, ema_params=ema_params, opt_state=opt_state
+    )
+    return jax.tree.map(
+        lambda x, s: x if isinstance(x, jax.Array) else sharding.place(x, s), new, shardings
+    )
+
+
+# Checkpoints ----------------------------------------------------------------------------------
 
 
 def save(checkpointer, state, place, config):
@@ -88,13 +115,13 @@ def save(checkpointer, state, place, config):
 
 
 def _items(state):
-    """The trees of a checkpoint."""
+    """Returns the trees of a checkpoint by name."""
     progress = {"step": state.step, "opt_state": state.opt_state, "sums": state.sums}
     return {"params": state.params, "ema_params": state.ema_params, "progress": progress}
 
 
-def restore(config, workdir, targets, identity=None):
-    """The newest checkpoint of a run that is whole: (state, place in the data), or None.
+def restore(config, workdir, targets, identity):
+    """Returns the `Begin` from the newest checkpoint that is whole; None where there is none yet.
 
     Damaged ones are renamed, but only where an older one is whole: a file system that fails for
     a moment must not cost a run.
@@ -103,13 +130,14 @@ def restore(config, workdir, targets, identity=None):
       targets: the state as `ShapeDtypeStruct` with shardings.
       identity: see `start`.
     """
-    available = processes.from_writer(checkpoint.steps(workdir))
+    available = processes.from_writer(layout.steps(workdir))
     damaged = {}
     for step in reversed(available):
-        found, damage = _try_step(config, workdir, step, targets, identity)
-        if processes.all_true(damage is None):
+        try:
+            begin = _read(config, workdir, step, targets, identity)
             break
-        damaged[step] = damage or f"another process cannot read checkpoint {step}"
+        except checkpoint.DamagedError as error:
+            damaged[step] = error
     else:
         if not available:
             return None
@@ -122,36 +150,38 @@ def restore(config, workdir, targets, identity=None):
             path = checkpoint.set_aside(workdir, old)
             logging.warning("%s; set aside as %s", damage, path.name)
     logging.info("going on from step %d", step)
-    progress = found["progress"]
-    state = targets._replace(params=found["params"], ema_params=found["ema_params"], **progress)
-    return state, found["data"]
+    return begin
 
 
-def _try_step(config, workdir, step, targets, identity):
-    """Reads one checkpoint: (its items, None), or (None, what is wrong with it)."""
+def _read(config, workdir, step, targets, identity):
+    """Reads the `Begin` in one checkpoint; raises DamagedError, in all processes together."""
+    plain = _in_all(checkpoint.read_plain, workdir, step)
+    check_options(plain["config"], config, workdir)
+    where = f"{workdir}: checkpoint {step}"
+    more = identities.check_run(plain["identity"], identity, where)
+    names = averages.names(config.training.ema_val, config.training.ema_sigma)
+    arrays = _in_all(checkpoint.read_arrays, workdir, step, _items(targets), names)
+    _in_all(checkpoint.verify, workdir, step, arrays, plain)
+    progress = arrays.pop("progress")
+    if (says := int(progress["step"])) != step:
+        raise checkpoint.DamagedError(f"{where} is that of step {says}")
+    return Begin(targets._replace(**arrays, **progress), plain["data"], identity | more)
+
+
+def _in_all(read, workdir, step, *args):
+    """Calls a function that reads a checkpoint; raises DamagedError where any process does."""
     found = damage = None
     try:
-        plain = checkpoint.read_plain(workdir, step)
-    except checkpoint.DamagedError as error:
-        plain, damage = None, error
-    if not processes.all_true(plain):
-        return None, damage
-    check_options(plain["config"], config, workdir)
-    if identity is not None:
-        identities.check_run(plain["identity"], identity, f"{workdir}: checkpoint {step}")
-    try:
-        found = checkpoint.read_arrays(workdir, step, _items(targets))
+        found = read(workdir, step, *args)
     except checkpoint.DamagedError as error:
         damage = error
-    if not processes.all_true(found):
-        return None, damage
-    try:
-        checkpoint.verify(workdir, step, found, plain)
-    except checkpoint.DamagedError as error:
-        return None, error
-    if (says := int(found["progress"]["step"])) != step:
-        return None, checkpoint.DamagedError(f"{workdir}: checkpoint {step} is that of step {says}")
-    return found | plain, None
+    if not processes.all_true(damage is None):
+        line = f"another process cannot read checkpoint {step}"
+        raise damage or checkpoint.DamagedError(line)
+    return found
+
+
+# Options --------------------------------------------------------------------------------------
 
 
 def check_options(saved, config, workdir):
@@ -205,29 +235,3 @@ def _consequence(name, config):
         if not config.method.alpha_end:
             return ": a schedule of alpha that lasts as long as the run goes by the new end"
     return ""
-
-
-def from_weights(state, found, shardings, ema_vals, ema_sigmas=()):
-    """A fresh state with the weights, the step and, where given, the Adam moments of `found`.
-
-    Averages of a decay in `ema_vals` that `found` does not have begin as their first one, those of
-    a profile in `ema_sigmas` as the weights, as if these had stood still so far. Where `found`
-    holds an average alone, the weights are that.
-    """
-    params = found["ema_params"][0] if found["params"] is None else found["params"]
-    known = dict(zip(found["ema_vals"], found["ema_params"], strict=False))
-    emas = [known.get(decay, found["ema_params"][0]) for decay in ema_vals]
-    known = weights.profiles(found)
-    emas += [known.get(sigma, params) for sigma in ema_sigmas]
-    opt_state = state.opt_state
-    if found["opt_state"]:
-        opt_state = optax.tree.set(opt_state, **found["opt_state"])
-    new = state._replace(
-        step=np.int32(found["step"]),
-        params=params,
-        ema_params=tuple(emas),
-        opt_state=opt_state,
-    )
-    return jax.tree.map(
-        lambda x, s: x if isinstance(x, jax.Array) else sharding.place(x, s), new, shardings
-    )

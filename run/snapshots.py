@@ -10,8 +10,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from run import checkpoint
-from run.layout import snapshots as folder
+from run import checkpoint, layout
 from utils import averages
 
 
@@ -30,50 +29,50 @@ class Writer(checkpoint.Checkpointer):
     """
 
     def __init__(self, workdir, sigmas, step):
-        super().__init__(folder(workdir), kept=None)
-        self.folder, self.sigmas = folder(workdir), list(sigmas)
-        for later in checkpoint.steps(self.folder):
+        super().__init__(layout.snapshots(workdir), kept=None)
+        self.folder, self.sigmas = layout.snapshots(workdir), list(sigmas)
+        for later in layout.steps(self.folder):
             if later > step:
                 self._manager.delete(later)
 
-    def save(self, step, tracked):
+    def save(self, step, ema_params):
         """Starts to write the averages after a step; does nothing where that is done already.
 
         Args:
-          tracked: a tree for each of the sigmas, float32.
+          ema_params: averages by name, those of the sigmas among them, float32.
 
         Raises:
           OSError: this or the last snapshot could not be written, in one line.
         """
-        if step not in checkpoint.steps(self.folder):
+        if step not in layout.steps(self.folder):
             plain = {"data": {}, "config": {"ema_sigma": self.sigmas}}
-            self.write(step, {"ema_params": _halved(tuple(tracked))}, plain)
+            tracked = {name: ema_params[name] for name in averages.names((), self.sigmas)}
+            self.write(step, {"ema_params": _halved(tracked)}, plain)
 
 
-def reconstruct(workdir, step, sigmas, tracked, sigma):
+def reconstruct(workdir, step, tracked, sigma):
     """The average of the profile `sigma` at a step of a run, a tree float32 on the devices.
 
     Args:
       workdir: of the run, whose snapshots before `step` are used.
       step: of the tracked averages.
-      sigmas: their sigma_rel.
-      tracked: a tree on the devices for each of these, float32.
+      tracked: sigma_rel -> a tree on the devices, float32.
 
     Raises:
       DamagedError: a snapshot cannot be read.
     """
-    root = folder(workdir)
-    known = [time for time in checkpoint.steps(root) if 0 < time < step]
+    root = layout.snapshots(workdir)
+    known = [time for time in layout.steps(root) if 0 < time < step]
     inputs = [(time, s) for time in known for s in _sigmas(root, time)]
-    inputs += [(step, s) for s in sigmas]
+    inputs += [(step, s) for s in tracked]
     found = averages.coefficients(*zip(*inputs, strict=True), step, sigma)
     logging.info(
         "sigma_rel %g from %d snapshots of %s: sum of the absolute coefficients %.1f",
         sigma, len(inputs), sorted({s for _, s in inputs}), abs(found).sum(),
     )  # fmt: skip
-    total, place = None, 0
+    total, place, now = None, 0, list(tracked.values())
     for time in [*known, step]:
-        trees = tracked if time == step else _read(root, time, tracked[0])
+        trees = now if time == step else _read(root, time, now[0])
         weights = jnp.array(found[place : place + len(trees)], jnp.float32)
         total = _add(total, weights, tuple(trees))
         place += len(trees)
@@ -95,11 +94,12 @@ def _sigmas(root, time):
 
 
 def _read(root, time, like):
+    """Reads the averages of a snapshot as a list, in the order of `_sigmas`."""
     plain = checkpoint.read_plain(root, time)
+    names = averages.names((), plain["config"]["ema_sigma"])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16, sharding=x.sharding), like
     )
-    targets = {"ema_params": tuple(target for _ in plain["config"]["ema_sigma"])}
-    arrays = checkpoint.read_arrays(root, time, targets)
+    arrays = checkpoint.read_arrays(root, time, {"ema_params": dict.fromkeys(names, target)}, names)
     checkpoint.verify(root, time, arrays, plain)
-    return arrays["ema_params"]
+    return [arrays["ema_params"][name] for name in names]

@@ -1,20 +1,87 @@
 """Weights of any origin: loading, choosing a set, beginning with them, placing on devices."""
 
+import logging
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from formats import hugging_face, published, published_cifar, published_imf, sit, start
 from models import dit
 from run import astray, checkpoint, layout, snapshots
-from utils import files, sharding, trees
+from utils import averages, files, sharding, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
 
-def _run(path, optimizer, step=None):
-    found = {"opt_state": None} | checkpoint.restore_weights(path, step, optimizer)
-    training = found["config"].get("training", {})
-    found |= {"ema_vals": training.get("ema_val", ()), "ema_sigmas": training.get("ema_sigma", ())}
-    return found | {"latents": _latents(found["config"])}
+class Weights(NamedTuple):
+    """Weights of a network, and what is known of them; trees are nested dicts."""
+
+    step: int
+    params: Any  # None where there are averages alone
+    ema_params: dict[str, Any]  # averages by name (utils/averages.py); `ema` of an unknown decay
+    ema: str  # the name of the first of them, which `ema` stands for
+    opt_state: dict | None = None  # {"count", "mu", "nu"} of Adam, where stored and asked for
+    config: dict | None = None  # the options of the run, nested; None: not told
+    identity: dict = {}  # what the run was made from, see run/checkpoint.py; {}: not told
+    latents: list = SD_FACTOR  # mean and standard deviation by channel that latents have
+    workdir: Any = None  # of the run
+    configs: tuple[str, ...] = ()  # files of configs/ that weights without options may belong to
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def of_run(workdir, step=None, optimizer=False):
+    """Reads the `Weights` of a run, without its model or devices, as numpy arrays.
+
+    Args:
+      workdir: the folder of the run.
+      step: which checkpoint; the newest that is whole by default.
+      optimizer: whether to read the moments of Adam too.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      DamagedError: there is, but none that is whole.
+    """
+    available = layout.steps(workdir)
+    if not available or (step is not None and step not in available):
+        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+        raise FileNotFoundError(
+            f"{layout.folder(workdir)} does not hold {wanted} (found: {available})"
+        )
+    damage = None
+    for candidate in [step] if step is not None else reversed(available):
+        try:
+            return _of_checkpoint(workdir, candidate, optimizer)
+        except checkpoint.DamagedError as error:
+            logging.warning("%s", error)
+            damage = damage or error
+    raise damage
+
+
+def _of_checkpoint(workdir, step, optimizer):
+    items = checkpoint.ARRAYS if optimizer else ("params", "ema_params")
+    plain = checkpoint.read_plain(workdir, step)
+    training = plain["config"].get("training", {})
+    names = averages.names(training.get("ema_val", ()), training.get("ema_sigma", ()))
+    arrays = checkpoint.read_arrays(workdir, step, dict.fromkeys(items), names)
+    checkpoint.verify(workdir, step, arrays, plain)
+    return Weights(
+        step, arrays["params"], arrays["ema_params"], ema=names[0],
+        opt_state=_find_adam(arrays["progress"]) if optimizer else None,
+        config=plain["config"], identity=plain["identity"],
+        latents=_latents(plain["config"]), workdir=workdir,
+    )  # fmt: skip
+
+
+def _find_adam(tree):
+    """Returns the part of a tree of dicts and lists that holds the moments of Adam; or None."""
+    if isinstance(tree, dict):
+        if {"count", "mu", "nu"} <= tree.keys():
+            return {name: tree[name] for name in ("count", "mu", "nu")}
+        tree = list(tree.values())
+    found = [_find_adam(part) for part in tree] if isinstance(tree, list) else []
+    return next((part for part in found if part), None)
 
 
 def _latents(saved):
@@ -24,41 +91,43 @@ def _latents(saved):
 
 def _exported(path, optimizer):
     found = hugging_face.load(hugging_face.find(path))
-    tree, options, name = found.pop("tree"), found.pop("options"), found.pop("weights")
+    options, name = found["options"], found["weights"]
     decays = options.get("training", {}).get("ema_val", ())[:1] if name == "ema" else ()
-    return found | {
-        "params": tree if name == "params" else None,
-        "ema_params": (tree,),
-        "ema_vals": decays,
-        "opt_state": None,
-        "config": options,
-        "latents": _latents(options),
-    }
+    (ema,) = averages.names(decays) or ("ema",)
+    return Weights(
+        found["step"], found["tree"] if name == "params" else None, {ema: found["tree"]}, ema,
+        config=options, identity=found["identity"], latents=_latents(options),
+    )  # fmt: skip
 
 
 def _improved(path, optimizer):
     found = published_imf.load(published_imf.find(path), optimizer)
     latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
-    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": latents}
-    return found | {"configs": ("imf_b2", "imf_m2", "imf_l2", "imf_xl2")}
+    return _published(found, latents=latents, configs=("imf_b2", "imf_m2", "imf_l2", "imf_xl2"))
 
 
 def _meanflow(path, optimizer):
-    found = published.load(path)
-    found |= {"ema_params": (found["ema_params"],), "ema_vals": (), "latents": SD_FACTOR}
-    return found | {"configs": ("run_b4", "run_b2", "run_m2", "run_l2", "run_xl2")}
+    configs = ("run_b4", "run_b2", "run_m2", "run_l2", "run_xl2")
+    return _published(published.load(path), configs=configs)
 
 
 def _cifar(path, optimizer):
-    return published_cifar.load(path) | {"latents": SD_FACTOR, "configs": ("cifar10_unet",)}
+    found = published_cifar.load(path)
+    names = averages.names(published_cifar.AVERAGES.values())
+    ema_params = dict(zip(names, found["ema_params"], strict=True))
+    configs = ("cifar10_unet",)
+    return Weights(found["step"], found["params"], ema_params, names[0], configs=configs)
 
 
-# (recognises(path), read(path, optimizer)); the first that recognises a path reads it, and the last
-# one says what there might have been. What is read is as from `load`, with `latents` beside it: by
-# which mean and standard deviation of each channel they were normalised; and, where it does not
-# tell its options, `configs`: the names of those that it may belong to.
+def _published(found, **more):
+    """Returns the `Weights` of a published checkpoint, whose one average has an unknown decay."""
+    return Weights(**found | {"ema_params": {"ema": found["ema_params"]}}, ema="ema", **more)
+
+
+# (recognises(path), read(path, optimizer) -> `Weights`), tried in order; the last one raises the
+# error for a path that none recognises.
 READERS = (
-    (checkpoint.steps, _run),
+    (layout.steps, lambda path, optimizer: of_run(path, None, optimizer)),
     (hugging_face.find, _exported),
     (published_imf.find, _improved),
     (published_cifar.is_published, _cifar),
@@ -67,51 +136,42 @@ READERS = (
 
 
 def read(path, optimizer=False, step=None):
-    """`load` without a model: the weights are whatever the path holds; `step`: of a run."""
+    """Reads `Weights` as `load` does, but without a model; `step`: the checkpoint of a run."""
     astray.check(path)
     if step is not None:
-        found = _run(path, optimizer, step)
-    else:
-        found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
-    return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
+        return of_run(path, step, optimizer)
+    return next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
 
 
 def options(path):
-    """The options that weights bring along, nested; None where they tell none. Without devices."""
+    """Reads the options of weights, nested; None where they tell none. Needs no devices."""
     if layout.steps(path):
         return layout.options(path)
     exported = hugging_face.find(path)
     return hugging_face.read_config(exported)["options"] if exported else None
 
 
-def load(path, shapes, config, optimizer=False, may_lack=()):
-    """The weights of a run or of a published checkpoint, as numpy trees of the model's `shapes`.
+def load(path, shapes, data, optimizer=False, may_lack=()):
+    """Reads the `Weights` of a run or of a published checkpoint, for a network of these `shapes`.
 
     Args:
       path: a run's workdir, a published checkpoint (its file, or the folder that holds it), or
         what was exported in the Hugging Face layout.
-      shapes: the tree of the model's parameters as `ShapeDtypeStruct`.
-      config: the whole config, which has to agree with what is known of the weights.
+      shapes: the tree of the network's parameters as `ShapeDtypeStruct`.
+      data: the options `dataset`, which have to agree with what is known of the weights.
       optimizer: whether to read Adam's moments too.
       may_lack: first names of parameters that may be missing, all of them together.
 
-    Returns:
-      A dict of `step`, `params`, `ema_params` (a tuple, a tree for each decay, then for each
-      profile), `ema_vals` (the decays, empty where the file does not say), `ema_sigmas` (the
-      profiles), `workdir` (of the run), `opt_state` ({"count", "mu", "nu"} of Adam where asked for
-      and stored, else None), `config` (the options of the run, nested, or None) and `identity`
-      (what the run was made from, see run/checkpoint.py; {} where it does not say).
-
     Raises:
-      FileNotFoundError, ValueError: nothing there, or weights of another model or data.
+      FileNotFoundError, ValueError: nothing there, or weights of another network or data.
     """
-    return checked(read(path, optimizer), path, shapes, config, may_lack)
+    return checked(read(path, optimizer), path, shapes, data, may_lack)
 
 
-def checked(weights, path, shapes, config, may_lack=()):
-    """What `read` gives of a path, held against a model's `shapes` and a config; see `load`."""
-    check_latents(path, weights["latents"], config.dataset)
-    for name, tree in (("params", weights["params"]), ("ema_params", weights["ema_params"][0])):
+def checked(weights, path, shapes, data, may_lack=()):
+    """Returns the `Weights` that `read` gives of a path; raises where `load` would."""
+    check_latents(path, weights.latents, data)
+    for name, tree in (("params", weights.params), ("ema_params", choose(weights, "ema"))):
         if name == "params" and tree is None:  # a published file of averages alone
             continue
         check_parameters(f"{name} of {path}", shapes, tree, may_lack)
@@ -119,13 +179,13 @@ def checked(weights, path, shapes, config, may_lack=()):
 
 
 def check_parameters(where, shapes, tree, may_lack):
-    """Raises ValueError where a tree is not one of the model's; see `load`."""
+    """Raises ValueError where a tree is not one of the network's parameters; see `load`."""
     there = shapes if may_lack and tree.keys() & set(may_lack) else without(shapes, may_lack)
     trees.check_tree(there, tree, f"{where}: not the weights of the configured model")
 
 
 def without(tree, names):
-    """A tree without the entries of these first names."""
+    """Returns a tree without the entries of these first names."""
     return {name: part for name, part in tree.items() if name not in names}
 
 
@@ -168,7 +228,7 @@ def begin(config, module, fresh):
         raise ValueError(f"init_format: {path} is no .pt file: leave it empty")
     else:
         weights = read(path)
-        latents, chosen = weights["latents"], choose(weights, name, "init_weights")
+        latents, chosen = weights.latents, choose(weights, name, "init_weights")
         arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
         found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
     check_latents(path, latents, config.dataset)
@@ -184,61 +244,58 @@ def _check_positions(positions, path):
         raise ValueError(f"{path}: pos_embed is not the fixed embedding of sines and cosines")
 
 
+# Choosing -------------------------------------------------------------------------------------
+
+
 def choose(weights, name, option="fid.weights"):
-    """One set of weights by its name: `params`, `ema` (the first average), `ema_DECAY`, or
-    `ema_sigmaS` for a power-function average, which is reconstructed where it was not tracked.
+    """Returns one set of weights by its name: `params`, `ema` or an average as `Weights` names it.
+
+    A power-function average `ema_sigmaS` is reconstructed where it was not tracked.
 
     Args:
-      weights: from `place` where it has to be reconstructed.
+      weights: `Weights`, from `place` where one has to be reconstructed.
 
     Raises:
       ValueError: there is no such set; `option` asked for it.
     """
     check_name(weights, name, option)
-    if name.startswith("ema_sigma"):
-        return _profile(weights, float(name.removeprefix("ema_sigma")))
-    return _named(weights)[name]
-
-
-def _named(weights):
-    averages = weights["ema_params"]
-    decays = zip(weights["ema_vals"], averages, strict=False)
-    named = {f"ema_{decay}": average for decay, average in decays}
-    params = {} if weights["params"] is None else {"params": weights["params"]}
-    return params | {"ema": averages[0], **named}
+    sigma = averages.sigma_of(name)
+    if sigma is None:
+        return _sets(weights)[name]
+    tracked = profiles(weights)
+    if sigma in tracked:
+        return tracked[sigma]
+    return snapshots.reconstruct(weights.workdir, weights.step, tracked, sigma)
 
 
 def check_name(weights, name, option="fid.weights"):
     """Raises ValueError where there is no such set of weights; `option` asked for it."""
-    if name.startswith("ema_sigma"):
+    if averages.sigma_of(name) is not None:
         if not profiles(weights):
             raise ValueError(
                 f"{option}: {name} needs a run that tracked such averages (training.ema_sigma)"
             )
-    elif name not in _named(weights):
-        raise ValueError(f"{option}: {name!r} is none of {', '.join(_named(weights))}")
+    elif name not in _sets(weights):
+        raise ValueError(f"{option}: {name!r} is none of {', '.join(_sets(weights))}")
+
+
+def _sets(weights):
+    params = {} if weights.params is None else {"params": weights.params}
+    decays = {k: tree for k, tree in weights.ema_params.items() if averages.sigma_of(k) is None}
+    return params | {"ema": weights.ema_params[weights.ema]} | decays
 
 
 def profiles(weights):
-    """The power-function averages that were tracked: sigma_rel -> tree."""
-    sigmas = weights.get("ema_sigmas", ())
-    count = len(sigmas)
-    averages = weights["ema_params"][-count:] if count else ()
-    return dict(zip(sigmas, averages, strict=True))
-
-
-def _profile(weights, sigma):
-    known = profiles(weights)
-    if sigma in known:
-        return known[sigma]
-    sigmas, averages = zip(*known.items(), strict=True)
-    return snapshots.reconstruct(weights["workdir"], weights["step"], sigmas, averages, sigma)
+    """Returns the power-function averages that were tracked: sigma_rel -> tree."""
+    found = {averages.sigma_of(name): tree for name, tree in weights.ema_params.items()}
+    return {sigma: tree for sigma, tree in found.items() if sigma is not None}
 
 
 def place(weights, mesh):
-    """The trees of `load` on the devices."""
+    """Returns the `Weights` with parameters and averages on the devices."""
 
     def on_devices(tree):
         return sharding.place(tree, sharding.by_parameter(mesh, tree))
 
-    return weights | {name: on_devices(weights[name]) for name in ("params", "ema_params")}
+    params, ema_params = map(on_devices, (weights.params, weights.ema_params))
+    return weights._replace(params=params, ema_params=ema_params)

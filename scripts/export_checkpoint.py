@@ -26,7 +26,7 @@ from configs import default, load_config
 from configs.saved import flat, of_run
 from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
 from models import dit
-from run import checkpoint, layout, results
+from run import layout, results
 from run import weights as weights_of
 from utils import files, signals, trees
 
@@ -54,9 +54,9 @@ def export(source, folder, step=None, form=None, **chosen):
     elif published.is_published(source):
         state = published.load(source)
     else:
-        found = checkpoint.restore_weights(source, step, optimizer=True)
-        state = {name: found[name] for name in ("step", "params", "opt_state")}
-        state["ema_params"] = found["ema_params"][0]
+        found = weights_of.of_run(source, step, optimizer=True)
+        state = {"step": found.step, "params": found.params, "opt_state": found.opt_state}
+        state["ema_params"] = weights_of.choose(found, "ema")
     if "u_blocks" not in state["ema_params"]:
         return published.export(**state, folder=folder, form=form or "msgpack")
     if form not in (None, "orbax"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import main
-from run import checkpoint
+from run import checkpoint, layout
 from utils import dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ def checkpoints(workdir):
     import jax
 
     found = {}
-    for step in checkpoint.steps(workdir):
+    for step in layout.steps(workdir):
         arrays = checkpoint.read_arrays(workdir, step, dict.fromkeys(checkpoint.ARRAYS))
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
             found[step, jax.tree_util.keystr(path)] = leaf

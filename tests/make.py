@@ -10,6 +10,7 @@ import parts
 from configs import default, load_config
 from models import attention, card, network
 from run import checkpoint
+from utils import averages
 
 PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
 PIXELS += ["dataset.vae=none"]
@@ -74,7 +75,7 @@ def run(workdir, *words, steps=(20,)):
             checkpointer.save(
                 step,
                 params=jax.tree.map(lambda a, step=step: a + np.float32(step / 1000), weights),
-                ema_params=(weights,) * len(options.training.ema_val),
+                ema_params=dict.fromkeys(averages.names(options.training.ema_val), weights),
                 progress={"step": np.int32(step)},
                 data={},
                 config=options.to_dict(),
@@ -87,5 +88,5 @@ class State(NamedTuple):
 
     step: int
     params: dict
-    ema_params: tuple
+    ema_params: dict
     opt_state: tuple

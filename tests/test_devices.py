@@ -27,10 +27,10 @@ def numbers(fsdp):
     """Losses and gradients of a few steps, and samples, on all devices."""
     mesh = sharding.make_mesh(fsdp)
     net = small_net()
-    function = network.function(net, sharding.gather(mesh))
+    function, gather = network.function(net), sharding.gather(mesh)
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
     method = make.method(num_classes=CLASSES)
-    recipe = train.Recipe(function, method, codec.Codec(), optimizer, (0.9,))
+    recipe = train.Recipe(function, method, codec.Codec(), optimizer, (0.9,), gather=gather)
     state = jax.device_get(train.fresh_state(recipe, make.params(net, SHAPE)))
     shardings = sharding.by_parameter(mesh, state)
     state = sharding.place(state, shardings)
@@ -51,7 +51,7 @@ def numbers(fsdp):
         losses.append(float(state.sums["loss"]))
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
-    model = parts.Parts(mesh, net, function, method, codec.Codec(), SHAPE, CLASSES)
+    model = parts.Parts(mesh, net, function, gather, method, codec.Codec(), SHAPE, CLASSES)
     renderer = sample.Renderer(model, vae.load("none"), 3, 16 // mesh.size)
     setting = sample.Setting("ode", sample_times(2))
     images = np.concatenate(list(renderer(state.params, np.arange(20) % CLASSES, setting)))

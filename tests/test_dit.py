@@ -68,8 +68,8 @@ def test_training_with_an_attention_that_has_no_jvp(monkeypatch, share):
     def gradient(dtype, **options):
         net = dit.DiT(2, 16, 2, patch_size=2, num_classes=CLASSES, dtype=dtype, **options)
         params = make.params(net, SHAPE)
-        given = {"y": jnp.arange(8) % CLASSES}
-        loss = lambda p: method.loss(network.function(net), p, x, given, draws, {})[0]  # noqa: E731
+        given, function = {"y": jnp.arange(8) % CLASSES}, network.function(net)
+        loss = lambda p: method.loss(function, net.cast(p), x, given, draws, {})[0]  # noqa: E731
         grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
         return np.concatenate([np.asarray(g, np.float64).ravel() for g in grads])
 

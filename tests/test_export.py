@@ -98,20 +98,20 @@ def test_jobs_take_it(run, exported):
     adopted = inherit.adopt(config, "nowhere", load_config.given(argv))
     assert adopted.model.hidden_size == 16 and adopted.dataset.vae == "none"
     model = parts.make(adopted)
-    found = weights.load(str(exported), model.param_shapes(), adopted)
-    assert found["params"] is None and found["ema_vals"] == [0.9999]
+    found = weights.load(str(exported), model.param_shapes(), adopted.dataset)
+    assert found.params is None and found.ema_params.keys() == {"ema_0.9999"}
     with adopted.unlocked():
         adopted.init_from = str(exported)
     fresh = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), model.param_shapes())
     begun, line = weights.begin(adopted, model.module, fresh)
-    assert_equal(begun, found["ema_params"][0])
-    state = make.State(0, fresh, (fresh,), ())
+    assert_equal(begun, weights.choose(found, "ema"))
+    state = make.State(0, fresh, {"ema_0.5": fresh}, ())
     shardings = jax.tree.map(
         lambda leaf: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state
     )
-    state = resume.from_weights(state, found, shardings, (0.5,))
+    state = resume.from_weights(state, found, shardings)
     assert_equal(state.params, begun)
-    assert_equal(state.ema_params[0], begun)
+    assert_equal(state.ema_params["ema_0.5"], begun)
 
 
 def test_the_card(exported, run):

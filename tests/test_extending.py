@@ -74,8 +74,8 @@ def test_a_backbone_trains_and_samples(chosen, tmp_path, method):
     assert state.params["Embed_0"]["embedding"].shape == (4, 8)
     assert (workdir / "samples" / "grid_00000002.png").exists()
     assert (workdir / "results.json").exists()
-    found = weights.load(workdir, jax.eval_shape(lambda: state.params), config)
-    jax.tree.map(np.testing.assert_array_equal, found["params"], state.params)
+    found = weights.load(workdir, jax.eval_shape(lambda: state.params), config.dataset)
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
 
 def test_an_objective_without_jvp_agrees_with_the_one_with(convnet, difference):

@@ -17,7 +17,7 @@ from jobs import (
     wait,
 )
 
-from run import checkpoint
+from run import checkpoint, layout
 from run import results as stored
 from utils import dataset, processes
 
@@ -48,7 +48,7 @@ def test_the_life_of_a_run(jobs, unbroken):
     """Preempted, out of space, killed while it writes a checkpoint; and equal in the end."""
     workdir = jobs.folder / "run"
     (process,) = jobs.start(workdir)
-    until(lambda: checkpoint.steps(workdir), process)
+    until(lambda: layout.steps(workdir), process)
     process.send_signal(signal.SIGSTOP)
     statuses, (text,) = jobs.run(workdir)  # one more in the same folder
     assert statuses == [1] and process.poll() is None
@@ -60,7 +60,7 @@ def test_the_life_of_a_run(jobs, unbroken):
     (text,) = outputs(workdir)
     assert "stopped as asked" in text and "Traceback" not in text
     before = checkpoints(workdir)
-    assert before and checkpoint.steps(workdir)[-1] < LAST
+    assert before and layout.steps(workdir)[-1] < LAST
 
     # No file may grow beyond 40 kB: the log goes on, a checkpoint does not fit.
     (process,) = jobs.start(workdir)
@@ -140,7 +140,7 @@ def torture(jobs, name, count, kills, seed, unbroken):
         statuses = wait(started)
         assert all(status in (0, 75, -6, -9) for status in statuses), outputs(workdir, count)
         killed += -9 in statuses
-        if 0 in statuses and checkpoint.steps(workdir)[-1] == LAST and killed < kills:
+        if 0 in statuses and layout.steps(workdir)[-1] == LAST and killed < kills:
             checkpoint_of_the_end(workdir)
     jobs.train(workdir, count=count)
     assert_equal_runs(unbroken, workdir)
@@ -189,4 +189,4 @@ def test_a_damaged_shard_is_named(jobs):
     (text,) = outputs(workdir)
     line = [line for line in text.splitlines() if line.startswith("error: ")][-1]
     assert shard.name in line and "Traceback" not in text
-    assert checkpoint.steps(workdir)
+    assert layout.steps(workdir)

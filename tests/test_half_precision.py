@@ -20,7 +20,9 @@ METHOD = make.method(num_classes=10)
 def make_recipe(dtype, **options):
     net = dit.DiT(2, 64, num_heads=2, patch_size=2, num_classes=10, dtype=dtype, **options)
     optimizer = optax.adamw(2e-3, b2=0.95)
-    return net, train.Recipe(network.function(net), METHOD, codec.Codec(), optimizer, (0.9,))
+    return net, train.Recipe(
+        network.function(net), METHOD, codec.Codec(), optimizer, (0.9,), gather=net.cast
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,9 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
     net = dit.DiT(1, 32, 1, 2, num_classes=10, dtype=jnp.bfloat16, half_residual=True)
     optimizer = optax.adamw(2e-3, b2=0.95)
     method = make.method(num_classes=10, guidance_eq="none")
-    recipe = train.Recipe(network.function(net), method, codec.Codec(), optimizer, (0.9,))
+    recipe = train.Recipe(
+        network.function(net), method, codec.Codec(), optimizer, (0.9,), gather=net.cast
+    )
     step = jax.jit(lambda *args: train.train_step(recipe, jax.random.key(1), *args))
     pixels = np.random.RandomState(0).randint(0, 256, (4, 8, *SHAPE)).astype(np.uint8)
     batches = [{"image": image, "label": np.arange(8, dtype=np.int32)} for image in pixels]
@@ -134,7 +138,7 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
         resume.save(checkpointer, state, {"position": 2}, config)
     shapes = jax.eval_shape(lambda: state)
     targets = sharding.with_shardings(shapes, sharding.by_parameter(sharding.make_mesh(1), shapes))
-    again, place = resume.restore(config, tmp_path, targets)
+    again, place, _ = resume.restore(config, tmp_path, targets, {})
     assert place == {"position": 2}
     for batch in batches[2:]:
         state, again = step(state, batch), step(again, batch)

@@ -81,7 +81,9 @@ def test_of_a_large_set_one_record_that_differs_is_known_by_the_note(tmp_path, m
     assert one["sample"] == other["sample"] and one["content"] != other["content"]
     with pytest.raises(ValueError, match="other records than dataset.root holds now"):
         identity.check_run({"records": one}, {"records": other}, "run")
-    identity.check_run({"records": {"sample": one["sample"]}}, {"records": other}, "run")
+    known = {"records": {"sample": one["sample"]}, "autoencoder": {"name": "a"}}
+    more = identity.check_run(known, now := {"records": other, "autoencoder": {}}, "run")
+    assert more == {"autoencoder": {"name": "a"}} and not now["autoencoder"]
 
 
 def test_a_run_goes_on_with_its_own_records_alone(trained, tmp_path, capsys):

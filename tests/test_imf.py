@@ -19,7 +19,7 @@ from test_faults import until
 import parts
 import train
 from models import card, codec, network
-from run import checkpoint
+from run import layout
 from utils import sharding
 
 BATCH, STEPS = 16, 2
@@ -213,7 +213,7 @@ def test_between_blocks_is_the_type_of_the_products(half):
     model = model_of(f"training.half_precision={half}")
     params, x, y = batch_of(model)
     c = {"y": y} | dict.fromkeys(("t", "h", "omega", "t_min", "t_max"), jnp.full(BATCH, 0.5))
-    equations = jax.make_jaxpr(model.net)(params, (x, c)).eqns
+    equations = jax.make_jaxpr(model.net)(model.module.cast(params), (x, c)).eqns
     stacks = [e.outvars[0].aval.dtype for e in equations if e.primitive.name == "scan"]
     assert stacks == [jnp.bfloat16 if half else jnp.float32] * 3  # the trunk and two heads
 
@@ -229,6 +229,7 @@ def gradient():
         net = network.function(model.module.clone(**options))
 
         def loss(params):
+            params = model.module.cast(params)
             return model.method.loss(net, params, x, {"y": y}, draws, {})[0]
 
         return flatten(jax.jit(jax.grad(loss))(params))
@@ -261,7 +262,9 @@ def numbers(fsdp):
     model = model_of(mesh=sharding.make_mesh(fsdp))
     params, x, _ = batch_of(model)
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
-    recipe = train.Recipe(model.net, model.method, codec.Codec(), optimizer, (0.9,))
+    recipe = train.Recipe(
+        model.net, model.method, codec.Codec(), optimizer, (0.9,), gather=model.gather
+    )
     state = jax.device_get(train.fresh_state(recipe, params))
     shardings = sharding.by_parameter(model.mesh, state)
     image = np.asarray(jnp.clip(x * 60 + 128, 0, 255), np.uint8)
@@ -308,7 +311,7 @@ def test_a_run_that_is_killed_and_a_sweep_of_guidance(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     jobs.train(whole, options)
     (process,) = jobs.start(killed, options)
-    until(lambda: checkpoint.steps(killed), process)
+    until(lambda: layout.steps(killed), process)
     process.kill()
     assert wait([process]) == [-signal.SIGKILL]
     jobs.train(killed, options)

@@ -22,8 +22,8 @@ from methods import alphaflow
 from models import network
 from models.network import Velocity
 from run import best as best_of
-from run import checkpoint, resume, weights
 from run import config as run_config
+from run import layout, resume, weights
 
 MEMBERS = {
     "trajectory": {},
@@ -215,7 +215,7 @@ def test_resuming_in_the_middle_of_the_schedule_changes_no_bit(records, tmp_path
     options = {"method.name": "alphaflow", "method.alpha_end": 24, "fid.on_training": False}
     config = config_of(records, **options, **{"training.checkpoint_per_step": 13})
     whole = train.train_job(config, tmp_path)
-    assert checkpoint.steps(tmp_path) == [13, 24]
+    assert layout.steps(tmp_path) == [13, 24]
     shutil.rmtree(tmp_path / "checkpoints" / "24")
     jax.tree.map(np.testing.assert_array_equal, train.train_job(config, tmp_path), whole)
 
@@ -238,7 +238,7 @@ def finished(records, tmp_path_factory):
 
 def test_cadences_in_steps(finished):
     _, _, folder = finished
-    assert checkpoint.steps(folder) == [3, 4, 6]  # the newest three of 2, 3, 4 and 6
+    assert layout.steps(folder) == [3, 4, 6]  # the newest three of 2, 3, 4 and 6
     grids = sorted(path.name for path in (folder / "samples").glob("grid_*"))
     assert grids == [f"grid_0000000{n}{steps}.png" for n in (4, 6) for steps in ("", "_2step")]
     results = json.loads((folder / "results.json").read_text())
@@ -254,17 +254,17 @@ def test_the_best_checkpoint_stays_and_can_be_loaded(finished, tmp_path):
     about = json.loads((folder / "best" / "best.json").read_text())
     how = about.pop("measure")
     assert about == {"metric": "fid", "value": best["fid"], "step": best["checkpoint_step"]}
-    assert weights.read(folder / "best")["step"] == best["checkpoint_step"]
+    assert weights.read(folder / "best").step == best["checkpoint_step"]
     # Worse ones change nothing, better ones take its place.
     best_of.keep_best(folder, 3, "fid", best["fid"] + 1, measure=how)
-    assert checkpoint.steps(folder / "best") == [best["checkpoint_step"]]
+    assert layout.steps(folder / "best") == [best["checkpoint_step"]]
     best_of.keep_best(folder, 3, "fid", best["fid"] - 1, measure=how)
-    assert checkpoint.steps(folder / "best") == [3]
+    assert layout.steps(folder / "best") == [3]
     best_of.keep_best(folder, 4, "fid", best["fid"] + 1, measure="another evaluator")
-    assert checkpoint.steps(folder / "best") == [4]
+    assert layout.steps(folder / "best") == [4]
     best_of.keep_best(folder, 6, "precision", 0.5, True)  # another metric begins anew
     best_of.keep_best(folder, 4, "precision", 0.6, True)
-    assert checkpoint.steps(folder / "best") == [4]
+    assert layout.steps(folder / "best") == [4]
 
 
 def test_beginning_with_the_weights_of_a_run(records, finished, tmp_path, caplog):
@@ -273,13 +273,15 @@ def test_beginning_with_the_weights_of_a_run(records, finished, tmp_path, caplog
         records, **{"init_from": folder, "training.num_steps": 0, "training.ema_val": "0.9,0.99"}
     )
     model = parts.make(config)
-    recipe, _ = train.make_recipe(config, model, 10)
+    recipe, _ = train.make_recipe(config.training, model, 10)
     init = partial(train.init_state, recipe, model.module, model.image_shape)
+    (average,) = state.ema_params.values()
     with caplog.at_level("INFO"):
-        begun, _, place = resume.start(config, tmp_path, model.mesh, model.module, init)
+        begun, place, _ = resume.start(config, tmp_path, model.mesh, model.module, init, {})
     assert int(begun.step) == 0 and place is None
-    for tree in (begun.params, *begun.ema_params):
-        jax.tree.map(np.testing.assert_array_equal, tree, state.ema_params[0])
+    assert begun.ema_params.keys() == {"ema_0.9", "ema_0.99"}
+    for tree in (begun.params, *begun.ema_params.values()):
+        jax.tree.map(np.testing.assert_array_equal, tree, average)
     assert not any(np.any(x) for x in jax.tree.leaves(begun.opt_state))
     assert ": 25 of 25 parameters taken" in caplog.text
 

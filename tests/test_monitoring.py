@@ -20,6 +20,7 @@ import sample
 import train
 from configs import load_config
 from optimizer import make_optimizer
+from run import cadence
 from run.metric_writer import MetricWriter
 from utils import chips, dataset, processes, train_metrics
 
@@ -253,8 +254,10 @@ def test_the_log_comes_before_what_is_looked_at(monkeypatch):
     observer, calls = observe.Observer.__new__(observe.Observer), []
     observer.flush = lambda: calls.append("flush")
     observer._draw_grid = lambda *_: calls.append("grid")
-    observer._clock = None
-    observer._look(5, types.SimpleNamespace(ema_params=[None]), grid=True, evaluation=False)
+    observer._clock, observer.average = None, "ema_0.9"
+    observer._look(
+        5, types.SimpleNamespace(ema_params={"ema_0.9": None}), grid=True, evaluation=False
+    )
     assert calls == ["flush", "grid"]
 
 
@@ -262,9 +265,10 @@ def test_the_log_comes_before_what_is_looked_at(monkeypatch):
 def test_one_process_takes_the_profile(monkeypatch, writer):
     """Several would write into one folder, and jax refuses one with two traces."""
     observer, calls = observe.Observer.__new__(observe.Observer), []
-    training = types.SimpleNamespace(profile_steps=(2, 3), log_per_step=10)
+    training = make.config("training.profile_steps=2,3", "training.num_steps=9").training
     observer.config = types.SimpleNamespace(training=training)
-    observer._pending, observer._clock, observer.total = [], (0, 0.0), 9
+    observer.when = cadence.of_run(training, False, 9 * training.batch_size)
+    observer._pending, observer._clock = [], (0, 0.0)
     observer._profile = lambda *_: calls.append("profile")
     monkeypatch.setattr(processes, "is_writer", lambda: writer)
     observer.log(1, None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jobs import STEPS_ALONE, Jobs, assert_equal_runs, metrics, outputs, results, wait
 
-from run import checkpoint
+from run import layout
 from utils import processes
 
 ENDLESS = {"training.num_steps": 10**6, "training.log_per_step": 1, **STEPS_ALONE}
@@ -123,7 +123,7 @@ def preempted(jobs):
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step(preempted):
-    step = checkpoint.steps(preempted)[-1]
+    step = layout.steps(preempted)[-1]
     logged = [line["step"] for line in metrics(preempted) if "loss" in line]
     assert logged == list(range(1, step + 1))
     assert "Traceback" not in "".join(outputs(preempted, 2))
@@ -132,7 +132,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(preempted):
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on(jobs, preempted):
     # The step is by chance: without a break, one process does as many.
-    steps = checkpoint.steps(preempted)[-1] + 2
+    steps = layout.steps(preempted)[-1] + 2
     same = {"training.num_steps": steps, "training.log_per_step": 1, **UNSAVED}
     jobs.run_here(preempted, same)
     jobs.run_here(jobs.folder / "unbroken", same)
@@ -155,7 +155,7 @@ def test_a_signal_that_comes_twice_at_once_counts_once(jobs):
         started[0].terminate()
         time.sleep(0.02)
     assert wait(started) == [processes.RESTART], outputs(workdir)
-    assert checkpoint.steps(workdir)[-1] >= 5
+    assert layout.steps(workdir)[-1] >= 5
 
 
 # Process 1 alone finds a shard damaged, after a few batches.

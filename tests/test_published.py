@@ -306,10 +306,10 @@ def test_the_script_exports_a_run_of_ours(state, tmp_path):
             checkpointer.save(
                 step,
                 params=jax.tree.map(lambda a, step=step: a + step, state["params"]),
-                ema_params=(state["ema_params"], further),
+                ema_params={"ema_0.9": state["ema_params"], "ema_0.8": further},
                 progress={"step": np.int32(step), "opt_state": [state["opt_state"], None]},
                 data={},
-                config={},
+                config={"training": {"ema_val": [0.9, 0.8]}},
             )
     argv = ["--from", str(tmp_path / "run"), "--to", str(tmp_path / "to")]
     assert export_checkpoint.main(argv) == 0

@@ -156,10 +156,10 @@ def test_without_a_head_of_v_only_sampling_is_possible(folder, states):
     model = parts.make(config)
     optional = model.module.only_for_training
     for form in FORMS:
-        found = weights.load(folder / form, model.param_shapes(), config, may_lack=optional)
-        assert_equal(found["ema_params"][0], states[form]["ema_params"])
+        found = weights.load(folder / form, model.param_shapes(), config.dataset, may_lack=optional)
+        assert_equal(found.ema_params["ema"], states[form]["ema_params"])
     with pytest.raises(ValueError, match="missing: v_blocks"):
-        weights.load(folder / "inference", model.param_shapes(), config, optimizer=True)
+        weights.load(folder / "inference", model.param_shapes(), config.dataset, optimizer=True)
     x = np.ones((1, *model.image_shape), np.float32)
     c = {"y": np.zeros(1, np.int32)} | dict.fromkeys(
         ("t", "h", *model.method.conditions), x[:, 0, 0, 0]
@@ -172,16 +172,16 @@ def test_latents_of_another_normalisation_are_refused(folder, states, golden):
     config = config_of(states["full"])
     shapes = parts.make(config).param_shapes()
     with pytest.raises(ValueError, match="normalised by latent_mean .* the factor 0.18215"):
-        weights.load(folder / "full", shapes, config)
+        weights.load(folder / "full", shapes, config.dataset)
     state = published.load(golden / "released_checkpoint" / "msgpack")
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state["params"])
     with pytest.raises(ValueError, match="normalised by the factor 0.18215, and dataset asks"):
         weights.load(
             golden / "released_checkpoint" / "msgpack",
             shapes,
-            config_of(states["full"], *LATENTS, "dataset.image_channels=4"),
+            config_of(states["full"], *LATENTS, "dataset.image_channels=4").dataset,
         )
-    weights.load(golden / "released_checkpoint" / "msgpack", shapes, config)
+    weights.load(golden / "released_checkpoint" / "msgpack", shapes, config.dataset)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,7 +7,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import optax
 import pytest
@@ -18,11 +17,12 @@ import parts
 import train
 from configs import load_config
 from formats import published
-from models import codec, dit
-from optimizer import make_optimizer
-from run import checkpoint, resume
+from models import dit
+from run import checkpoint, layout, resume
 from run import weights as weights_of
 from utils import sharding, train_metrics
+
+ROWS = ("error",)
 
 
 class State(typing.NamedTuple):
@@ -30,7 +30,7 @@ class State(typing.NamedTuple):
 
     step: jax.Array
     params: typing.Any
-    ema_params: tuple
+    ema_params: dict
     opt_state: typing.Any
     sums: dict
 
@@ -41,7 +41,9 @@ def state_of(step):
     (adam, *rest) = optax.adam(0.1).init(weights)
     # Zeros would leave files so small that the largest is one nobody reads.
     adam = (adam._replace(mu=average, nu=weights), *rest)
-    return State(jnp.int32(step), weights, (average,), adam, train_metrics.zero_sums(("error",)))
+    return State(
+        jnp.int32(step), weights, {"ema_0.98": average}, adam, train_metrics.zero_sums(ROWS)
+    )
 
 
 def config_of(*words):
@@ -62,11 +64,11 @@ def restored(workdir, config=None):
     shapes = jax.eval_shape(lambda: state_of(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), shapes)
     targets = sharding.with_shardings(shapes, shardings)
-    return resume.restore(config or config_of(), workdir, targets)
+    return resume.restore(config or config_of(), workdir, targets, {})
 
 
 def assert_is_step(found, step):
-    state, place = found
+    state, place, _ = found
     jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
     assert jax.tree.structure(state) == jax.tree.structure(state_of(step))
     assert place == {"position": step}
@@ -78,9 +80,11 @@ def assert_is_step(found, step):
 def test_the_newest_comes_back_as_it_was(workdir):
     assert_is_step(restored(workdir), 30)
     assert restored(workdir / "elsewhere") is None
-    with checkpoint.Checkpointer(workdir) as checkpointer:
+    made = {"autoencoder": {"name": "a"}}
+    with checkpoint.Checkpointer(workdir, identity=made) as checkpointer:
         resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
-    assert checkpoint.steps(workdir) == [20, 30, 40]
+    assert layout.steps(workdir) == [20, 30, 40]
+    assert restored(workdir).identity == made  # which only the checkpoint knows
 
 
 def data_file(folder):
@@ -113,11 +117,11 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, kind, caplog, capfd):
     DAMAGE[kind](workdir / "checkpoints" / "30")
     no_weights = kind in ("a bit of the optimizer", "no metadata")
-    assert checkpoint.restore_weights(workdir)["step"] == (30 if no_weights else 20)
-    assert checkpoint.steps(workdir) == [10, 20, 30]  # only the run itself may rename
+    assert weights_of.of_run(workdir).step == (30 if no_weights else 20)
+    assert layout.steps(workdir) == [10, 20, 30]  # only the run itself may rename
     caplog.clear()
     assert_is_step(restored(workdir), 20)
-    assert checkpoint.steps(workdir) == [10, 20]
+    assert layout.steps(workdir) == [10, 20]
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "checkpoints/30" in warning and "set aside as damaged-30" in warning
     assert len(warning.splitlines()) == 1 and "Traceback" not in capfd.readouterr().err
@@ -155,30 +159,30 @@ def test_without_a_whole_checkpoint_nothing_is_renamed(workdir):
     with pytest.raises(ValueError, match=r"none of the checkpoints \[10, 20, 30\]") as error:
         restored(workdir)
     assert len(str(error.value).splitlines()) == 1
-    assert checkpoint.steps(workdir) == [10, 20, 30]
+    assert layout.steps(workdir) == [10, 20, 30]
     with pytest.raises(checkpoint.DamagedError, match="checkpoints/30"):
-        checkpoint.restore_weights(workdir)
+        weights_of.of_run(workdir)
 
 
 def test_what_a_killed_job_left_half_written_is_no_checkpoint(workdir):
     unfinished = workdir / "checkpoints" / "35.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "30", unfinished)
-    assert checkpoint.steps(workdir) == [10, 20, 30]
+    assert layout.steps(workdir) == [10, 20, 30]
     assert_is_step(restored(workdir), 30)
     with checkpoint.Checkpointer(workdir) as checkpointer:
         resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
-    assert checkpoint.steps(workdir) == [20, 30, 40] and not unfinished.exists()
+    assert layout.steps(workdir) == [20, 30, 40] and not unfinished.exists()
 
 
 def test_weights_of_a_step(workdir):
-    found = checkpoint.restore_weights(workdir, 20, optimizer=True)
+    found = weights_of.of_run(workdir, 20, optimizer=True)
     expected = state_of(20)
-    jax.tree.map(np.testing.assert_array_equal, found["params"], expected.params)
-    jax.tree.map(np.testing.assert_array_equal, found["ema_params"], expected.ema_params)
-    assert found["opt_state"].keys() == {"count", "mu", "nu"}
-    jax.tree.map(np.testing.assert_array_equal, found["opt_state"]["mu"], expected.opt_state[0].mu)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, found.ema_params, expected.ema_params)
+    assert found.opt_state.keys() == {"count", "mu", "nu"}
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state["mu"], expected.opt_state[0].mu)
     with pytest.raises(FileNotFoundError, match=r"checkpoint 15 \(found: \[10, 20, 30\]\)"):
-        checkpoint.restore_weights(workdir, 15)
+        weights_of.of_run(workdir, 15)
 
 
 def test_checksums_see_every_bit_and_no_order():
@@ -208,7 +212,7 @@ def test_options_that_make_it_another_run_are_refused_together(workdir):
         assert change in line
     assert "batch_size" not in line and f"--config.load_from={workdir}" in line
     assert len(line.splitlines()) == 1
-    assert checkpoint.steps(workdir) == [10, 20, 30]
+    assert layout.steps(workdir) == [10, 20, 30]
 
 
 def test_harmless_changes_are_accepted_and_said(workdir, caplog):
@@ -256,15 +260,17 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
         "training.lr_schedule=const", "training.learning_rate=0.01", "training.warmup_steps=0"
     )
     model = parts.make(config)._replace(module=net)
-    recipe, _ = train.make_recipe(config, model, 10)
+    recipe, _ = train.make_recipe(config.training, model, 10)
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
-    loaded = weights_of.load(path, fresh.params, config, optimizer=True)
-    state = resume.from_weights(fresh, loaded, shardings, config.training.ema_val)
+    loaded = weights_of.load(path, fresh.params, config.dataset, optimizer=True)
+    state = resume.from_weights(fresh, loaded, shardings)
 
     assert int(state.step) == weights["step"]
     jax.tree.map(np.testing.assert_array_equal, state.params, weights["params"])
-    jax.tree.map(np.testing.assert_array_equal, state.ema_params, (weights["ema_params"],))
+    jax.tree.map(
+        np.testing.assert_array_equal, state.ema_params, {"ema_0.98": weights["ema_params"]}
+    )
     grads = jax.tree.map(lambda x: 0.01 * np.cos(x), state.params)
     updates, after = jax.jit(recipe.optimizer.update)(grads, state.opt_state, state.params)
 
@@ -284,32 +290,54 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
 
 def test_load_weights_takes_a_run_with_its_optimizer(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = weights_of.load(workdir, shapes, config_of(), optimizer=True)
+    data = config_of().dataset
+    weights = weights_of.load(workdir, shapes, data, optimizer=True)
     state = state_of(0)
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
-    state = resume.from_weights(state, weights, shardings, config_of().training.ema_val)
+    state = resume.from_weights(state, weights, shardings)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(30))
-    assert weights_of.load(workdir, shapes, config_of())["opt_state"] is None
+    assert weights_of.load(workdir, shapes, data).opt_state is None
 
 
 def test_averages_are_known_by_their_decays():
-    emas = ({"kernel": jnp.ones(3)}, {"kernel": jnp.zeros(3)})
-    weights = {"step": 1, "params": emas[0], "ema_params": emas, "ema_vals": [0.999, 0.9999]}
-    assert weights_of.choose(weights, "ema_0.9999") is emas[1]
+    emas = {f"ema_{decay}": {"kernel": jnp.full(3, decay)} for decay in (0.999, 0.9999)}
+    weights = weights_of.Weights(1, {"kernel": jnp.zeros(3)}, emas, "ema_0.999")
+    assert weights_of.choose(weights, "ema_0.9999") is emas["ema_0.9999"]
+    assert weights_of.choose(weights, "ema") is emas["ema_0.999"]
     with pytest.raises(ValueError, match=r"'ema_0.5' is none of params, ema, ema_0.999, ema_0.9"):
         weights_of.choose(weights, "ema_0.5")
-    state = State(jnp.int32(0), emas[0], (emas[0],) * 3, (), {})
+    names = ("ema_0.9999", "ema_0.5", "ema_0.999", "ema_sigma0.05")
+    state = State(jnp.int32(0), weights.params, dict.fromkeys(names, weights.params), (), {})
     shardings = sharding.by_parameter(sharding.make_mesh(1), state)
-    found = resume.from_weights(
-        state, weights | {"opt_state": None}, shardings, (0.9999, 0.5, 0.999)
-    ).ema_params
-    assert [float(ema["kernel"][0]) for ema in found] == [0, 1, 1]
+    found = resume.from_weights(state, weights, shardings).ema_params
+    begun = np.float32([0.9999, 0.999, 0.999, 0])
+    np.testing.assert_array_equal([found[name]["kernel"][0] for name in names], begun)
+
+
+def test_averages_that_were_written_as_a_list_have_names(tmp_path):
+    """Until 2026-11-30 they were known by their place: those of decays first, then profiles."""
+    words = ["training.ema_val=0.99,0.9", "training.ema_sigma=0.1,0.05", "training.num_steps=10"]
+    names, config = ("ema_0.99", "ema_0.9", "ema_sigma0.1", "ema_sigma0.05"), config_of(*words)
+    listed = [jax.tree.map(lambda x, i=i: x + i, state_of(10).params) for i in range(4)]
+    state = state_of(10)._replace(ema_params=listed)
+    for workdir in (tmp_path / "old", tmp_path / "new"):
+        with checkpoint.Checkpointer(workdir) as checkpointer:
+            resume.save(checkpointer, state, {"position": 10}, config)
+        state = state._replace(ema_params=dict(zip(names, listed, strict=True)))
+        weights = weights_of.of_run(workdir)
+        assert weights.ema == "ema_0.99"
+        jax.tree.map(np.testing.assert_array_equal, weights.ema_params, state.ema_params)
+        shapes = jax.eval_shape(lambda state=state: state)
+        shardings = sharding.by_parameter(sharding.make_mesh(1), shapes)
+        targets = sharding.with_shardings(shapes, shardings)
+        found = resume.restore(config, workdir, targets, {}).state
+        jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
 def test_the_decays_are_those_of_the_run(workdir):
     shapes = jax.eval_shape(lambda: state_of(0).params)
-    weights = weights_of.load(workdir, shapes, config_of())
-    assert tuple(weights["ema_vals"]) == tuple(config_of().training.ema_val)
+    weights = weights_of.load(workdir, shapes, config_of().dataset)
+    assert weights.ema_params.keys() == {"ema_0.98"} and weights.ema == "ema_0.98"
 
 
 # Numbers that go bad --------------------------------------------------------------------------
@@ -319,8 +347,8 @@ def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path, c
     jobs = Jobs(tmp_path)
     workdir = tmp_path / "run"
     jobs.run_here(workdir, STEPS_ALONE | {"training.num_steps": 8})
-    whole = checkpoint.restore_weights(workdir)
-    assert whole["step"] == 8
+    whole = weights_of.of_run(workdir)
+    assert whole.step == 8
     shutil.move(workdir, tmp_path / "good")
     other = STEPS_ALONE | {"training.learning_rate": 1e30, "load_from": tmp_path / "good"}
     capsys.readouterr()
@@ -330,59 +358,10 @@ def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path, c
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     # Step 9 makes the weights infinite in norm; it is noticed at the next line of the log.
     assert line.startswith("error: step 9: ") and "param_norm" in line and "not finite" in line
-    assert checkpoint.steps(workdir) == []
+    assert layout.steps(workdir) == []
     assert all(step["step"] < 9 for step in metrics(workdir))
     skipping = {**other, "training.skip_nonfinite": True, "training.num_steps": 12}
     jobs.run_here(workdir, skipping)
-    found = checkpoint.restore_weights(workdir)
-    jax.tree.map(np.testing.assert_array_equal, found["params"], whole["params"])
+    found = weights_of.of_run(workdir)
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
     assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 3]
-
-
-def one_step(scale=1.0, **options):
-    """A step of a network of two numbers: (state before, state after)."""
-
-    def net(params, z, t, h, y):
-        return params["a"] * z + params["b"] * t[:, None, None, None]
-
-    config = config_of(*[f"training.{name}={value}" for name, value in options.items()])
-    optimizer, _ = make_optimizer(config.training, 10)
-    skip = config.training.skip_nonfinite
-    method = make.method(guidance_eq="none")
-    recipe = train.Recipe(
-        make.as_net(net), method, codec.Codec(), optimizer, (0.9,), skip_nonfinite=skip
-    )
-    params = {"a": jnp.float32(0.5 * scale), "b": jnp.float32(-0.2 * scale)}
-    state = train.fresh_state(recipe, params)
-    images = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 1)).astype(np.uint8)
-    batch = {"image": images, "label": np.arange(8, dtype=np.int32) % 3}
-    return state, jax.jit(lambda s: train.train_step(recipe, jax.random.key(1), s, batch))(state)
-
-
-def test_gradients_are_clipped_by_their_global_norm():
-    _, free = one_step()
-    _, clipped = one_step(grad_clip=0.01)
-    norm = float(free.sums["grad_norm"])
-    assert norm > 0.1
-    assert np.isclose(clipped.sums["grad_norm"], norm)  # as it was before
-    mu, mu_free = (optax.tree.get(s.opt_state, "mu") for s in (clipped, free))
-    assert np.isclose(optax.tree.norm(mu), 0.1 * 0.01, rtol=1e-4)  # (1 - b1) times the gradient
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b * 0.01 / norm, atol=1e-9), mu, mu_free
-    )
-    _, loose = one_step(grad_clip=10 * norm)
-    jax.tree.map(np.testing.assert_array_equal, loose.params, free.params)
-
-
-def test_a_step_that_is_not_finite_is_left_out_only_where_asked():
-    before, kept = one_step(scale=1e30, skip_nonfinite=True)
-    for name in ("params", "ema_params", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(kept, name), getattr(before, name))
-    assert int(kept.step) == 1 and kept.sums["skipped"] == 1 and kept.sums["steps"] == 0
-    train_metrics.check_finite(jax.device_get(kept.sums))
-    _, spoilt = one_step(scale=1e30)
-    with pytest.raises(FloatingPointError, match=r"^step 1: loss, .* not finite"):
-        train_metrics.check_finite(jax.device_get(spoilt.sums))
-    _, fine = one_step(skip_nonfinite=True)
-    _, plain = one_step()
-    jax.tree.map(np.testing.assert_array_equal, fine, plain)

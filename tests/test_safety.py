@@ -13,7 +13,7 @@ import pytest
 from configs import load_config, strict_yaml
 from formats import published
 from metrics import inception_weights, reference
-from run import checkpoint
+from run import weights as weights_of
 from scripts import prepare_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_evil_checkpoints_are_refused_by_name(tmp_path, trace, write):
         for name in ("metadata", "_METADATA", "manifest.ocdbt", "checkpoint"):
             write(folder / name, trace)
     with pytest.raises(ValueError, match="checkpoints/7"):
-        checkpoint.restore_weights(tmp_path / "run")
+        weights_of.of_run(tmp_path / "run")
 
 
 def test_an_evil_config_is_refused_by_name(tmp_path, trace, monkeypatch):

@@ -17,7 +17,8 @@ from hypothesis import strategies as some
 import main
 import parts
 from configs import listing, load_config, strict_yaml
-from run import report
+from run import cadence, report
+from run.weights import Weights
 from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,17 +116,23 @@ def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, c
 RECORDS = SimpleNamespace(key="image", shape=(8, 8, 1), num_records=900, root="r")
 
 
+def when_of(config, steps_per_epoch):
+    records = steps_per_epoch * config.training.batch_size
+    return cadence.of_run(config.training, config.fid.on_training, records)
+
+
 def test_the_summary_of_a_run():
-    config = make.config(*TINY, "training.num_epochs=10", name="digits")
+    words = ["training.num_epochs=10", "training.num_steps=0"]
+    config = make.config(*TINY, *words, name="digits")
     model = parts.make(config)
     before = len(jax.live_arrays())
-    rows = dict(report.training(config, model, RECORDS, (7, 70)))
+    rows = dict(report.training(config, model, RECORDS, when := when_of(config, 7)))
     assert len(jax.live_arrays()) == before
     N = report.number_of(model.param_shapes())
     assert rows["network"] == f"DiT, {report.count(N)} parameters"
     assert rows["records"] == "900 images 8x8x1, 10 classes: r"
     assert rows["length"] == report.length(config.training, 7, 70)
-    assert rows["cadence"] == report.cadences(config, 7, 70)
+    assert rows["cadence"] == report.cadences(when)
 
 
 def test_parameters_that_only_train_are_counted_apart():
@@ -156,7 +163,8 @@ def test_parameters_that_only_train_are_counted_apart():
 def test_the_length_of_a_run_is_named(words, lengths, length, each):
     config = make.config("training.sample_per_epoch=1", *words.split(), name="digits")
     assert report.length(config.training, *lengths) == length
-    assert report.cadences(config, *lengths) == each
+    when = when_of(config, lengths[0])
+    assert when[:2] == lengths and report.cadences(when) == each
 
 
 def test_what_any_job_says(tmp_path):
@@ -173,7 +181,7 @@ def test_what_any_job_says(tmp_path):
     assert rows["  set by"] == (
         "the command line: training.seed, eval_only, sampling.num_steps"
     )  # fmt: skip
-    model, weights = parts.make(config), {"step": 1200}
+    model, weights = parts.make(config), Weights(1200, None, {}, "ema")
     rows = dict(report.evaluating(config, model, weights, 2, tmp_path))
     assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
     assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"

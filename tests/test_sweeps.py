@@ -18,6 +18,7 @@ from run import weights as weights_of
 from utils import averages
 
 TRACKED = (0.05, 0.10)
+PROFILES = ("ema_sigma0.05", "ema_sigma0.1")
 OPTIONS = {
     "training.ema_sigma": ",".join(map(str, TRACKED)),
     "training.ema_snapshot_per_epoch": 2,  # of 2 steps each
@@ -46,15 +47,15 @@ def arrays_of(workdir, step):
 
 
 def test_snapshots_come_in_their_own_cadence_and_half_precision(run):
-    steps = checkpoint.steps(layout.snapshots(run))
+    steps = layout.steps(layout.snapshots(run))
     assert steps == [4, 8, 12, 16, 20, 24]
-    averages = checkpoint.restore_weights(run)["ema_params"]
-    assert len(averages) == 1 + len(TRACKED)
-    for average, snapshot in zip(averages[1:], arrays_of(run, 24), strict=True):
-        for a, b in zip(*map(jax.tree.leaves, (average, snapshot)), strict=True):
+    found, snapshot = weights_of.of_run(run).ema_params, arrays_of(run, 24)
+    assert found.keys() == {"ema_0.98", *snapshot} and snapshot.keys() == set(PROFILES)
+    for name in PROFILES:
+        for a, b in zip(*map(jax.tree.leaves, (found[name], snapshot[name])), strict=True):
             assert (a.dtype, b.dtype) == (np.float32, np.float16)
             np.testing.assert_array_equal(a.astype(np.float16), b)
-    first, last = (jax.tree.leaves(tree)[0] for tree in (averages[0], averages[1]))
+    first, last = (jax.tree.leaves(found[name])[0] for name in PROFILES)
     assert np.abs(first - last).max() > 0  # each profile is its own
 
 
@@ -69,8 +70,8 @@ def test_an_interrupted_run_leaves_the_same_snapshots(jobs, run):
     (broken / "metrics.jsonl").write_text("".join(kept))
     jobs.run_here(broken, OPTIONS)
     assert_equal_runs(run, broken)
-    assert checkpoint.steps(layout.snapshots(broken)) == checkpoint.steps(layout.snapshots(run))
-    for step in checkpoint.steps(layout.snapshots(run)):
+    assert layout.steps(layout.snapshots(broken)) == layout.steps(layout.snapshots(run))
+    for step in layout.steps(layout.snapshots(run)):
         for a, b in zip(*(jax.tree.leaves(arrays_of(w, step)) for w in (run, broken)), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -89,17 +90,18 @@ def config(jobs):
 
 def test_any_profile_is_reconstructed(run, config):
     model = parts.make(config())
-    found = weights_of.load(run, model.param_shapes(), config())
+    found = weights_of.load(run, model.param_shapes(), config().dataset)
     found = weights_of.place(found, model.mesh)
     tracked = weights_of.choose(found, "ema_sigma0.05")
-    assert tracked is found["ema_params"][1]
+    assert tracked is found.ema_params["ema_sigma0.05"]
     chosen = weights_of.choose(found, "ema_sigma0.075")
     # by hand: all snapshots before the last step, and the averages of the last in full precision
-    steps = checkpoint.steps(layout.snapshots(run))
+    steps = layout.steps(layout.snapshots(run))
     times, sigmas = np.repeat(steps, 2), np.tile(TRACKED, len(steps))
     factors = averages.coefficients(times, sigmas, steps[-1], 0.075)
-    trees = [tree for step in steps[:-1] for tree in arrays_of(run, step)]
-    trees += list(checkpoint.restore_weights(run)["ema_params"][1:])
+    snapshot_of = [arrays_of(run, step) for step in steps[:-1]]
+    last = weights_of.of_run(run).ema_params
+    trees = [averages_of[name] for averages_of in (*snapshot_of, last) for name in PROFILES]
     for leaf, *parts_of in zip(*map(jax.tree.leaves, (chosen, *trees)), strict=True):
         expected = sum(f * p.astype(np.float64) for f, p in zip(factors, parts_of, strict=True))
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-5)
@@ -176,7 +178,7 @@ def test_profiles_that_there_are_not(words, message):
 
 
 def test_a_run_without_profiles_has_none_to_choose():
-    found = {"ema_params": ({},), "ema_vals": (0.9,), "ema_sigmas": (), "params": {}}
+    found = weights_of.Weights(1, {}, {"ema_0.9": {}}, "ema_0.9")
     with pytest.raises(ValueError, match="ema_sigma0.07 needs a run that tracked"):
         weights_of.choose(found, "ema_sigma0.07")
 

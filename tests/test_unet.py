@@ -145,8 +145,8 @@ def test_half_precision():
     z, c = inputs(16)
     params = perturbed(make())
     exact, half = (
-        jax.jit(network.function(make(dtype=dtype)))(params, (z, c))[0].u
-        for dtype in (jnp.float32, jnp.bfloat16)
+        jax.jit(network.function(net))(net.cast(params), (z, c))[0].u
+        for net in (make(dtype=jnp.float32), make(dtype=jnp.bfloat16))
     )
     error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
     assert half.dtype == jnp.float32 and 1e-5 < error < 2e-2, error
@@ -275,14 +275,15 @@ def write_checkpoint(path, changed=None):
 
 def load(path):
     config = load_config.get_config("cifar10_unet")
-    return weights.load(path, network.param_shapes(make(), SHAPE), config)
+    return weights.load(path, network.param_shapes(make(), SHAPE), config.dataset)
 
 
 def test_published_checkpoint(tmp_path):
     nets = write_checkpoint(tmp_path / "checkpoint-last.pth")
     found = load(tmp_path / "checkpoint-last.pth")
-    assert found["step"] == 768 and found["ema_vals"] == (0.99995, 0.9999, 0.9996)
-    for tree, name in zip((found["params"], *found["ema_params"]),
+    assert found.step == 768 and found.ema == "ema_0.99995"
+    assert list(found.ema_params) == ["ema_0.99995", "ema_0.9999", "ema_0.9996"]
+    for tree, name in zip((found.params, *found.ema_params.values()),
                           ("net", "net_ema1", "net_ema", "net_ema2"), strict=True):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, tree, nets[name])
 

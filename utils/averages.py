@@ -4,6 +4,9 @@ The latter: Karras et al., arXiv 2312.02696, section 3 and appendix C. The profi
 time t gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
 standard deviation sigma_rel names it. Times count steps: only their ratios matter. Snapshots of
 two tracked profiles are enough to reconstruct any other one after training.
+
+An average has a name, in the state, in checkpoints and in `fid.weights`: `ema_0.9999` by its decay,
+`ema_sigma0.05` by its sigma_rel.
 """
 
 from functools import partial
@@ -15,24 +18,35 @@ import numpy as np
 LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
 
 
+PROFILE = "ema_sigma"  # how the name of a power-function average begins
+
+
+def names(decays, sigmas=()):
+    """Returns the names of averages as a tuple, those of decays first."""
+    return (*(f"ema_{decay}" for decay in decays), *(f"{PROFILE}{sigma}" for sigma in sigmas))
+
+
+def sigma_of(name):
+    """Returns the sigma_rel in the name of a power-function average; None for another name."""
+    return float(name.removeprefix(PROFILE)) if name.startswith(PROFILE) else None
+
+
 def after_step(averages, params, step, decays, period, sigmas):
-    """The averages after step number `step` (1, 2, ...), which led to `params`. Pure, for `jit`.
+    """Returns the averages after step number `step` (1, 2, ...), which led to `params`. Pure.
 
     Args:
-      averages: a tree for each of `decays`, then for each of `sigmas`.
+      averages: those before it, name -> tree.
       period: steps between two changes of those of `decays`.
     """
-    count = len(decays)
-    constant = [
-        jax.tree.map(partial(by_decay, decay, period, step), average, params)
-        for decay, average in zip(decays, averages[:count], strict=True)
-    ]
+    constant = {
+        name: jax.tree.map(partial(by_decay, decay, period, step), averages[name], params)
+        for name, decay in zip(names(decays), decays, strict=True)
+    }
     weights = [update_weight(step, sigma_to_gamma(sigma)) for sigma in sigmas]
-    profiles = [
-        jax.tree.map(partial(update, weight=weight), average, params)
-        for weight, average in zip(weights, averages[count:], strict=True)
-    ]
-    return (*constant, *profiles)
+    return constant | {
+        name: jax.tree.map(partial(update, weight=weight), averages[name], params)
+        for name, weight in zip(names((), sigmas), weights, strict=True)
+    }
 
 
 def by_decay(decay, period, step, average, value):

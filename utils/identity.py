@@ -102,12 +102,15 @@ def check_autoencoder(records, autoencoder, where):
 
 
 def check_run(before, now, where):
-    """Holds what a checkpoint was made from against what the run is to go on with.
+    """Compares what a checkpoint was made from with what the run is to go on with.
 
     Args:
       before: the item `identity` of the checkpoint, see run/checkpoint.py.
-      now: the same of the run; what only the checkpoint knows is added to it.
+      now: the same of the run.
       where: the checkpoint, for the line.
+
+    Returns:
+      What only the checkpoint knows, a dict like `before`.
 
     Raises:
       ValueError: other records, or an environment that makes other numbers. What differs beside
@@ -135,5 +138,4 @@ def check_run(before, now, where):
     others += differences(before.get("autoencoder", {}), now.get("autoencoder", {})).values()
     for line in others:
         logging.info("changed since %s: %s", where, line)
-    for part, value in before.items():
-        now[part] = now.get(part) or value
+    return {part: value for part, value in before.items() if not now.get(part)}

@@ -261,7 +261,7 @@ def test_trajectory(net):
         total += loss
         np.testing.assert_allclose(loss, ARRAYS["trajectory/loss"][i], rtol=1e-4, err_msg=str(i))
     start, state = below("params/"), jax.device_get(state)
-    for tree, kind in ((state.params, "final_params"), (state.ema_params[0], "final_ema")):
+    for tree, kind in ((state.params, "final_params"), (*state.ema_params.values(), "final_ema")):
         found = published_cifar.to_published(tree)
         for key, wanted in below(f"trajectory/{kind}/").items():
             if not key.endswith(NO_GRADIENT):  # how far training moved it, not how large it is

@@ -288,7 +288,10 @@ def test_trajectory(data):
             expected = data.arrays[f"trajectory/{name}"][i]
             np.testing.assert_allclose(state.sums[name], expected, rtol=1e-5, err_msg=name)
     start = flat(data.params)
-    for tree, name in ((state.params, "final_params"), (state.ema_params[0], "final_ema_params")):
+    for tree, name in (
+        (state.params, "final_params"),
+        (*state.ema_params.values(), "final_ema_params"),
+    ):
         found, expected = flat(tree), data.below(f"trajectory/{name}")
         assert found.keys() == expected.keys()
         for key in found:

@@ -114,7 +114,10 @@ def test_trajectory(data):
             np.testing.assert_allclose(sums[name] - before[name], expected, rtol=1e-4)
         before = sums
     compared = 0
-    for tree, name in ((state.params, "final_params"), (state.ema_params[0], "final_ema_params")):
+    for tree, name in (
+        (state.params, "final_params"),
+        (*state.ema_params.values(), "final_ema_params"),
+    ):
         found = published.flat(tree)
         for key in (k for k in found if f"trajectory/{name}/{k}" in data.arrays):
             # How far training moved a parameter, not how large it is.

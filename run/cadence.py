@@ -1,0 +1,63 @@
+"""When a run does what: pure functions of its options and of the number of a step."""
+
+from typing import NamedTuple
+
+
+class Cadence(NamedTuple):
+    """Tells after which steps something is done: every `period`-th (0: none), and the last."""
+
+    period: int
+    total: int  # steps of the run
+    on: bool = True  # whether it is done at all
+
+    def due(self, step):
+        """Tells whether it is done after `step` steps."""
+        regular = self.period > 0 and step % self.period == 0
+        return self.on and (regular or step == self.total)
+
+
+class Cadences(NamedTuple):
+    """The lengths of a run, and the `Cadence` of all that it does beside its steps."""
+
+    steps_per_epoch: int
+    total: int  # steps of the run
+    metrics: Cadence
+    checkpoint: Cadence
+    grid: Cadence
+    evaluation: Cadence
+    snapshot: Cadence
+
+    def saves(self, step):
+        """Tells whether a checkpoint is due: in its cadence and before an evaluation, which takes
+        long."""
+        return self.checkpoint.due(step) or self.evaluation.due(step)
+
+
+def of_run(training, evaluates, num_records):
+    """Returns the `Cadences` of a run.
+
+    Args:
+      training: the options `training`.
+      evaluates: whether the run is evaluated while it trains.
+      num_records: images of an epoch.
+
+    Raises:
+      ValueError: more steps than are counted.
+    """
+    steps_per_epoch = num_records // training.batch_size
+    total = training.num_steps or training.num_epochs * steps_per_epoch
+    if total >= 2**31:
+        raise ValueError(f"training.num_epochs: {total} steps are more than 32 bits can count")
+
+    def cadence(steps, epochs, on=True):
+        return Cadence(steps or epochs * steps_per_epoch, total, bool(on))
+
+    return Cadences(
+        steps_per_epoch, total, metrics=cadence(training.log_per_step, 0),
+        checkpoint=cadence(training.checkpoint_per_step, training.checkpoint_per_epoch),
+        grid=cadence(
+            training.sample_per_step, training.sample_per_epoch, training.sample_on_training
+        ),
+        evaluation=cadence(training.fid_per_step, training.fid_per_epoch, evaluates),
+        snapshot=cadence(0, training.ema_snapshot_per_epoch, training.ema_sigma),
+    )  # fmt: skip

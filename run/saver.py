@@ -1,0 +1,56 @@
+"""What a run leaves behind to go on from: checkpoints, snapshots of averages, the best checkpoint.
+
+All is written in the background; what goes wrong there is raised by the next call.
+"""
+
+import contextlib
+
+from metrics import evaluators
+from run import best, checkpoint, results, resume, snapshots
+from utils import processes
+
+
+class Saver(contextlib.ExitStack):
+    """Writes into the folder of a run; a context, which waits at its end until all is on disk.
+
+    Args:
+      workdir: the folder.
+      config: the whole config, which goes into every checkpoint.
+      identity: what the run is made from, see run/checkpoint.py.
+      cadence: of the snapshots, `run.cadence.Cadence`.
+      step: where the run begins or goes on.
+    """
+
+    def __init__(self, workdir, config, identity, cadence, step):
+        super().__init__()
+        self.workdir, self.config, self.cadence = workdir, config, cadence
+        self.checkpoints = self.enter_context(checkpoint.Checkpointer(workdir, identity=identity))
+        self.snapshots = None
+        if cadence.on:
+            writer = snapshots.Writer(workdir, config.training.ema_sigma, step)
+            self.snapshots = self.enter_context(writer)
+
+    def save(self, state, place):
+        """Starts to write a checkpoint of a state and its place in the data."""
+        resume.save(self.checkpoints, state, place, self.config)
+
+    def check(self, step, state):
+        """Starts to write a snapshot where one is due, never twice; never waits.
+
+        Raises:
+          OSError: what is being written could not be, in one line.
+        """
+        if self.snapshots and step and self.cadence.due(step):
+            self.snapshots.save(step, state.ema_params)
+        for writer in filter(None, (self.snapshots, self.checkpoints)):
+            writer.check()
+
+    def keep_best(self, result):
+        """Keeps the checkpoint of an evaluation, where this is the best by `training.keep_best`."""
+        if metric := self.config.training.keep_best:
+            self.checkpoints.wait()
+            if processes.is_writer():
+                higher = metric in evaluators.HIGHER_IS_BETTER
+                step = result["checkpoint_step"]
+                how = f"{results.metric_name(result)}, {results.measure(result, metric)}"
+                best.keep_best(self.workdir, step, metric, result[metric], higher, how)
