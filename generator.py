@@ -43,6 +43,7 @@ import numpy as np
 
 import parts
 import sample
+from configs import saved
 from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from models import network
 from run import config as run_config
@@ -80,7 +81,7 @@ def load(source, *options, config=None, step=None, average="ema"):
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
     found = weights.checked(found, source, model.param_shapes(), config, may_lack)
-    inherit.check(config, found, source)
+    inherit.check(saved.flat(config), found, source)
     if average.startswith("ema_sigma"):
         found = weights.place(found, mesh)  # it may have to be reconstructed
     params = weights.choose(found, average, "average")

@@ -10,7 +10,7 @@ import evaluate
 import grids
 import parts
 import sample
-from configs import load_config
+from configs import load_config, saved
 from metrics import evaluators
 from run import best, layout, metric_writer, report, results, snapshots
 from utils import chips, identity, processes, train_metrics
@@ -48,9 +48,14 @@ class Observer:
             self.autoencoder = dict(autoencoder.identity)
             identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if config.training.sample_on_training:
-            self.grids = grids.Grids(config, workdir, model, autoencoder, records)
+            size, steps = config.fid.device_batch_size, config.training.sample_steps
+            renderer = sample.Renderer(model, autoencoder, config.sampling.seed, size)
+            self.grids = grids.Grids(config.sampling, steps, workdir, model, renderer, records)
         if config.fid.on_training:
-            self.evaluation = evaluate.Evaluation(config, model, autoencoder, records)
+            described = evaluate.describe(config.training, saved.flat(config))
+            self.evaluation = evaluate.Evaluation(
+                config.fid, config.sampling, model, autoencoder, records, described
+            )
         self.model, self.records = model, records
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
@@ -62,7 +67,10 @@ class Observer:
     def introduce(self):
         """Says what the run will be, before anything is compiled."""
         lengths = self.steps_per_epoch, self.total
-        rows = report.training(self.config, self.model, self.records, lengths)
+        rows = report.training(
+            self.config.model.cls, self.model, self.records, self.config.training,
+            bool(self.evaluation), lengths,
+        )  # fmt: skip
         pictures = [("pictures", self.grids.describe())] if self.grids else []
         report.tell(rows + pictures)
 
@@ -75,7 +83,7 @@ class Observer:
     def begin(self, step):
         """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
         if processes.is_writer():
-            report.note(self.workdir, self.config)
+            report.note(self.workdir, load_config.text(self.config))
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,

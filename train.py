@@ -198,28 +198,32 @@ def update(recipe, state, x, given, draws, key, frozen=None):
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(config, model, total_steps, steps_per_epoch=0):
-    """The `Recipe` of a config and its `parts.Parts`, and its learning rate as function of step."""
+def make_recipe(training, model, total_steps, steps_per_epoch=0):
+    """Makes the `Recipe` of a run, and its learning rate as function of step.
+
+    Args:
+      training: the options `training`.
+      model: `parts.Parts`.
+      total_steps, steps_per_epoch: see `optimizer.make_optimizer`.
+    """
     optimizer, schedule = make_optimizer(
-        config.training,
-        total_steps,
-        steps_per_epoch,
+        training, total_steps, steps_per_epoch,
         axes=lambda: model.module.axes(model.param_shapes()),
-    )
+    )  # fmt: skip
     gather = sharding.gather(model.mesh)
     recipe = Recipe(
         net=network.function(model.module),
         method=model.method,
         codec=model.codec,
         optimizer=optimizer,
-        ema_vals=tuple(config.training.ema_val),
-        ema_sigmas=tuple(config.training.ema_sigma),
-        ema_period=config.training.ema_period,
-        grad_accum_steps=config.training.grad_accum_steps,
+        ema_vals=tuple(training.ema_val),
+        ema_sigmas=tuple(training.ema_sigma),
+        ema_period=training.ema_period,
+        grad_accum_steps=training.grad_accum_steps,
         frozen={name: frozen.apply for name, frozen in model.frozen.items()},
         gather=lambda params: gather(model.module.cast(params)),
-        skip_nonfinite=config.training.skip_nonfinite,
-        log_per_step=config.training.log_per_step,
+        skip_nonfinite=training.skip_nonfinite,
+        log_per_step=training.log_per_step,
     )
     return recipe, schedule
 
@@ -243,7 +247,7 @@ def train(config, workdir):
     sharding.check_batch("training.batch_size", training.batch_size, model.mesh)
     steps_per_epoch = records.num_records // training.batch_size
     total = training.num_steps or training.num_epochs * steps_per_epoch
-    recipe, schedule = make_recipe(config, model, total, steps_per_epoch)
+    recipe, schedule = make_recipe(training, model, total, steps_per_epoch)
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, model, records, schedule, steps_per_epoch, total)
     init = partial(init_state, recipe, model.module, model.image_shape)
@@ -259,7 +263,7 @@ def train(config, workdir):
     if place is not None:
         observer.catch_up(int(state.step), state)
         observer.keep_best(int(state.step))
-    batches = open_batches(config, records, int(state.step), place)
+    batches = open_batches(config.dataset, training, records, int(state.step), place)
     key = jax.random.key(training.seed)
     frozen = sharding.place_everywhere(model.mesh, parts.load_frozen(model))
     step_fn = partial(make_steps(recipe, key, model.mesh, shardings, total), frozen=frozen)
@@ -274,13 +278,19 @@ def train(config, workdir):
     return state
 
 
-def open_batches(config, records, step, place):
-    """The iterator over this process's rows, at its place (None: where `step` steps lead)."""
-    size, seed = config.training.batch_size, config.training.seed
+def open_batches(data, training, records, step, place):
+    """Opens the iterator over this process's rows of a run.
+
+    Args:
+      data, training: the options `dataset` and `training`.
+      records: the training records.
+      step: steps done.
+      place: in the data; None: where `step` steps lead.
+    """
+    size, seed = training.batch_size, training.seed
     batches = iterator.RecordIterator(
         records, size, seed, jax.process_index(), jax.process_count(),
-        num_workers=config.dataset.num_workers, prefetch=config.dataset.prefetch_factor,
-        flipped=config.dataset.use_flip,
+        num_workers=data.num_workers, prefetch=data.prefetch_factor, flipped=data.use_flip,
     )  # fmt: skip
     batches.set_state(place or batches.get_state() | {"position": step * size})
     return batches

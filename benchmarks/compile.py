@@ -71,7 +71,7 @@ def train_step(config, model):
     """Returns the jitted step of training, the shapes of its arguments, and FLOPs per chip."""
     mesh, key = model.mesh, jax.random.key(config.training.seed)
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
-    recipe, _ = train.make_recipe(config, model, 1)
+    recipe, _ = train.make_recipe(config.training, model, 1)
     state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
     frozen = costs.frozen_shapes(model)
     step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))

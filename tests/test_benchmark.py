@@ -57,7 +57,7 @@ def plain_step(recipe, key, state, batch):
 def count(config, plain):
     """FLOPs of a step by XLA."""
     model, key = parts.make(config), jax.random.key(0)
-    recipe, _ = train.make_recipe(config, model, 1)
+    recipe, _ = train.make_recipe(config.training, model, 1)
     recipe = costs.countable(recipe, model)
     step = partial(plain_step if plain else train.train_step, recipe, key)
     state = costs.state_shapes(model, recipe)
@@ -167,7 +167,7 @@ def test_the_plain_step_learns_the_same():
     options = ["--config.training.learning_rate=1", "--config.training.warmup_steps=0"]
     config = costs.config_without_data([*TINY, *options])[0]
     model, key = parts.make(config), jax.random.key(0)
-    recipe, _ = train.make_recipe(config, model, 1)
+    recipe, _ = train.make_recipe(config.training, model, 1)
     init = partial(train.init_state, recipe, model.module, model.image_shape)
     state = jax.jit(init)(key)
     batch = stand_ins.random_values(costs.batch_shapes(config))

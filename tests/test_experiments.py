@@ -340,7 +340,7 @@ def test_without_classes_the_network_is_given_the_null_label(num_classes):
 
     words = [f"--config.dataset.num_classes={num_classes}"]
     config = load("cifar10", "--config.dataset.image_size=4", "--config.model.patch_size=2", *words)
-    recipe, _ = train.make_recipe(config, parts.make(config), 10)
+    recipe, _ = train.make_recipe(config.training, parts.make(config), 10)
     recipe = dataclasses.replace(recipe, net=make.as_net(net), gather=train.Recipe.gather)
     state = train.fresh_state(recipe, {"w": jnp.ones(())})
     image = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3)).astype(np.uint8)

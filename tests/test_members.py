@@ -273,7 +273,7 @@ def test_beginning_with_the_weights_of_a_run(records, finished, tmp_path, caplog
         records, **{"init_from": folder, "training.num_steps": 0, "training.ema_val": "0.9,0.99"}
     )
     model = parts.make(config)
-    recipe, _ = train.make_recipe(config, model, 10)
+    recipe, _ = train.make_recipe(config.training, model, 10)
     init = partial(train.init_state, recipe, model.module, model.image_shape)
     with caplog.at_level("INFO"):
         begun, _, place = resume.start(config, tmp_path, model.mesh, model.module, init)

@@ -256,7 +256,7 @@ def test_training_goes_on_from_a_published_checkpoint(golden):
         "training.lr_schedule=const", "training.learning_rate=0.01", "training.warmup_steps=0"
     )
     model = parts.make(config)._replace(module=net)
-    recipe, _ = train.make_recipe(config, model, 10)
+    recipe, _ = train.make_recipe(config.training, model, 10)
     fresh = jax.jit(lambda key: train.init_state(recipe, net, shape, key))(jax.random.key(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), fresh)
     loaded = weights_of.load(path, fresh.params, config, optimizer=True)

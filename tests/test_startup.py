@@ -93,8 +93,9 @@ def test_a_file_anywhere_is_a_config(tmp_path, monkeypatch):
 
 def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    report.note(tmp_path, make.config("training.seed=1"))
-    report.note(tmp_path, config := make.config("training.seed=2", "sampling.omega=1,2"))
+    report.note(tmp_path, load_config.text(make.config("training.seed=1")))
+    config = make.config("training.seed=2", "sampling.omega=1,2")
+    report.note(tmp_path, load_config.text(config))
     assert loaded(tmp_path / "config.yml") == config
     lines = (tmp_path / "requirements.lock").read_text().splitlines()
     assert lines[0] == f"# Python {sys.version.split()[0]}"
@@ -105,7 +106,7 @@ def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, c
     assert caplog.text == ""
     now = environment.installed()
     monkeypatch.setattr(environment, "installed", lambda: now | {"jax": "0.0.1", "new": "1"})
-    report.note(tmp_path, config)
+    report.note(tmp_path, load_config.text(config))
     assert f"versions changed: jax {now['jax']} -> 0.0.1\n" in caplog.text
 
 
@@ -119,13 +120,13 @@ def test_the_summary_of_a_run():
     config = make.config(*TINY, "training.num_epochs=10", name="digits")
     model = parts.make(config)
     before = len(jax.live_arrays())
-    rows = dict(report.training(config, model, RECORDS, (7, 70)))
+    rows = dict(report.training("DiT", model, RECORDS, config.training, False, (7, 70)))
     assert len(jax.live_arrays()) == before
     N = report.number_of(model.param_shapes())
     assert rows["network"] == f"DiT, {report.count(N)} parameters"
     assert rows["records"] == "900 images 8x8x1, 10 classes: r"
     assert rows["length"] == report.length(config.training, 7, 70)
-    assert rows["cadence"] == report.cadences(config, 7, 70)
+    assert rows["cadence"] == report.cadences(config.training, False, 7, 70)
 
 
 def test_parameters_that_only_train_are_counted_apart():
@@ -133,7 +134,7 @@ def test_parameters_that_only_train_are_counted_apart():
     model = parts.make(config)
     only = sum(report.number_of(model.param_shapes()[n]) for n in model.module.only_for_training
                if n in model.param_shapes())  # fmt: skip
-    [(_, text)] = report.network(config, model)
+    [(_, text)] = report.network("imfDiT", model)
     assert only > 0 and text.endswith(f" parameters, {report.count(only)} of them only train")
 
 
@@ -156,7 +157,7 @@ def test_parameters_that_only_train_are_counted_apart():
 def test_the_length_of_a_run_is_named(words, lengths, length, each):
     config = make.config("training.sample_per_epoch=1", *words.split(), name="digits")
     assert report.length(config.training, *lengths) == length
-    assert report.cadences(config, *lengths) == each
+    assert report.cadences(config.training, False, *lengths) == each
 
 
 def test_what_any_job_says(tmp_path):
@@ -164,7 +165,7 @@ def test_what_any_job_says(tmp_path):
             "--config.eval_only", "--config.sampling.num_steps=1,2"]  # fmt: skip
     config, _ = load_config.from_command_line(argv)
     source, given = load_config.source(argv), load_config.given(argv)
-    rows = dict(report.job(config, source, given, tmp_path))
+    rows = dict(report.job(load_config.options(config), source, given, tmp_path))
     assert rows["config"] == "configs/digits.yml" and rows["folder"] == str(tmp_path)
     assert rows["devices"].startswith("1 x cpu") and f"jax {jax.__version__}" in rows["devices"]
     assert rows["  method"] == "kappa 0.3" and rows["  sampling"] == "num_steps 1,2"
@@ -173,11 +174,11 @@ def test_what_any_job_says(tmp_path):
     assert rows["  set by"] == (
         "the command line: training.seed, eval_only, sampling.num_steps"
     )  # fmt: skip
-    model, weights = parts.make(config), {"step": 1200}
-    rows = dict(report.evaluating(config, model, weights, 2, tmp_path))
+    origin = report.origin(1200, tmp_path)
+    rows = dict(report.evaluating(origin, config.fid, config.dataset.root, 2, tmp_path))
     assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
     assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"
-    rows = dict(report.sampling(config, model, weights, tmp_path))
+    rows = dict(report.sampling(origin, config.sampling, tmp_path))
     assert rows["images"] == f"64 by ode, steps 1: {tmp_path / 'samples'}"
 
 
