@@ -56,7 +56,7 @@ def test_a_frozen_network_is_an_argument_of_the_step(monkeypatch):
     monkeypatch.setitem(parts.OBJECTIVES, "flow", Judged)
     config = make.config(*make.PIXELS, *make.NETWORKS["flow"], "training.batch_size=8")
     model = parts.make(config)
-    recipe, _ = train.make_recipe(config, model, 10)
+    recipe, _ = train.make_recipe(config.training, model, 10)
     state = train.fresh_state(recipe, make.params(model.module, model.image_shape))
     state, shardings = jax.device_get(state), sharding.by_parameter(model.mesh, state)
     step = train.make_step(recipe, jax.random.key(0), model.mesh, shardings)
