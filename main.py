@@ -91,7 +91,7 @@ def keep_compiled(workdir):
 
 
 def parse_flags(argv):
-    """The flags beside --config, as a namespace."""
+    """Reads the flags beside --config, as a namespace."""
     parser = argparse.ArgumentParser(
         usage="main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.x.y=value ...]",
         description=__doc__,

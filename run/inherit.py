@@ -1,4 +1,4 @@
-"""Options that belong to weights, and come with them where they are sampled from or evaluated.
+"""Takes over the options that belong to weights, where they are sampled from or evaluated.
 
 A run notes its options in every checkpoint. Those that say what the network is and what it was
 trained for are not a choice of whoever draws from it: they are taken from there, which makes
