@@ -85,8 +85,8 @@ def load(source, *options, config=None, step=None, average="ema"):
     if average.startswith("ema_sigma"):
         found = weights.place(found, mesh)  # it may have to be reconstructed
     params = weights.choose(found, average, "average")
-    options = found["config"] or config.to_dict()
-    return Generator(config, model, params, source, found["step"], options, found["identity"])
+    told = found["config"] or config.to_dict()
+    return Generator(config, model, params, source, found["step"], told, found["identity"])
 
 
 def mix(first, second, share):
@@ -255,13 +255,12 @@ class Generator:
     @functools.cached_property
     def _autoencoder(self):
         """The autoencoder of `dataset.vae`."""
-        data, dtype = self.config.dataset, self.config.sampling.vae_dtype
         try:
-            autoencoder = parts.load_autoencoder(data, dtype)
+            vae = parts.load_autoencoder(self.config.dataset, self.config.sampling.vae_dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder({"identity": self.identity}, autoencoder, self._source)
-        return autoencoder
+        inherit.check_autoencoder({"identity": self.identity}, vae, self._source)
+        return vae
 
     @functools.cached_property
     def vae_params(self):
