@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sample
+from configs import saved
 from metrics import evaluators, features, reference, scorer
 from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
@@ -86,18 +87,19 @@ class Evaluator:
 
 
 class Evaluation:
-    """Everything that turns weights into results: generator, evaluator and reference of a config.
+    """Everything that turns weights into results: generator, evaluator and reference.
 
     Args:
-      config: the whole config.
+      fid, sampling: the options of these names.
       parts: `parts.Parts`.
       autoencoder: from `models.vae.load`.
       records: the training images, or None.
+      described: what a result notes of the network's options, by name.
     """
 
-    def __init__(self, config, parts, autoencoder, records):
-        latents = config.dataset.vae != "none"
-        self.sampling, self.fid = config.sampling, evaluators.fill(config.fid, latents)
+    def __init__(self, fid, sampling, parts, autoencoder, records, described):
+        latents = bool(autoencoder.identity)
+        self.sampling, self.fid = sampling, evaluators.fill(fid, latents)
         x = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.float32)
         images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
         score = scorer.Scorer(features.load(self.fid), parts.mesh, self.fid, images.shape[1:])
@@ -113,10 +115,9 @@ class Evaluation:
             **({} if counts is None else {"label_counts": identity.of_arrays({"counts": counts})}),
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
-            "network_dtype": network_dtype(config.training),
+            **described,
             "vae_dtype": autoencoder.dtype,
             "decoder": autoencoder.identity.get("decoder"),
-            "options": inherit.digest(config),
             "environment": environment.describe(),
         }
 
@@ -195,6 +196,16 @@ def label_counts(labels, records, num_classes):
     return None
 
 
+def describe(training, options):
+    """Tells what a result notes of its network.
+
+    Args:
+      training: the options `training`.
+      options: all of them, from `saved.flat`.
+    """
+    return {"network_dtype": network_dtype(training), "options": inherit.digest(options)}
+
+
 def evaluate_job(config, workdir):
     """Evaluates `load_from`, or the run in `workdir`; with `fid.cache_ref` it needs no data."""
     parts = make_parts(config)
@@ -202,7 +213,8 @@ def evaluate_job(config, workdir):
     weights = weights_of.load(
         where, parts.param_shapes(), config.dataset, may_lack=parts.module.only_for_training
     )
-    inherit.check(config, weights, where)
+    options = saved.flat(config)
+    inherit.check(options, weights, where)
     for name in config.fid.weights:
         weights_of.check_name(weights, name)  # told before hours of images
     weights = weights_of.place(weights, parts.mesh)
@@ -210,9 +222,12 @@ def evaluate_job(config, workdir):
     inherit.check_autoencoder(weights.identity, autoencoder, where)
     needless = config.fid.cache_ref and config.fid.labels != "data"
     records = None if needless else dataset.open_records(config.dataset.root)
-    evaluation = Evaluation(config, parts, autoencoder, records)
+    described = describe(config.training, options)
+    evaluation = Evaluation(config.fid, config.sampling, parts, autoencoder, records, described)
     settings, folder = len(sample.settings(config.sampling)), files.path(workdir)
-    report.tell(report.evaluating(config, parts, weights, settings, folder))
+    origin, root = report.origin(weights.step, where), config.dataset.root
+    report.tell(report.network(config.model.cls, parts))
+    report.tell(report.evaluating(origin, config.fid, root, settings, folder))
     found = evaluation.run(weights, folder)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(

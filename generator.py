@@ -43,6 +43,7 @@ import numpy as np
 
 import parts
 import sample
+from configs import saved
 from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from run import config as run_config
 from run import inherit, weights
@@ -79,12 +80,12 @@ def load(source, *options, config=None, step=None, average="ema"):
     model = parts.make(config, mesh)
     may_lack = model.module.only_for_training
     found = weights.checked(found, source, model.param_shapes(), config.dataset, may_lack)
-    inherit.check(config, found, source)
+    inherit.check(saved.flat(config), found, source)
     if average.startswith("ema_sigma"):
         found = weights.place(found, mesh)  # it may have to be reconstructed
     params = weights.choose(found, average, "average")
-    options = found.config or config.to_dict()
-    return Generator(config, model, params, source, found.step, options, found.identity)
+    told = found.config or config.to_dict()
+    return Generator(config, model, params, source, found.step, told, found.identity)
 
 
 def mix(first, second, share):
@@ -254,13 +255,12 @@ class Generator:
     @functools.cached_property
     def _autoencoder(self):
         """The autoencoder of `dataset.vae`."""
-        data, dtype = self.config.dataset, self.config.sampling.vae_dtype
         try:
-            autoencoder = parts.load_autoencoder(data, dtype)
+            vae = parts.load_autoencoder(self.config.dataset, self.config.sampling.vae_dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; output='latents' needs none") from None
-        inherit.check_autoencoder(self.identity, autoencoder, self._source)
-        return autoencoder
+        inherit.check_autoencoder(self.identity, vae, self._source)
+        return vae
 
     @functools.cached_property
     def vae_params(self):

@@ -27,23 +27,21 @@ class Grids:
     """Draws the pictures, into WORKDIR/samples and into the log.
 
     Args:
-      config: the whole config.
+      options: the options `sampling`.
+      steps: numbers of steps, the options `training.sample_steps`.
       workdir: folder of the run.
       parts: `parts.Parts`.
-      autoencoder: from `models.vae.load`.
+      renderer: `sample.Renderer`.
       records: the training records.
     """
 
-    def __init__(self, config, workdir, parts, autoencoder, records):
-        options = config.sampling
+    def __init__(self, options, steps, workdir, parts, renderer, records):
         self.folder, self.parts, self.records = workdir / layout.SAMPLES, parts, records
-        self.renderer = sample.Renderer(
-            parts, autoencoder, options.seed, config.fid.device_batch_size
-        )
+        self.renderer = renderer
         self.first, self.times = sample.settings(options)[0], sample.times_of(options)
         self.labels = sample.grid_labels(parts.num_classes)
         self.row = np.resize(self.labels[:: sample.GRID_COLUMNS], sample.GRID_COLUMNS)
-        self.steps = tuple(config.training.sample_steps)
+        self.steps = tuple(steps)
         self.scales = scales(parts.method)
         interval = options.t_min[0], options.t_max[0]
         self.guidances = [

@@ -45,8 +45,8 @@ def run_job(config, flags, about):
         processes.listen()
         if not processes.is_writer():
             logging.getLogger().setLevel(logging.WARNING)
-        options = load_config.options(config) | {"workdir": flags.workdir}
-        processes.check_same("configuration", options)
+        options = load_config.options(config)
+        processes.check_same("configuration", options | {"workdir": flags.workdir})
         processes.check_same("environment", environment.describe())
         if config.eval_only:
             from evaluate import evaluate_job as job
@@ -56,7 +56,7 @@ def run_job(config, flags, about):
             from train import train_job as job
         workdir = folder.make(flags.workdir)
         keep_compiled(workdir)
-        report.tell(report.job(config, *about, workdir))
+        report.tell(report.job(options, *about, workdir))
         job(config, workdir)
     except processes.Preempted as reason:
         logging.info("%s", reason)
@@ -91,7 +91,7 @@ def keep_compiled(workdir):
 
 
 def parse_flags(argv):
-    """The flags beside --config, as a namespace."""
+    """Reads the flags beside --config, as a namespace."""
     parser = argparse.ArgumentParser(
         usage="main.py --workdir=DIR --config=configs/load_config.py:NAME [--config.x.y=value ...]",
         description=__doc__,

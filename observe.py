@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import evaluate
 import grids
 import sample
-from configs import load_config
+from configs import load_config, saved
 from metrics import evaluators
 from parts import load_autoencoder
 from run import layout, metric_writer, report, results
@@ -44,9 +44,14 @@ class Observer:
             self.autoencoder = dict(autoencoder.identity)
             identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
         if when.grid.on:
-            self.grids = grids.Grids(config, workdir, parts, autoencoder, records)
+            size, steps = config.fid.device_batch_size, config.training.sample_steps
+            renderer = sample.Renderer(parts, autoencoder, config.sampling.seed, size)
+            self.grids = grids.Grids(config.sampling, steps, workdir, parts, renderer, records)
         if when.evaluation.on:
-            self.evaluation = evaluate.Evaluation(config, parts, autoencoder, records)
+            described = evaluate.describe(config.training, saved.flat(config))
+            self.evaluation = evaluate.Evaluation(
+                config.fid, config.sampling, parts, autoencoder, records, described
+            )
         self.parts, self.records = parts, records
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
@@ -57,7 +62,8 @@ class Observer:
 
     def introduce(self):
         """Says what the run will be, before anything is compiled."""
-        rows = report.training(self.config, self.parts, self.records, self.when)
+        training, cls = self.config.training, self.config.model.cls
+        rows = report.training(cls, self.parts, self.records, training, self.when)
         pictures = [("pictures", self.grids.describe())] if self.grids else []
         report.tell(rows + pictures)
 
@@ -70,7 +76,7 @@ class Observer:
     def begin(self, step):
         """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
         if processes.is_writer():
-            report.note(self.workdir, self.config)
+            report.note(self.workdir, load_config.text(self.config))
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import struct
 
+from configs import saved
 from methods import objective
 from methods.sampler import integrate, sample_times
 from parts import load_autoencoder
@@ -237,12 +238,13 @@ def sample_job(config, workdir):
     found = weights.load(
         where, parts.param_shapes(), config.dataset, may_lack=parts.module.only_for_training
     )
-    inherit.check(config, found, where)
+    inherit.check(saved.flat(config), found, where)
     found = weights.place(found, parts.mesh)
     autoencoder = load_autoencoder(config.dataset, options.vae_dtype)
     inherit.check_autoencoder(found.identity, autoencoder, where)
     renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
-    report.tell(report.sampling(config, parts, found, files.path(workdir)))
+    report.tell(report.network(config.model.cls, parts))
+    report.tell(report.sampling(report.origin(found.step, where), options, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)
     params, classes = weights.choose(found, "ema"), config.dataset.num_classes
     for guidance in asked:

@@ -269,7 +269,7 @@ def train(config, workdir):
     with Saver(workdir, config, identity, when.snapshot, step) as saver:
         if place is not None and (result := observer.catch_up(step, state)):
             saver.keep_best(result)
-        batches = open_batches(training, data, records, step, place)
+        batches = open_batches(data, training, records, step, place)
         shardings = sharding.by_parameter(parts.mesh, state)
         frozen = sharding.place_everywhere(parts.mesh, load_frozen(parts))
         key = jax.random.key(training.seed)
@@ -283,11 +283,18 @@ def train(config, workdir):
     return state
 
 
-def open_batches(training, data, records, step, place):
-    """Opens the iterator over this process's rows, at its place (None: where `step` steps lead)."""
-    size = training.batch_size
+def open_batches(data, training, records, step, place):
+    """Opens the iterator over this process's rows of a run.
+
+    Args:
+      data, training: the options `dataset` and `training`.
+      records: the training records.
+      step: steps done.
+      place: in the data; None: where `step` steps lead.
+    """
+    size, seed = training.batch_size, training.seed
     batches = iterator.RecordIterator(
-        records, size, training.seed, jax.process_index(), jax.process_count(),
+        records, size, seed, jax.process_index(), jax.process_count(),
         num_workers=data.num_workers, prefetch=data.prefetch_factor, flipped=data.use_flip,
     )  # fmt: skip
     batches.set_state(place or batches.get_state() | {"position": step * size})

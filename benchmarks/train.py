@@ -27,7 +27,7 @@ class Step:
     def __init__(self, config, mesh):
         key = jax.random.key(0)
         self.model, self.batch_size = parts.make(config, mesh), config.training.batch_size
-        recipe, _ = train.make_recipe(config, self.model, 1)
+        recipe, _ = train.make_recipe(config.training, self.model, 1)
         shapes = costs.state_shapes(self.model, recipe), costs.batch_shapes(config)
         shapes += (costs.frozen_shapes(self.model),)
         counted = partial(train.train_step, costs.countable(recipe, self.model), key)

@@ -21,19 +21,36 @@ def validate(config):
     for path, option in OPTIONS.items():
         fault = option.fault(attrgetter(path)(config))
         _require(fault is None, path, fault)
+    data, fid = config.dataset, config.fid
+    trains = not (config.eval_only or config.sample_only)
     _require(
-        not config.dataset.augment_prob or config.dataset.vae == "none",
+        not data.augment_prob or data.vae == "none",
         "dataset.augment_prob",
         "is for pixels (dataset.vae: none); latents cannot be scaled and shifted",
     )
     _validate_training(config.training)
-    labels, num_classes = config.sampling.labels, config.dataset.num_classes
     _require(
-        num_classes < 0 or all(0 <= label <= num_classes for label in labels),
+        data.num_classes < 0 or all(0 <= y <= data.num_classes for y in config.sampling.labels),
         "sampling.labels",
-        f"must lie in 0..{num_classes - 1} ({num_classes}: without a class)",
+        f"must lie in 0..{data.num_classes - 1} ({data.num_classes}: without a class)",
     )
-    _validate_jobs(config)
+    _validate_weights(fid.weights, config.training, trains, config.eval_only)
+    _require(
+        not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
+    )
+    _require(not (config.load_from and config.init_from), "load_from", "and init_from: choose one")
+    _require(
+        not trains or DATA_PLACEHOLDER not in data.root,
+        "dataset.root",
+        "is still the placeholder: name the record folder, or set DATA_ROOT",
+    )
+    _require(
+        not (config.eval_only or (trains and fid.on_training))
+        or fid.cache_ref != REFERENCE_PLACEHOLDER,
+        "fid.cache_ref",
+        "is still the placeholder: name the npz of reference statistics, or leave it empty to "
+        "compare with the training images",
+    )
 
 
 def _validate_training(training):
@@ -52,39 +69,19 @@ def _validate_training(training):
     )
 
 
-def _validate_jobs(config):
-    fid = config.fid
-    averages = [f"ema_{decay}" for decay in config.training.ema_val]
-    averages += [f"ema_sigma{sigma:g}" for sigma in config.training.ema_sigma]
-    weights = ["ema", "params", *averages]
-    trains = not (config.eval_only or config.sample_only)
-    for name in fid.weights:
+def _validate_weights(names, training, trains, evaluates):
+    known = ["ema", "params", *(f"ema_{decay}" for decay in training.ema_val)]
+    known += [f"ema_sigma{sigma:g}" for sigma in training.ema_sigma]
+    for name in names:
         profile = re.fullmatch(r"ema_sigma(0?\.\d+)", name)
         # Of a run that has tracked two profiles, an evaluation reconstructs any other.
-        if profile and (config.eval_only or float(profile[1]) in config.training.ema_sigma):
-            weights.append(name)
+        if profile and (evaluates or float(profile[1]) in training.ema_sigma):
+            known.append(name)
     _require(
-        fid.weights and (not trains or all(name in weights for name in fid.weights)),
+        names and (not trains or all(name in known for name in names)),
         "fid.weights",
-        f"are of {' | '.join(weights)}, got {list(fid.weights)}",
+        f"are of {' | '.join(known)}, got {list(names)}",
     )
-    _require(
-        not (config.eval_only and config.sample_only), "eval_only", "and sample_only: choose one"
-    )
-    _require(not (config.load_from and config.init_from), "load_from", "and init_from: choose one")
-    if trains:
-        _require(
-            DATA_PLACEHOLDER not in config.dataset.root,
-            "dataset.root",
-            "is still the placeholder: name the record folder, or set DATA_ROOT",
-        )
-    if config.eval_only or (trains and fid.on_training):
-        _require(
-            fid.cache_ref != REFERENCE_PLACEHOLDER,
-            "fid.cache_ref",
-            "is still the placeholder: name the npz of reference statistics, or leave it empty to "
-            "compare with the training images",
-        )
 
 
 def _require(condition, path, message):

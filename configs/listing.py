@@ -1,4 +1,4 @@
-"""The configs there are, by name and in a line each. Needs nothing but Python."""
+"""Lists the configs there are, by name and in a line each. Needs nothing but Python."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def described(folder=FOLDER):
-    """{name: the first line of its YAML file, a comment} of all configs."""
-    found = {}
+    """Reads {name: the first line of its YAML file, a comment} of all configs."""
+    lines = {}
     for path in sorted(folder.glob("*.yml")):
         with path.open(encoding="utf-8") as file:
-            found[path.stem] = file.readline().removeprefix("#").strip()
-    return found
+            lines[path.stem] = file.readline().removeprefix("#").strip()
+    return lines
 
 
 def table():
-    """What `main.py --list` prints."""
-    found = described()
-    width = max(map(len, found))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in found.items())
+    """Writes what `main.py --list` prints."""
+    lines = described()
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -1,4 +1,4 @@
-"""Options as a run has saved them."""
+"""Reads options as a run has saved them."""
 
 import json
 
@@ -6,16 +6,16 @@ from configs import default, load_config
 
 
 def flat(config):
-    """The options of a config as JSON has them: {"section.option": value}."""
+    """Returns the options of a config as JSON has them: {"section.option": value}."""
     return json.loads(json.dumps(load_config.options(config)))
 
 
 def of_run(saved):
-    """The options of a checkpoint, nested, as `flat` gives them; a missing one had its default."""
-    found = flat(default.get_config())
+    """Returns the nested options of a checkpoint as `flat` does; a missing one had its default."""
+    options = flat(default.get_config())
     for name, part in saved.items():
         if isinstance(part, dict):
-            found |= {f"{name}.{key}": value for key, value in part.items()}
+            options |= {f"{name}.{key}": value for key, value in part.items()}
         else:
-            found[name] = part
-    return found
+            options[name] = part
+    return options

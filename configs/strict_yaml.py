@@ -1,4 +1,4 @@
-"""YAML as options are written in it: numbers are what they look like, and nothing explodes."""
+"""Reads YAML as options are written in it: numbers are what they look like; nothing explodes."""
 
 import math
 import re
@@ -54,7 +54,7 @@ Loader.add_implicit_resolver(
 
 
 def _check_size(node, sizes):
-    """The number of values below a node, those of aliases counted each time; refuses too many."""
+    """Counts the values below a node, those of aliases each time; refuses too many."""
     if sizes.setdefault(id(node)) is not None:
         return sizes[id(node)]
     parts = node.value if isinstance(node, yaml.CollectionNode) else ()
@@ -71,7 +71,7 @@ def _check_size(node, sizes):
 
 
 def parse(text):
-    """What a text says as YAML, by the rules of `Loader`. Raises ValueError with one short line."""
+    """Reads a text as YAML, by the rules of `Loader`. Raises ValueError with one short line."""
     try:
         return yaml.load(text, Loader)  # a subclass of the safe loader
     except yaml.YAMLError as error:
@@ -104,7 +104,7 @@ Dumper.add_representer(
 
 
 def dump(values):
-    """Nested dicts of plain values and tuples as YAML, in their order. The inverse of `parse`."""
+    """Writes nested dicts of plain values and tuples as YAML, in their order: `parse` inverted."""
     return yaml.dump(
         values, Dumper=Dumper, default_flow_style=False, sort_keys=False, allow_unicode=True,
         indent=4, width=math.inf,
@@ -112,6 +112,6 @@ def dump(values):
 
 
 def shown(value):
-    """A value in a line for people, however long it is."""
+    """Writes a value in a line for people, however long it is."""
     text = " ".join((value if isinstance(value, str) else _SHORT.repr(value)).split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

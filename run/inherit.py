@@ -1,4 +1,4 @@
-"""Options that belong to weights, and come with them where they are sampled from or evaluated.
+"""Takes over the options that belong to weights, where they are sampled from or evaluated.
 
 A run notes its options in every checkpoint. Those that say what the network is and what it was
 trained for are not a choice of whoever draws from it: they are taken from there, which makes
@@ -20,10 +20,9 @@ def belongs(name):
     return name.startswith(("dataset.", "model.", "method.")) and not OPTIONS[name].may_change
 
 
-def digest(config):
-    """Makes one short text that stands for all options that belong to the weights."""
-    options = {name: value for name, value in saved.flat(config).items() if belongs(name)}
-    return identity.of_arrays({}, sorted(options.items()))
+def digest(options):
+    """Makes one short text of the `options` from `saved.flat` that belong to the weights."""
+    return identity.of_arrays({}, sorted(item for item in options.items() if belongs(item[0])))
 
 
 def adopt(config, workdir, given, sampling=False):
@@ -67,18 +66,22 @@ def adopt(config, workdir, given, sampling=False):
     return load_config.make(load_config.options(config) | taken)
 
 
-def check(config, weights, where):
-    """Raises ValueError where weights from `weights.load` belong to other options than a config's.
+def check(options, weights, where):
+    """Raises ValueError where weights from `weights.load` belong to other options.
 
     Where they do not tell, a line says that the options are taken on trust.
+
+    Args:
+      options: those of now, from `saved.flat`.
+      where: the path of the weights.
     """
     if weights.config is None:
         logging.info("%s does not tell its options: those of the config are taken on trust", where)
         return
-    theirs, ours = saved.of_run(weights.config), saved.flat(config)
+    theirs = saved.of_run(weights.config)
     _refuse(where, {
         name: (theirs[name], value)
-        for name, value in ours.items() if belongs(name) and theirs[name] != value
+        for name, value in options.items() if belongs(name) and theirs[name] != value
     })  # fmt: skip
 
 

@@ -39,18 +39,18 @@ def wrapped(name, text):
 # Every job ------------------------------------------------------------------------------------
 
 
-def job(config, source, given, workdir):
+def job(options, source, given, workdir):
     """Returns the rows about any job: devices, options that are not the default, folder.
 
     Args:
-      config: the whole config.
+      options: from `load_config.options`.
       source: from `load_config.source`.
       given: from `load_config.given`.
       workdir: folder of the run.
     """
     rows = [("devices", devices()), ("config", source)]
     sections = {}
-    for path, value in load_config.options(config).items():
+    for path, value in options.items():
         if value != OPTIONS[path].default and Role.UNTOLD not in OPTIONS[path].roles:
             section, _, name = path.rpartition(".")
             sections.setdefault(section or "job", []).append(f"{name} {shown(value)}")
@@ -71,11 +71,11 @@ def devices():
     return f"{', '.join(kinds)}; jax {jax.__version__}, Python {platform.python_version()}"
 
 
-def network(config, model):
-    """Returns the row of a network: its name and number of parameters."""
-    sizes = {name: number_of(tree) for name, tree in model.param_shapes().items()}
-    text = f"{config.model.cls}, {count(sum(sizes.values()))} parameters"
-    drop = sum(sizes.get(name, 0) for name in model.module.only_for_training)
+def network(cls, parts):
+    """Returns the row of a network: its name `cls` and its number of parameters."""
+    sizes = {name: number_of(tree) for name, tree in parts.param_shapes().items()}
+    text = f"{cls}, {count(sum(sizes.values()))} parameters"
+    drop = sum(sizes.get(name, 0) for name in parts.module.only_for_training)
     return [("network", text + (f", {count(drop)} of them only train" if drop else ""))]
 
 
@@ -87,8 +87,8 @@ def number_of(tree):
 # The run's folder -----------------------------------------------------------------------------
 
 
-def note(workdir, config):
-    """Writes all options and the versions of a run into its folder.
+def note(workdir, text):
+    """Writes all options of a run, the `text` of its config, and its versions into its folder.
 
     Says which versions are others than at the start before.
     """
@@ -96,7 +96,7 @@ def note(workdir, config):
         "# All options of this run, as of its last start; for the same again, or with others:\n"
         "# python main.py --workdir=DIR --config=THIS_FILE [--config.section.option=value ...]\n"
     )
-    files.write_text(workdir / layout.CONFIG, head + load_config.text(config))
+    files.write_text(workdir / layout.CONFIG, head + text)
     path, now = workdir / layout.VERSIONS, environment.installed()
     before = versions(path.read_text(encoding="utf-8")) if path.exists() else now
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now
@@ -115,22 +115,23 @@ def versions(text):
 # Training -------------------------------------------------------------------------------------
 
 
-def training(config, model, records, when):
+def training(cls, parts, records, options, when):
     """Returns the rows about a run.
 
     Args:
-      config: the whole config.
-      model: `parts.Parts`.
+      cls: the name of its network.
+      parts: `parts.Parts`.
       records: the training records.
+      options: the options `training`.
       when: `run.cadence.Cadences`.
     """
     kind = "images" if records.key == "image" else "latents (mean, std)"
     shape = "x".join(map(str, records.shape))
-    classes = f", {config.dataset.num_classes} classes" if config.dataset.num_classes else ""
+    classes = f", {parts.num_classes} classes" if parts.num_classes else ""
     return [
-        *network(config, model),
+        *network(cls, parts),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
-        ("length", length(config.training, when.steps_per_epoch, when.total)),
+        ("length", length(options, when.steps_per_epoch, when.total)),
         ("cadence", cadences(when)),
     ]
 
@@ -158,36 +159,36 @@ def cadences(when):
 # The other jobs -------------------------------------------------------------------------------
 
 
-def evaluating(config, model, weights, settings, workdir):
-    """Returns the rows about an evaluation of `run.weights.Weights`.
+def evaluating(origin, fid, root, settings, workdir):
+    """Returns the rows about an evaluation.
 
-    `settings` is the number of samplers, steps and guidances.
+    Args:
+      origin: of the weights, from `origin`.
+      fid: the options `fid`.
+      root: folder of the records.
+      settings: number of samplers, steps and guidances.
+      workdir: folder of the run.
     """
-    fid = config.fid
-    text = f"step {weights.step:,} of {config.load_from or workdir}: {', '.join(fid.weights)}"
-    reference = fid.cache_ref or f"the training images, {config.dataset.root}"
+    reference = fid.cache_ref or f"the training images, {root}"
     images = f"{fid.num_samples:,} images for each of {len(fid.weights) * settings} settings"
     return [
-        *network(config, model),
-        ("weights", text),
+        ("weights", f"{origin}: {', '.join(fid.weights)}"),
         ("images", f"{images}, beside {reference}"),
         ("results", str(workdir / layout.RESULTS)),
     ]
 
 
-def sampling(config, model, weights, workdir):
-    """Returns the rows about a sampling job, of `run.weights.Weights`."""
-    options = config.sampling
+def sampling(origin, options, workdir):
+    """Returns the rows about a sampling job of weights from `origin`, by the options `sampling`."""
     steps = options.sampling_timesteps or options.num_steps[:1]
     text = f"times {shown(steps)}" if options.sampling_timesteps else f"steps {shown(steps)}"
-    return [
-        *network(config, model),
-        ("weights", f"step {weights.step:,} of {config.load_from or workdir}"),
-        (
-            "images",
-            f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / layout.SAMPLES}",
-        ),
-    ]
+    images = f"{options.num_images:,} by {options.method[0]}, {text}: {workdir / layout.SAMPLES}"
+    return [("weights", origin), ("images", images)]
+
+
+def origin(step, where):
+    """Says in words of which step and of what path weights are."""
+    return f"step {step:,} of {where}"
 
 
 # Words ----------------------------------------------------------------------------------------

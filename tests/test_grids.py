@@ -85,7 +85,7 @@ def test_steps_without_length_change_nothing(sampler):
 class Renderer:
     """Stands in for `sample.Renderer`: an image tells the number of steps and the guidance."""
 
-    def __init__(self, *_):
+    def __init__(self):
         self.asked = []
 
     def __call__(self, params, labels, setting):
@@ -97,15 +97,15 @@ class Renderer:
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch):
+def drawn(tmp_path):
     """Function (config) -> `Grids` that has drawn step 7, and what went into the log."""
-    monkeypatch.setattr(sample, "Renderer", Renderer)
 
     def draw(config):
         method = make.method(config.method.name, omega_max=config.method.omega_max) \
             if config.method.name == "improved" else make.method()  # fmt: skip
         model = SimpleNamespace(method=method, num_classes=config.dataset.num_classes)
-        found, shown = grids.Grids(config, tmp_path, model, None, None), []
+        options, steps = config.sampling, config.training.sample_steps
+        found, shown = grids.Grids(options, steps, tmp_path, model, Renderer(), None), []
         writer = SimpleNamespace(image=lambda step, name, image: shown.append((step, name)))
         found.draw(7, None, writer)
         return found, shown

@@ -50,7 +50,7 @@ def test_a_frozen_network_is_an_argument_of_the_step(monkeypatch):
     """Its parameters are no constants of the program, and a gradient flows through it."""
     judge = parts.Frozen(
         apply=lambda params, x: x.reshape(len(x), -1) @ params["kernel"],
-        load=lambda method: {"kernel": np.eye(16, dtype=np.float32)},
+        load=lambda: {"kernel": np.eye(16, dtype=np.float32)},
     )
     monkeypatch.setitem(parts.FROZEN, "judge", judge)
     monkeypatch.setitem(parts.OBJECTIVES, "flow", Judged)

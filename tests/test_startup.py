@@ -18,7 +18,6 @@ import main
 import parts
 from configs import listing, load_config, strict_yaml
 from run import cadence, report
-from run.weights import Weights
 from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,8 +93,9 @@ def test_a_file_anywhere_is_a_config(tmp_path, monkeypatch):
 
 def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    report.note(tmp_path, make.config("training.seed=1"))
-    report.note(tmp_path, config := make.config("training.seed=2", "sampling.omega=1,2"))
+    report.note(tmp_path, load_config.text(make.config("training.seed=1")))
+    config = make.config("training.seed=2", "sampling.omega=1,2")
+    report.note(tmp_path, load_config.text(config))
     assert loaded(tmp_path / "config.yml") == config
     lines = (tmp_path / "requirements.lock").read_text().splitlines()
     assert lines[0] == f"# Python {sys.version.split()[0]}"
@@ -106,7 +106,7 @@ def test_the_folder_of_a_run_tells_what_it_is_made_with(tmp_path, monkeypatch, c
     assert caplog.text == ""
     now = environment.installed()
     monkeypatch.setattr(environment, "installed", lambda: now | {"jax": "0.0.1", "new": "1"})
-    report.note(tmp_path, config)
+    report.note(tmp_path, load_config.text(config))
     assert f"versions changed: jax {now['jax']} -> 0.0.1\n" in caplog.text
 
 
@@ -126,7 +126,8 @@ def test_the_summary_of_a_run():
     config = make.config(*TINY, *words, name="digits")
     model = parts.make(config)
     before = len(jax.live_arrays())
-    rows = dict(report.training(config, model, RECORDS, when := when_of(config, 7)))
+    when = when_of(config, 7)
+    rows = dict(report.training("DiT", model, RECORDS, config.training, when))
     assert len(jax.live_arrays()) == before
     N = report.number_of(model.param_shapes())
     assert rows["network"] == f"DiT, {report.count(N)} parameters"
@@ -140,7 +141,7 @@ def test_parameters_that_only_train_are_counted_apart():
     model = parts.make(config)
     only = sum(report.number_of(model.param_shapes()[n]) for n in model.module.only_for_training
                if n in model.param_shapes())  # fmt: skip
-    [(_, text)] = report.network(config, model)
+    [(_, text)] = report.network("imfDiT", model)
     assert only > 0 and text.endswith(f" parameters, {report.count(only)} of them only train")
 
 
@@ -172,7 +173,7 @@ def test_what_any_job_says(tmp_path):
             "--config.eval_only", "--config.sampling.num_steps=1,2"]  # fmt: skip
     config, _ = load_config.from_command_line(argv)
     source, given = load_config.source(argv), load_config.given(argv)
-    rows = dict(report.job(config, source, given, tmp_path))
+    rows = dict(report.job(load_config.options(config), source, given, tmp_path))
     assert rows["config"] == "configs/digits.yml" and rows["folder"] == str(tmp_path)
     assert rows["devices"].startswith("1 x cpu") and f"jax {jax.__version__}" in rows["devices"]
     assert rows["  method"] == "kappa 0.3" and rows["  sampling"] == "num_steps 1,2"
@@ -181,11 +182,11 @@ def test_what_any_job_says(tmp_path):
     assert rows["  set by"] == (
         "the command line: training.seed, eval_only, sampling.num_steps"
     )  # fmt: skip
-    model, weights = parts.make(config), Weights(1200, None, {}, "ema")
-    rows = dict(report.evaluating(config, model, weights, 2, tmp_path))
+    origin = report.origin(1200, tmp_path)
+    rows = dict(report.evaluating(origin, config.fid, config.dataset.root, 2, tmp_path))
     assert rows["images"].startswith("2,000 images for each of 2 settings, beside the training")
     assert rows["weights"] == f"step 1,200 of {tmp_path}: ema"
-    rows = dict(report.sampling(config, model, weights, tmp_path))
+    rows = dict(report.sampling(origin, config.sampling, tmp_path))
     assert rows["images"] == f"64 by ode, steps 1: {tmp_path / 'samples'}"
 
 
