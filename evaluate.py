@@ -209,7 +209,8 @@ def evaluate_job(config, workdir):
     autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
     inherit.check_autoencoder(weights, autoencoder, where)
     needless = config.fid.cache_ref and config.fid.labels != "data"
-    records = None if needless else dataset.open_records(config.dataset.root)
+    data = config.dataset
+    records = None if needless else dataset.open_records(data.root, stage=data.stage)
     evaluation = Evaluation(config, parts, autoencoder, records)
     settings, folder = len(sample.settings(config.sampling)), files.path(workdir)
     report.tell(report.evaluating(config, parts, weights, settings, folder))

@@ -13,7 +13,7 @@ import sample
 from configs import load_config
 from metrics import evaluators
 from run import best, layout, metric_writer, report, results, snapshots
-from utils import chips, identity, processes, train_metrics
+from utils import chips, files, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -208,7 +208,8 @@ class Observer:
         """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
         if step == first - 1 and step < self.total:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self.workdir / layout.PROFILE), create_perfetto_trace=True)
+            folder = files.append(self.workdir / layout.PROFILE)
+            jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
             self._profiling = True
         elif self._profiling and step in (last, self.total):
             jax.block_until_ready(state)

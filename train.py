@@ -308,6 +308,7 @@ def loop(config, state, step_fn, batches, mesh, observer, checkpointer):
         if stopping or observer.checkpoint_due(step):
             # A checkpoint never comes before the lines of the log that lead to it.
             observer.flush()
+            files.sync_soon()
             resume.save(checkpointer, state, place, config)
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")

@@ -60,7 +60,7 @@ class Checkpointer:
         self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
-        self._manager = _Manager(folder(workdir).absolute(), options=options)
+        self._manager = _Manager(files.absolute(folder(workdir)), options=options)
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
@@ -193,7 +193,7 @@ def verify(workdir, step, arrays, plain):
 
 def set_aside(workdir, step):
     """Renames a damaged checkpoint, so that no one takes it for whole; returns its new path."""
-    return _path(workdir, step).rename(layout.damaged_path(workdir, step))
+    return files.move(_path(workdir, step), layout.damaged_path(workdir, step))
 
 
 def restore_weights(workdir, step=None, optimizer=False):

@@ -8,28 +8,30 @@ import time
 import jax
 
 from run import layout
-from utils import files, processes
+from utils import files, leases, processes
 
-SHARED_TIMEOUT = 20.0  # seconds in which a new file must be seen by all processes
+OUTPUT = "MEANFLOW_OUTPUT"  # the variable in which launch.sh names its output.log
+SHARED_TIMEOUT = 60.0  # seconds in which a new file must be seen by all processes
 
 
 def make(workdir):
     """The folder of a run, made if need be.
 
     Raises:
-      ValueError: it cannot be written to, or is no folder of a file system.
+      ValueError: it cannot be made or written to, in one line.
     """
-    if "://" in workdir:
-        raise ValueError(
-            f"--workdir {workdir}: a run needs a folder of a file system; for several machines "
-            "take a shared one (NFS, Filestore), or mount the bucket (docs/pods.md)"
-        )
     path = files.path(workdir)
     try:
-        files.make_folder(path)
-    except ValueError as error:
+        files.check_writable(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"--workdir {error}") from error
     return path
+
+
+def follow_output(workdir):
+    """Has what launch.sh writes down of this process's output put beside a run in a bucket."""
+    if output := os.environ.get(OUTPUT):
+        files.follow(output, workdir / os.path.basename(output))
 
 
 @contextlib.contextmanager
@@ -39,32 +41,38 @@ def hold(workdir):
     Raises:
       ValueError: another job has it, or this process does not see what the writer wrote there.
     """
-    path = files.path(workdir) / layout.LOCK
+    workdir = files.path(workdir)
     me = f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    with _lock(path, me) if processes.is_writer() else contextlib.nullcontext():
-        _check_shared(path, processes.from_writer(me))
-        yield
-
-
-@contextlib.contextmanager
-def _lock(path, me):
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.alone(path, me))
-        except files.InUseError as error:
-            raise ValueError(
-                f"--workdir {path.parent} is in use: a run goes on there ({error.owner}); wait for "
-                "its end, stop it, or take another folder"
-            ) from error
+        if processes.is_writer():
+            try:
+                stack.enter_context(files.alone(workdir / layout.LOCK, me))
+            except leases.InUseError as error:
+                raise ValueError(
+                    f"--workdir {workdir} is in use: a run goes on there ({error.owner}); wait for "
+                    "its end, stop it, or take another folder"
+                ) from error
+        if jax.process_count() > 1:
+            check_shared(workdir, me)
         yield
 
 
-def _check_shared(path, expected):
-    until = time.monotonic() + SHARED_TIMEOUT
+def check_shared(workdir, me):
+    """Raises ValueError where this process does not see what the writer writes into the folder.
+
+    That is a file of its own: others may see a file only when it is closed (a mounted bucket), or
+    when its pages are written (NFS, up to 30 s).
+    """
+    path = workdir / layout.SHARED
+    if processes.is_writer():
+        with files.complete(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            file.write(me)
+            files.sync(file)
+    expected, until = processes.from_writer(me), time.monotonic() + SHARED_TIMEOUT
     while not path.is_file() or path.read_text(encoding="utf-8") != expected:
         if time.monotonic() > until:
             raise ValueError(
                 f"process {jax.process_index()} on {socket.gethostname()} does not see what "
-                f"process 0 wrote to {path.parent}: take a --workdir that all machines share"
+                f"process 0 wrote to {workdir}: take a --workdir that all machines share"
             )
         time.sleep(0.2)

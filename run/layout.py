@@ -32,6 +32,8 @@ COMPILED = "compiled"
 PROFILE = "profile"
 WANDB = "wandb_id.txt"
 LOCK = ".lock"
+SHARED = ".shared"  # by which processes see that they have one folder
+COMMITTED = "commit_success.txt"  # orbax writes it last into a checkpoint
 SHOWN = (SAMPLES, CHECKPOINTS, SNAPSHOTS, RESULTS, METRICS)  # told at the end of a run
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
@@ -50,7 +52,7 @@ def snapshots(workdir):
 
 def checkpoint_path(workdir, step):
     """The folder of one checkpoint."""
-    return (folder(workdir) / str(step)).absolute()
+    return files.absolute(folder(workdir) / str(step))
 
 
 def damaged_path(workdir, step):
@@ -66,7 +68,10 @@ def steps(workdir):
     path = folder(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
+    found = [p for p in path.iterdir() if NUMBER.fullmatch(p.name)]
+    if files.is_remote(path):  # no renames: what is complete has a file that says so
+        found = [p for p in found if (p / COMMITTED).exists()]
+    return sorted(int(p.name) for p in found)
 
 
 def options(workdir):

@@ -68,12 +68,18 @@ READERS = (
 
 def read(path, optimizer=False, step=None):
     """`load` without a model: the weights are whatever the path holds; `step`: of a run."""
+    path = _here(path)
     astray.check(path)
     if step is not None:
         found = _run(path, optimizer, step)
     else:
         found = next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
     return {"ema_sigmas": (), "workdir": path, "config": None, "identity": {}} | found
+
+
+def _here(path):
+    """A copy of weights in a bucket on this machine; runs are read from where they are."""
+    return files.local(path) if files.is_remote(path) and not layout.steps(path) else path
 
 
 def options(path):
@@ -160,7 +166,7 @@ def begin(config, module, fresh):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
     """
-    path, name, kind = config.init_from, config.init_weights, config.init_format
+    path, name, kind = _here(config.init_from), config.init_weights, config.init_format
     if sit.recognises(path) or (kind and files.path(path).is_file()):
         found, latents = sit.load(path, name, kind), SD_FACTOR
         _check_positions(found.positions, path)

@@ -125,6 +125,7 @@ main() {
   local number
   number=$(process_number "$@")
   [[ $number == 0 ]] && output+=/output.log || output+=/output.$number.log
+  export MEANFLOW_OUTPUT=$output  # for main.py, which puts it beside a run in a bucket
 
   local child="" stopping="" signals_seen=x status=0 restarts=0 tee_pid tee=(tee -a)
   trap 'stop INT' INT
