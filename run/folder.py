@@ -1,6 +1,7 @@
 """The folder of a run at the start of a job: made, held by it alone, the same on all hosts."""
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -8,7 +9,7 @@ import time
 import jax
 
 from run import layout
-from utils import files, leases, processes
+from utils import files, folders, leases, processes
 
 OUTPUT = "MEANFLOW_OUTPUT"  # the variable in which launch.sh names its output.log
 SHARED_TIMEOUT = 60.0  # seconds in which a new file must be seen by all processes
@@ -54,7 +55,24 @@ def hold(workdir):
                 ) from error
         if jax.process_count() > 1:
             check_shared(workdir, me)
+        if processes.is_writer():
+            note_renames(workdir)
         yield
+
+
+def note_renames(workdir):
+    """Notes in a run's folder, with a line, where its file system cannot rename folders.
+
+    orbax ends a checkpoint by such a rename, which a bucket mounted by gcsfuse refuses.
+    """
+    note = workdir / layout.NO_RENAMES
+    if files.is_remote(workdir) or note.exists() or folders.renames_folders(workdir):
+        return
+    files.write_text(note, "checkpoints here are complete when commit_success.txt is in them\n")
+    logging.warning(
+        "%s: folders cannot be renamed there (a mounted bucket?): a checkpoint is complete when "
+        "%s is in it", workdir, layout.COMMITTED,
+    )  # fmt: skip
 
 
 def check_shared(workdir, me):

@@ -33,6 +33,7 @@ PROFILE = "profile"
 WANDB = "wandb_id.txt"
 LOCK = ".lock"
 SHARED = ".shared"  # by which processes see that they have one folder
+NO_RENAMES = ".no-renames"  # the file system cannot rename folders
 COMMITTED = "commit_success.txt"  # orbax writes it last into a checkpoint
 SHOWN = (SAMPLES, CHECKPOINTS, SNAPSHOTS, RESULTS, METRICS)  # told at the end of a run
 
@@ -69,9 +70,20 @@ def steps(workdir):
     if not path.is_dir():
         return []
     found = [p for p in path.iterdir() if NUMBER.fullmatch(p.name)]
-    if files.is_remote(path):  # no renames: what is complete has a file that says so
+    if ends_by_file(workdir):
         found = [p for p in found if (p / COMMITTED).exists()]
     return sorted(int(p.name) for p in found)
+
+
+def ends_by_file(workdir):
+    """Whether a checkpoint is complete when a file says so, not when it has its name.
+
+    So in a bucket, and where run/folder.py saw that folders cannot be renamed; the note of that
+    holds for the folders of a run's form within, too.
+    """
+    workdir = files.path(workdir)
+    notes = (folder / NO_RENAMES for folder in (workdir, workdir.parent))
+    return files.is_remote(workdir) or any(note.exists() for note in notes)
 
 
 def options(workdir):

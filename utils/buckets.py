@@ -164,11 +164,11 @@ def upload(local, remote):
         if not local.is_dir():
             return fs.put_file(str(local), str(remote))
         found = sorted(p for p in local.rglob("*") if p.is_file())
-        for name in sorted((p.relative_to(local).as_posix() for p in found), key=_last):
+        for name in sorted((p.relative_to(local).as_posix() for p in found), key=last):
             fs.put_file(str(local / name), f"{remote}/{name}")
 
 
-def _last(name):
+def last(name):
     """The place of a name in the order: what makes a folder complete comes last, outermost last."""
     return name.rpartition("/")[2] in LAST, -name.count("/")
 
@@ -186,7 +186,7 @@ def copy(source, target):
     fs = filesystem()
     with explained(source):
         names = [f"{SCHEME}{name}" for name in fs.find(str(source))]
-        for name in sorted(names, key=_last):
+        for name in sorted(names, key=last):
             fs.cp_file(name, f"{target}{name.removeprefix(str(source))}")
 
 

@@ -21,7 +21,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from utils import buckets, leases, mirrors
+from utils import buckets, folders, leases, mirrors
 
 # What a system says that has nothing to do with what a file holds: limits, rights, connections.
 SYSTEM = (
@@ -147,10 +147,11 @@ def remove(path):
 
 def move(source, target):
     """Gives a folder another name, which is free; returns it. In a bucket its parts are copied."""
-    if not is_remote(source):
-        return source.rename(target)
-    buckets.copy(source, target)
-    buckets.remove(source)
+    if is_remote(source):
+        buckets.copy(source, target)
+        buckets.remove(source)
+    else:
+        folders.rename(source, target)
     return target
 
 
@@ -177,7 +178,7 @@ def complete(path):
     try:
         with writing(path):
             yield unfinished
-            os.replace(unfinished, path)
+            folders.rename(unfinished, path)
     finally:
         remove(unfinished)
 
@@ -253,14 +254,7 @@ def link(source, target):
     if is_remote(target):
         return buckets.copy(source, target)
     with complete(target) as unfinished:
-        shutil.copytree(source, unfinished, copy_function=_link_file)
-
-
-def _link_file(source, target):
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        folders.copy(source, unfinished, folders.link)
 
 
 @contextlib.contextmanager
