@@ -30,9 +30,19 @@ def make(workdir):
 
 
 def follow_output(workdir):
-    """Has what launch.sh writes down of this process's output put beside a run in a bucket."""
-    if output := os.environ.get(OUTPUT):
-        files.follow(output, workdir / os.path.basename(output))
+    """Sees to what launch.sh writes down of this process's output.
+
+    Beside a run in a bucket it is put by the number that jax gives the process; in a folder,
+    output.log becomes another name of the file of process 0.
+    """
+    index, output = jax.process_index(), os.environ.get(OUTPUT)
+    if not output:
+        return
+    if files.is_remote(workdir):
+        name = f"output.{index}.log" if index else layout.OUTPUT
+        files.follow(output, workdir / name)
+    elif not index and os.path.basename(output) != layout.OUTPUT:
+        files.name_again(output, files.path(output).with_name(layout.OUTPUT))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ RESULTS = "results.json"
 PLOT = "results.png"
 CONFIG = "config.yml"
 VERSIONS = "requirements.lock"
+OUTPUT = "output.log"  # what launch.sh writes down
 EVALUATION = "evaluation"
 COMPILED = "compiled"
 PROFILE = "profile"

@@ -67,3 +67,15 @@ def test_a_note_is_made_once_and_only_where_it_is_needed(mount, tmp_path, caplog
     folder.note_renames(mount)
     folder.note_renames(mount)
     assert files.names(mount) == {layout.NO_RENAMES} and len(caplog.records) == 1
+
+
+def test_output_log_is_that_of_process_0(tmp_path, monkeypatch):
+    for host in ("a", "b"):
+        (tmp_path / f"output.{host}.log").write_text(host)
+        monkeypatch.setenv("MEANFLOW_OUTPUT", str(tmp_path / f"output.{host}.log"))
+        folder.follow_output(tmp_path)
+        assert (tmp_path / "output.log").read_text() == host
+    (tmp_path / "output.log").unlink()
+    (tmp_path / "output.log").write_text("of before")
+    folder.follow_output(tmp_path)
+    assert (tmp_path / "output.log").read_text() == "of before"

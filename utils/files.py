@@ -233,6 +233,14 @@ def follow(file, path):
         mirrors.add(path, Path(file))
 
 
+def name_again(file, other):
+    """Makes `other` a link to a file beside it, unless it is a file of its own."""
+    if other.exists() and not other.is_symlink():
+        return
+    with complete(other) as unfinished:
+        unfinished.symlink_to(Path(file).name)
+
+
 def sync(file):
     """Sees to it that all that was written into an opened file is on disk, or in the bucket."""
     file.flush()
