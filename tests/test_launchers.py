@@ -1,11 +1,16 @@
 """Ways of starting several processes by the variables that each sets (table: docs/pods.md)."""
 
 import os
+import re
 import warnings
+from pathlib import Path
 
 import pytest
+import yaml
 
-from utils import cluster
+from utils import cluster, signals
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4",
@@ -83,3 +88,25 @@ def test_an_mpirun_that_names_no_host_is_told(monkeypatch, caplog):
         monkeypatch.setenv(name, value)
     assert cluster.find(1) is None
     assert "Open MPI" in caplog.text and "this one runs alone" in caplog.text
+
+
+def test_what_keepers_of_jobs_are_told_is_what_a_run_ends_with():
+    """docs/pods.md: status 75 begins again, 1 and 2 do not; the saving has more than 30 s."""
+    page = (ROOT / "docs" / "pods.md").read_text()
+    (xpk,) = re.findall(r"^xpk workload create .*?\n```", page, re.M | re.S)
+    assert f"--restart-on-exit-codes={signals.RESTART} " in xpk and "scripts/launch.sh b4" in xpk
+    jobset, sky = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [signals.RESTART]
+    assert jobset["kind"] == "JobSet"
+    (of_jobs,) = jobset["spec"]["failurePolicy"]["rules"]
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    (of_pods,) = job["podFailurePolicy"]["rules"]
+    assert (
+        of_jobs["onJobFailureReasons"] == ["PodFailurePolicy"] and of_jobs["action"] == "FailJobSet"
+    )
+    assert of_pods == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
+    pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > 30 and pod["restartPolicy"] == "Never"
+    assert pod["containers"][0]["args"] == ["b4", "run_b4"]  # behind the image's launch.sh
+    assert '"scripts/launch.sh"' in (ROOT / "Dockerfile").read_text()
