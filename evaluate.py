@@ -221,7 +221,8 @@ def evaluate_job(config, workdir):
     autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
     inherit.check_autoencoder(weights.identity, autoencoder, where)
     needless = config.fid.cache_ref and config.fid.labels != "data"
-    records = None if needless else dataset.open_records(config.dataset.root)
+    data = config.dataset
+    records = None if needless else dataset.open_records(data.root, stage=data.stage)
     described = describe(config.training, options)
     evaluation = Evaluation(config.fid, config.sampling, parts, autoencoder, records, described)
     settings, folder = len(sample.settings(config.sampling)), files.path(workdir)

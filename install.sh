@@ -110,12 +110,13 @@ is_done() {
   [[ $found == "$2" || ($2 == "cpu "* && ${found#* } == "${2#* }") ]]
 }
 
-# What was installed here before is noted in two files of the environment.
+# What was installed here before is noted in files of the environment.
 base_is_done() { is_done "$environment/.installed-requirements" "$base_stamp"; }
+gcs_is_done() { [[ -z $gcs ]] || is_done "$environment/.installed-gcs" "$gcs_stamp"; }
 dev_is_done() { [[ -z $dev ]] || is_done "$environment/.installed-dev" "$dev_stamp"; }
 
 main() {
-  local dev="" kind extra="" base_stamp dev_stamp
+  local dev="" gcs="" kind extra="" base_stamp dev_stamp gcs_stamp
   case ${1:-} in
     "") ;;
     --dev) dev=yes ;;
@@ -125,15 +126,21 @@ main() {
   kind=$(machine_kind)
   [[ $kind == cpu ]] || extra="[$kind]"
   base_stamp="$kind $(cksum <requirements.txt)"
+  # Buckets: on a TPU machine, and where one of the folders is in one.
+  case $kind:${LOG_DIR:-}:${DATA_ROOT:-}:${OUTPUT_DIR:-} in
+    tpu:* | *:gs://*) gcs=yes gcs_stamp="gcs $(cksum <requirements-gcs.txt)" ;;
+  esac
   dev_stamp="dev $(cksum <requirements-dev.txt)"
 
-  if ! base_is_done || ! dev_is_done; then
+  if ! base_is_done || ! gcs_is_done || ! dev_is_done; then
     [[ -w $environment ]] || fail "the environment $environment cannot be written to"
     exec 9>"$environment/.install-lock"
     # Several processes of one job may share the environment: one installs, the others wait.
     if command -v flock >/dev/null; then flock 9; fi
     base_is_done || install_packages "$environment/.installed-requirements" "$base_stamp" \
       "jax$extra and the requirements" -r requirements.txt "jax$extra"
+    gcs_is_done || install_packages "$environment/.installed-gcs" "$gcs_stamp" \
+      "what buckets need" -r requirements-gcs.txt
     dev_is_done || install_packages "$environment/.installed-dev" "$dev_stamp" \
       "the test tools" -r requirements-dev.txt
   fi

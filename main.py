@@ -56,6 +56,7 @@ def run_job(config, flags, about):
             from train import train_job as job
         workdir = folder.make(flags.workdir)
         keep_compiled(workdir)
+        folder.follow_output(workdir)
         report.tell(report.job(options, *about, workdir))
         job(config, workdir)
     except processes.Preempted as reason:
@@ -135,7 +136,13 @@ def main(argv):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_job(config, flags, about)
+    from utils import files, processes
+
+    processes.at_exit.append(files.finish)
+    try:
+        return run_job(config, flags, about)
+    finally:
+        files.finish()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from metrics import evaluators
 from parts import load_autoencoder
 from run import layout, metric_writer, report, results
 from run import weights as weights_of
-from utils import averages, chips, identity, processes, train_metrics
+from utils import averages, chips, files, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -165,7 +165,8 @@ class Observer:
         """Profiles the steps first..last into WORKDIR/profile, for TensorBoard or Perfetto."""
         if step == first - 1 and step < self.when.total:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self.workdir / layout.PROFILE), create_perfetto_trace=True)
+            folder = files.append(self.workdir / layout.PROFILE)
+            jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
             self._profiling = True
         elif self._profiling and step in (last, self.when.total):
             jax.block_until_ready(state)

@@ -137,7 +137,7 @@ def open_records(data, batch_size):
     Raises:
       ValueError, FileNotFoundError: nothing there, or records that do not fit the options.
     """
-    records = dataset.open_records(data.root)
+    records = dataset.open_records(data.root, stage=data.stage)
     channels = data.image_channels * (2 if records.key == "moments" else 1)
     expected = {
         "shape": (data.image_size, data.image_size, channels),

@@ -321,6 +321,7 @@ def loop(state, step_fn, batches, mesh, when, observer, saver):
         stopping = processes.stop_requested()
         if stopping or when.saves(step):
             observer.flush()  # a checkpoint never comes before the lines of the log that lead to it
+            files.sync_soon()
             saver.save(state, place)
         if stopping:
             raise processes.Preempted(f"stopped as asked at step {step} of {total}, which is saved")

@@ -25,6 +25,7 @@ class Dataset:
 
     name: Place[str] = "imgnet_latent"  # folder below $DATA_ROOT that is read when root is empty
     root: Records = ""  # folder of the records; empty: $DATA_ROOT/name
+    stage: Free[Path] = "cache"  # copy of a root in gs://: cache | shm | a folder | none (no copy)
     image_size: Count = 32  # height and width of what the network sees (latent or pixels)
     image_channels: Count = 4  # its channels: 4 for latents, 3 or 1 for pixels
     num_classes: Classes = 1000  # labels 0..num_classes-1, 0: unconditional, -1: as the records

@@ -5,6 +5,7 @@
 stands for nothing given.
 """
 
+import re
 from typing import Annotated, TypeVar
 
 from configs.option import Role, Rule, above, below, each, least, within
@@ -18,7 +19,15 @@ Place = Annotated[T, Role.MAY_CHANGE, Role.PLACE]
 Preference = Annotated[T, Role.PREFERENCE]
 
 # Texts.
-Path = Annotated[str, Role.PATH]
+Path = Annotated[
+    str,
+    Role.PATH,
+    Rule(
+        lambda x: x is None or x.startswith("gs://") or not re.match(r"[A-Za-z][\w+.-]+:/", x),
+        "names a place that cannot be read and written here, of addresses gs://BUCKET/... alone "
+        "can: {value}",
+    ),
+]
 Records = Annotated[Place[Path], Role.UNTOLD]
 
 # Numbers.

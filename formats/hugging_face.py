@@ -27,7 +27,7 @@ LEFT_OUT = (
 
 def find(path):
     """The folder of weights in this layout at `path`, itself or its model.safetensors; or None."""
-    path = Path(path)
+    path = files.path(path)
     folder = path.parent if path.name == WEIGHTS else path
     return folder if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() else None
 
@@ -38,7 +38,7 @@ def read_config(folder):
     Raises:
       ValueError: it is of another model or version, or lacks an entry; OSError.
     """
-    file = Path(folder) / CONFIG
+    file = files.path(folder) / CONFIG
     with files.reading(file, "not a configuration in JSON"):
         found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("model_type") != MODEL_TYPE:

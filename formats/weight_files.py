@@ -8,20 +8,12 @@ import numpy as np
 from utils import files
 
 
-def cache_folder():
-    """Returns where weights are looked for: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
-
-    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
-    """
-    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
-
-
 def find(given, option, variable, names, advice):
     """Returns the weight file to read, as a pathlib.Path.
 
     Args:
       given: what the option `option` says; else the environment variable `variable` counts, else
-        the first file of `names` in `cache_folder()`.
+        the first file of `names` in `files.cache_folder()`.
       advice: what the error says where there is none.
 
     Raises:
@@ -29,14 +21,14 @@ def find(given, option, variable, names, advice):
     """
     for path, origin in ((given, option), (os.environ.get(variable), variable)):
         if path:
-            path = files.user_path(path)
+            path = files.local(files.user_path(path))
             if not path.is_file():
                 what = "a folder in the place of a file" if path.is_dir() else "no such file"
                 raise FileNotFoundError(f"{origin}: {what}: {path}")
             return path
     for name in names:
-        if (cache_folder() / name).is_file():
-            return cache_folder() / name
+        if (files.cache_folder() / name).is_file():
+            return files.cache_folder() / name
     raise FileNotFoundError(advice)
 
 

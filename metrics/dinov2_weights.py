@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from formats import state_dicts, torch_files, weight_files
 from metrics import dinov2
-from utils import trees
+from utils import files, trees
 
 FILE_NAMES = (
     "dinov2_vitl14_pretrain.pth",
@@ -41,7 +41,7 @@ def find(path=None):
     advice = (
         f"no DINOv2 weights: put {FILE_NAMES[0]} (published with "
         "github.com/facebookresearch/dinov2), or the model.safetensors of facebook/dinov2-large "
-        f"as {FILE_NAMES[1]}, into {weight_files.cache_folder()}, or name a file in "
+        f"as {FILE_NAMES[1]}, into {files.cache_folder()}, or name a file in "
         "fid.dinov2_weights or DINOV2_WEIGHTS"
     )
     return weight_files.find(path, "fid.dinov2_weights", "DINOV2_WEIGHTS", FILE_NAMES, advice)

@@ -22,7 +22,7 @@ def load(path=None):
     """Returns the parameters of `inception.features` as numpy float32: layer -> {kernel, bias}.
 
     `path` (option `fid.inception_weights`), else the environment variable INCEPTION_WEIGHTS,
-    else a file of one of FILE_NAMES in `weight_files.cache_folder()`.
+    else a file of one of FILE_NAMES in `files.cache_folder()`.
 
     Raises:
       FileNotFoundError, ValueError: in a line, which file is needed, or what is wrong with it.
@@ -34,7 +34,7 @@ def find(path=None):
     """Returns the path of the file that `load` will read; raises FileNotFoundError."""
     advice = (
         f"no Inception weights: put {PTH_NAME} (sha256 {PTH_SHA256}, from the releases of "
-        f"github.com/mseitzer/pytorch-fid) into {weight_files.cache_folder()}, or name a file in "
+        f"github.com/mseitzer/pytorch-fid) into {files.cache_folder()}, or name a file in "
         "fid.inception_weights or INCEPTION_WEIGHTS"
     )
     option = "fid.inception_weights"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pathlib
 
 import numpy as np
 import scipy.linalg
@@ -195,7 +194,7 @@ def image_features(path, score):
     They are kept beside the file, under the network and resize that made them and the checksum of
     the images: another file of the same name has other features.
     """
-    path, described = pathlib.Path(path), score.features.described
+    path, described = files.local(path), score.features.described
     weights = str(described["feature_weights_sha256"])[:12]
     name = f"{path.stem}-features-{described['resize']}-{weights}-{image_checksum(path)}.npy"
     known = path.with_name(name)
@@ -245,6 +244,8 @@ def load_reference(path):
     (`tf1`). Raises FileNotFoundError, or ValueError with one line: neither, names missing, wrong
     shapes, not finite, not symmetric.
     """
+    if files.is_remote(path):
+        path = files.local(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file of reference statistics")
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ import numpy as np
 
 from formats import weight_files
 from formats.arrays import read
+from utils import files
 
 EPS = 1e-6
 
@@ -83,7 +84,7 @@ def load():
     names = "convnextv2_base_22k_224.safetensors", "convnextv2_base_22k_224_ema.pt"
     advice = (
         "no ConvNeXt-V2: put the model.safetensors of facebook/convnextv2-base-22k-224 as "
-        f"{names[0]} into {weight_files.cache_folder()}, or name a file in CONVNEXT_WEIGHTS"
+        f"{names[0]} into {files.cache_folder()}, or name a file in CONVNEXT_WEIGHTS"
     )
     path = weight_files.find(None, "", "CONVNEXT_WEIGHTS", names, advice)
     return convert(read(path), path)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from formats import arrays, weight_files
+from utils import files
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
 # Channels of the convolutions of each stage; the last output of each stage is compared.
@@ -87,7 +88,7 @@ def load():
         ("weights by channel", "LPIPS_WEIGHTS", ("lpips_vgg.pth", "lpips_lin.h5")),
     ):
         advice = (
-            f"no {what} for LPIPS: put {' or '.join(names)} into {weight_files.cache_folder()}, or "
+            f"no {what} for LPIPS: put {' or '.join(names)} into {files.cache_folder()}, or "
             f"name a file in {variable} (docs/objectives.md)"
         )
         paths.append(weight_files.find(None, "", variable, names, advice))

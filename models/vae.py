@@ -210,7 +210,7 @@ def find(name) -> Path:
             f"{repository} config.json {WEIGHT_FILES[0]}` where there is a network, or set "
             "dataset.vae to a folder of them"
         )
-    folder = files.user_path(name)
+    folder = files.local(files.user_path(name))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"dataset.vae={name}: neither {', '.join(REPOSITORIES)}, none nor a folder "

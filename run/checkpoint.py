@@ -24,10 +24,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+# The one that needs no renames of folders has no public name.
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
+
 from run import layout
 from run.layout import checkpoint_path as _path
 from run.layout import folder
-from utils import files
+from utils import files, processes
 from utils.checksums import checksums
 
 KEPT = 3  # newest checkpoints
@@ -59,8 +62,13 @@ class Checkpointer:
     def __init__(self, workdir, kept=KEPT, identity=None):
         self._identity = identity or {}
         _hush()  # whatever fails in the background is raised here
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
-        self._manager = _Manager(folder(workdir).absolute(), options=options)
+        by_file = processes.from_writer(layout.ends_by_file(workdir))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept,
+            cleanup_tmp_directories=True,
+            temporary_path_class=CommitFileTemporaryPath if by_file else None,
+        )
+        self._manager = _Manager(files.absolute(folder(workdir)), options=options)
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
@@ -198,7 +206,7 @@ def verify(workdir, step, arrays, plain):
 
 def set_aside(workdir, step):
     """Renames a damaged checkpoint, so that no one takes it for whole; returns its new path."""
-    return _path(workdir, step).rename(layout.damaged_path(workdir, step))
+    return files.move(_path(workdir, step), layout.damaged_path(workdir, step))
 
 
 @contextlib.contextmanager

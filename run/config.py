@@ -23,7 +23,7 @@ def settle(config, workdir, given, sampling=False):
     """
     config = inherit.adopt(config, workdir, given, sampling)
     if config.dataset.num_classes == OF_RECORDS:
-        records = dataset.open_records(config.dataset.root)
+        records = dataset.open_records(config.dataset.root, stage=config.dataset.stage)
         of_records = {"dataset.num_classes": records.num_classes}
         config = load_config.make(load_config.options(config) | of_records)
     parts.check(config)

@@ -27,11 +27,15 @@ RESULTS = "results.json"
 PLOT = "results.png"
 CONFIG = "config.yml"
 VERSIONS = "requirements.lock"
+OUTPUT = "output.log"  # what launch.sh writes down
 EVALUATION = "evaluation"
 COMPILED = "compiled"
 PROFILE = "profile"
 WANDB = "wandb_id.txt"
 LOCK = ".lock"
+SHARED = ".shared"  # by which processes see that they have one folder
+NO_RENAMES = ".no-renames"  # the file system cannot rename folders
+COMMITTED = "commit_success.txt"  # orbax writes it last into a checkpoint
 SHOWN = (SAMPLES, CHECKPOINTS, SNAPSHOTS, RESULTS, METRICS)  # told at the end of a run
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")  # name of a checkpoint: its step
@@ -50,7 +54,7 @@ def snapshots(workdir):
 
 def checkpoint_path(workdir, step):
     """The folder of one checkpoint."""
-    return (folder(workdir) / str(step)).absolute()
+    return files.absolute(folder(workdir) / str(step))
 
 
 def damaged_path(workdir, step):
@@ -66,7 +70,21 @@ def steps(workdir):
     path = folder(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if NUMBER.fullmatch(p.name))
+    found = [p for p in path.iterdir() if NUMBER.fullmatch(p.name)]
+    if ends_by_file(workdir):
+        found = [p for p in found if (p / COMMITTED).exists()]
+    return sorted(int(p.name) for p in found)
+
+
+def ends_by_file(workdir):
+    """Whether a checkpoint is complete when a file says so, not when it has its name.
+
+    So in a bucket, and where run/folder.py saw that folders cannot be renamed; the note of that
+    holds for the folders of a run's form within, too.
+    """
+    workdir = files.path(workdir)
+    notes = (folder / NO_RENAMES for folder in (workdir, workdir.parent))
+    return files.is_remote(workdir) or any(note.exists() for note in notes)
 
 
 def options(workdir):

@@ -45,7 +45,7 @@ class MetricWriter:
         self._open_line = False
         if not enabled:
             return
-        workdir = files.path(workdir).absolute()
+        workdir = files.absolute(files.path(workdir))
         files.make_folder(workdir)
         self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
         _cut(workdir, resume_step)
@@ -167,7 +167,8 @@ def _start_wandb(project, workdir):
     """The run of Weights & Biases that belongs to a workdir; its id is kept there, to resume it."""
     wandb, path = _wandb_module(), workdir / layout.WANDB
     known = path.read_text() if path.exists() else None
-    run = wandb.init(project=project, name=workdir.name, id=known, resume="allow", dir=str(workdir))
+    place = None if files.is_remote(workdir) else str(workdir)
+    run = wandb.init(project=project, name=workdir.name, id=known, resume="allow", dir=place)
     files.write_text(path, run.id)
     return run
 

@@ -137,10 +137,16 @@ READERS = (
 
 def read(path, optimizer=False, step=None):
     """Reads `Weights` as `load` does, but without a model; `step`: the checkpoint of a run."""
+    path = _here(path)
     astray.check(path)
     if step is not None:
         return of_run(path, step, optimizer)
     return next(reader(path, optimizer) for recognises, reader in READERS if recognises(path))
+
+
+def _here(path):
+    """A copy of weights in a bucket on this machine; runs are read from where they are."""
+    return files.local(path) if files.is_remote(path) and not layout.steps(path) else path
 
 
 def options(path):
@@ -220,7 +226,7 @@ def begin(config, module, fresh):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
     """
-    path, name, kind = config.init_from, config.init_weights, config.init_format
+    path, name, kind = _here(config.init_from), config.init_weights, config.init_format
     if sit.recognises(path) or (kind and files.path(path).is_file()):
         found, latents = sit.load(path, name, kind), SD_FACTOR
         _check_positions(found.positions, path)

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +32,7 @@ def open_images(path, notes):
     Raises:
       FileNotFoundError, ValueError: no images there, or of several sizes.
     """
-    path = pathlib.Path(path)
+    path = files.local(path)
     if path.is_dir():
         return open_folder(path, notes)
     if not path.is_file():
@@ -119,7 +118,8 @@ def evaluate(config, images):
     notes = pictures.Notes(logging.warning)
     read, count, shape = open_images(images, notes)
     options = evaluators.fill(config.fid)
-    records = None if config.fid.cache_ref else dataset.open_records(config.dataset.root)
+    data = config.dataset
+    records = None if config.fid.cache_ref else dataset.open_records(data.root, stage=data.stage)
     mesh = sharding.make_mesh(fsdp=1)
     score = scorer.Scorer(features.load(options), mesh, options, shape)
     real = reference.Reference(options, score, records)

@@ -34,7 +34,7 @@ FORMS = ("msgpack", "orbax", "safetensors", "sit")
 
 
 def export(source, folder, step=None, form=None, **chosen):
-    """Writes a checkpoint and returns its path; see the module.
+    """Writes a checkpoint into a folder, or into a bucket, and returns its path; see the module.
 
     Args:
       source: the workdir of a run, or a published or exported checkpoint.
@@ -45,6 +45,12 @@ def export(source, folder, step=None, form=None, **chosen):
     Raises:
       FileNotFoundError, FileExistsError, ValueError: one line.
     """
+    with files.outgoing(folder) as here:
+        path = _export(source, here, step, form, **chosen)
+    return files.path(folder) / path.relative_to(here) if files.is_remote(folder) else path
+
+
+def _export(source, folder, step, form, **chosen):
     if form == "safetensors":
         return export_safetensors(source, folder, step, **chosen)
     if form == "sit":
@@ -101,7 +107,7 @@ def command(saved):
 
 def measured(source, checksum):
     """What results.json beside a run says of the weights with this checksum, as lines."""
-    folder = Path(source)
+    folder = files.path(source)
     folders = [folder, folder.parent] if folder.name == layout.BEST else [folder]
     known = [r for place in folders for r in results.load(place) if isinstance(r, dict)]
     return [results.report(found) for found in known if found.get("weights_checksum") == checksum]
@@ -193,6 +199,7 @@ def main(argv=None):
     chosen = {name: args.pop(name) for name in ("weights", "config", "license", "steps", "omega")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
+        files.check_arguments(args)
         if others := chosen.keys() - OWN.get(args["form"], set()):
             raise ValueError(f"--{min(others)} is no option of --format={args['form']}")
         path = export(**args, **chosen)

@@ -25,13 +25,21 @@ esac
 
 absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 
-process_number() {
-  # Of several processes that share LOG_DIR each has an output file of its own.
-  local argument number=${SLURM_PROCID:-${TPU_WORKER_ID:-0}}
+output_name() {
+  # Of several processes that share LOG_DIR each has an output file of its own: by its number where
+  # that is in the shell, else on a TPU (jax asks elsewhere which host of a slice it is) by host;
+  # main.py then sees to it that output.log names the file of process 0.
+  local argument number=${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-${RANK:-}}}
   for argument; do
     case $argument in --process_id=*) number=${argument#*=} ;; esac
   done
-  echo "$number"
+  if [[ -z $number ]] && has_tpu; then number=$(hostname); fi
+  case ${number:-0} in 0) echo output.log ;; *) echo "output.$number.log" ;; esac
+}
+
+has_tpu() {
+  local machine=${INSTALL_MACHINE:-}  # as in install.sh
+  compgen -G "$machine/dev/accel[0-9]*" >/dev/null || compgen -G "$machine/dev/vfio/[0-9]*" >/dev/null
 }
 
 show() {
@@ -122,9 +130,8 @@ main() {
   case $workdir in *://*) output=logs/$user/$job ;; esac  # tee writes to this machine only
   mkdir -p "$output" 2>/dev/null && [[ -w $output ]] ||
     fail "cannot write to $output; set LOG_DIR to a folder of yours"
-  local number
-  number=$(process_number "$@")
-  [[ $number == 0 ]] && output+=/output.log || output+=/output.$number.log
+  output+=/$(output_name "$@")
+  export MEANFLOW_OUTPUT=$output  # for main.py, which puts it beside a run in a bucket
 
   local child="" stopping="" signals_seen=x status=0 restarts=0 tee_pid tee=(tee -a)
   trap 'stop INT' INT

@@ -20,7 +20,7 @@ COMPUTE_FID=${COMPUTE_FID:-False}             # OUTPUT_DIR/imagenet_{IMAGE_SIZE}
 VAE=${VAE:-mse}                               # mse, ema, a folder, or none for pixels
 
 fail() { echo "prepare_data.sh: $*" >&2; exit 2; }
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
 [[ -n $IMAGENET_ROOT ]] || fail "set IMAGENET_ROOT to the folder that has train/ and val/"
 [[ -n $OUTPUT_DIR ]] || fail "set OUTPUT_DIR to the folder for the records"
@@ -31,6 +31,7 @@ done
 case $VAE in */*) VAE=$(absolute "$VAE") ;; esac
 input=$(absolute "$IMAGENET_ROOT")
 output=$(absolute "$OUTPUT_DIR")
+case $LOG_DIR in *://*) LOG_DIR=logs ;; esac  # tee writes to this machine only
 log_folder=$(absolute "$LOG_DIR")/${USER:-$(id -un 2>/dev/null || echo user)}
 mkdir -p "$log_folder" 2>/dev/null && [[ -w $log_folder ]] ||
   fail "cannot write to $log_folder; set LOG_DIR to a folder of yours"

@@ -17,13 +17,23 @@ import importlib
 import os
 import sys
 
-from utils import signals
+from utils import files, signals
 
 DAY = 24 * 3600  # seconds
 DECODER = "draws the preview: mse, ema, a folder, none or auto; docs/data.md"
 ALONE = ("digits", "preview")  # what is done by one process
 MODULES = {"latents": "caches"}  # where a command is called otherwise
 STORES = ("float32", "float16", "bfloat16")
+
+
+def check_places(args):
+    """Raises ValueError or OSError where the work could not be kept; before any is done."""
+    files.check_arguments(vars(args))
+    output = args.output or "-"
+    if files.is_remote(output):
+        if getattr(args, "overwrite", False):
+            raise ValueError(f"--overwrite: names in a bucket cannot be changed: remove {output}")
+        files.check_writable(files.path(output))
 
 
 def run(args):
@@ -264,6 +274,7 @@ def _bool(text):
 def main(argv=None):
     args = parse(argv)
     try:
+        check_places(args)
         if args.command not in ALONE:
             join_processes(args)
         run(args)

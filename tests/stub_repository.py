@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
-    "install.sh requirements.txt requirements-dev.txt scripts/launch.sh scripts/test.sh .ci/run"
+    "install.sh requirements.txt requirements-dev.txt requirements-gcs.txt scripts/launch.sh "
+    "scripts/test.sh .ci/run"
 ).split()
 
 # A Python that notes what pip, pytest and ruff are asked for instead of running them.

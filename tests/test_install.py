@@ -51,7 +51,17 @@ def test_the_jax_of_the_nvidia_driver(repository, gpus, jax):
 def test_the_jax_of_a_tpu(repository, vendor, device, jax):
     add_pci_device(repository, vendor, device)
     assert repository.run("install.sh").returncode == 0
-    assert repository.installed() == [f"-r requirements.txt {jax}"]
+    buckets = ["-r requirements-gcs.txt"] * (jax == "jax[tpu]")
+    assert repository.installed() == [f"-r requirements.txt {jax}", *buckets]
+
+
+@pytest.mark.parametrize("name", ["LOG_DIR", "DATA_ROOT", "OUTPUT_DIR"])
+def test_what_buckets_need_comes_where_one_is_named(repository, name):
+    repository.run("install.sh", **{name: "folder"})
+    assert repository.installed() == ["-r requirements.txt jax"]
+    for _ in range(2):
+        assert repository.run("install.sh", **{name: "gs://bucket/x"}).returncode == 0
+    assert repository.installed()[1:] == ["-r requirements-gcs.txt"]
 
 
 def test_the_second_installation_does_nothing(repository):

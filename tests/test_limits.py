@@ -16,7 +16,7 @@ from test_folders import folder, prepare, read
 from run import checkpoint
 from scripts import prepare_dataset
 from scripts.prepare import shards
-from utils import dataset, files
+from utils import dataset, files, record_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
 def test_readers_are_shared_closed_and_opened_again(tmp_path):
     root = write_records(tmp_path / "set")
     records = dataset.open_records(root)
-    records = dataclasses.replace(records, readers=dataset._Readers(records.shard_paths, 1))
+    records = dataclasses.replace(records, readers=record_files.Readers(records.shard_paths, 1))
     first = records.readers.get(0)
     assert records.readers.get(0) is first
     np.testing.assert_array_equal(
@@ -96,7 +96,7 @@ def test_what_the_system_says_is_known_from_damage(tmp_path, error, reason):
     with pytest.raises(OSError if reason else checkpoint.DamagedError):
         with checkpoint._damage(tmp_path, 1):
             raise error
-    found = dataset._unreadable(tmp_path / "shard", error)
+    found = record_files.unreadable(tmp_path / "shard", error)
     assert isinstance(found, kind) and ("delete" in str(found)) == (not reason)
 
 

@@ -162,13 +162,13 @@ def test_a_signal_that_comes_twice_at_once_counts_once(jobs):
 DAMAGED = """
 import sys, time
 import main
-from utils import dataset
+from utils import dataset, record_files
 read = dataset.Records.read
 reads = []
 def damaged(self, *arguments, **keywords):
     reads.append(time.monotonic())
     if len(reads) > 6 and "--process_id=1" in sys.argv:
-        raise ValueError(dataset._damaged(self.shard_paths[1], "cannot be opened"))
+        raise ValueError(record_files.damaged(self.shard_paths[1], "cannot be opened"))
     return read(self, *arguments, **keywords)
 dataset.Records.read = damaged
 sys.exit(main.main(sys.argv[1:]))

@@ -4,6 +4,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -48,6 +49,19 @@ def test_a_job_with_everything_said(repository):
     repository.run("scripts/launch.sh", "job", "--eval", LOG_DIR="gs://bucket/logs")
     assert '"--workdir=gs://bucket/logs/me/job", "--config=' in repository.runs()[1]
     assert repository.log().startswith("hello")
+
+
+def test_hosts_of_a_slice_do_not_share_an_output(repository, tmp_path):
+    """On a TPU machine the shell does not know which process of how many this is."""
+    repository.main("")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "accel0").touch()
+    machine = {"INSTALL_MACHINE": str(tmp_path)}
+    done = repository.run("scripts/launch.sh", "job", **machine)
+    assert done.returncode == 0, done.err
+    assert repository.run("scripts/launch.sh", "job", SLURM_PROCID="2", **machine).returncode == 0
+    names = sorted(path.name for path in (repository.folder / "logs").glob("*/job/output*"))
+    assert names == ["output.2.log", f"output.{socket.gethostname()}.log"]
 
 
 def test_the_log_is_complete_when_the_command_ends(repository):

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 import threading
+import warnings
 from typing import NamedTuple
 
 # What jax calls its detection of TPU slices, SLURM, Open MPI and Kubernetes is not public.
@@ -20,6 +22,8 @@ NAMES = {
     "GceTpuCluster": "the TPU slice",
     "GkeTpuCluster": "the TPU slice",
 }
+OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"
+PORTS = 61440  # the first of those from which jax, too, chooses that of process 0
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 
 
@@ -59,19 +63,31 @@ def find(timeout, described=False):
     """
     name = "the environment"
     try:
-        for kind in ClusterEnv._cluster_types:
-            name = NAMES.get(kind.__name__, kind.__name__)
-            if not kind.opt_in_only_method and kind.is_env_present():
-                break
-        else:
-            return None
-        if kind.__name__ == "SlurmCluster" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        if "OMPI_COMM_WORLD_SIZE" in os.environ and OPEN_MPI_4 not in os.environ:
+            name = NAMES["OmpiCluster"]
+            return _open_mpi_5(os.environ, name)
+        with warnings.catch_warnings():  # jax gives one in every pod that lacks a package
+            warnings.simplefilter("ignore")
+            for kind in ClusterEnv._cluster_types:
+                name = NAMES.get(kind.__name__, kind.__name__)
+                if not kind.opt_in_only_method and kind.is_env_present():
+                    break
+            else:
+                name = "torchrun or its like (WORLD_SIZE, RANK, MASTER_ADDR)"
+                return _by_torch_names(os.environ, name)
+        slurm = kind.__name__ == "SlurmCluster"
+        if slurm and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
             return None  # a shell inside an allocation, which counts the tasks of others
+        named = os.environ.get("JAX_COORDINATOR_ADDRESS")
         found = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, kind.name or None, timeout
+            named, None, None, None, kind.name or None, timeout
         )
-        address, count, index, local_devices = found
-        return Job(str(address), int(count), int(index), local_devices, name)
+        address, count, index, devices = found
+        if slurm:
+            devices = gpus_of_task(os.environ)
+        elif kind.__name__ == "OmpiCluster":
+            devices = _gpus_of_rank(os.environ)
+        return Job(str(address), int(count), int(index), own_devices(devices), name)
     except Exception as error:  # of each environment its own
         if described:
             return None
@@ -80,6 +96,81 @@ def find(timeout, described=False):
             name, type(error).__name__, files.first_line(error),
         )  # fmt: skip
         return None
+
+
+def own_devices(found):
+    """The numbers of this process's GPUs; None for all, or where jax's own variable names them."""
+    return None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found
+
+
+def gpus_of_task(environ):
+    """The numbers of the GPUs of a task of SLURM among those that it sees; None: all of them.
+
+    A task whose GPUs are its own (`--gpus-per-task`, `--gpu-bind`) sees no others.
+    """
+    if "SLURM_GPUS_PER_TASK" in environ or "gpu" in environ.get("SLURM_TRES_PER_TASK", ""):
+        return None
+    there = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    return share(environ, _tasks_on_node(environ), int(environ["SLURM_LOCALID"]), there)
+
+
+def share(environ, tasks, number, there=0):
+    """The numbers of the GPUs of process `number` of the `tasks` on this machine; None: all.
+
+    Those that a process sees are shared evenly, in order. One that sees a single GPU, or is alone,
+    takes what it sees; where nothing tells how many there are, there is one for each.
+    """
+    seen = environ.get("CUDA_VISIBLE_DEVICES") or environ.get("ROCR_VISIBLE_DEVICES")
+    count = len(seen.split(",")) if seen else there
+    if tasks == 1 or count == 1:
+        return None
+    each = count // tasks
+    if count % tasks:
+        logging.warning("%d processes share %d GPUs: %d idle", tasks, count, count % tasks)
+    return list(range(number * each, (number + 1) * each)) if each else [number]
+
+
+def _tasks_on_node(environ):
+    """Tasks of the step on this node, from a text like "2(x3),1"."""
+    names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS")
+    text = next(environ[name] for name in names if environ.get(name))
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = int(environ.get("SLURM_NODEID") or 0)
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def _open_mpi_5(environ, name):
+    """The job of an `mpirun` of Open MPI 5, which names its host in PMIX_NAMESPACE.
+
+    As jax does for version 4: process 0 is taken to run where mpirun does, and the port to follow
+    from what tells one mpirun from another.
+    """
+    launcher = re.fullmatch(r"\D+?-(.+)-(\d+)@\d+", environ["PMIX_NAMESPACE"])
+    address = environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address:
+        address = f"{launcher[1]}:{PORTS + int(launcher[2]) % (65536 - PORTS)}"
+    count, index = environ["OMPI_COMM_WORLD_SIZE"], environ["OMPI_COMM_WORLD_RANK"]
+    return Job(address, int(count), int(index), own_devices(_gpus_of_rank(environ)), name)
+
+
+def _gpus_of_rank(environ):
+    tasks, number = environ["OMPI_COMM_WORLD_LOCAL_SIZE"], environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+    return share(environ, int(tasks), int(number))
+
+
+def _by_torch_names(environ, name):
+    """The job that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe; None without them."""
+    if not {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        return None
+    tasks, number = environ.get("LOCAL_WORLD_SIZE", 1), environ.get("LOCAL_RANK", 0)
+    devices = share(environ, int(tasks), int(number))
+    address = environ.get("JAX_COORDINATOR_ADDRESS")
+    address = address or f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    count, index = int(environ["WORLD_SIZE"]), int(environ["RANK"])
+    return Job(address, count, index, own_devices(devices), name)
 
 
 def announcement(job, timeout):

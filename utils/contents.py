@@ -7,7 +7,6 @@ utils/files.py and utils/identity.py.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +23,8 @@ def note(path, content):
 
 
 def _note(path):
-    return Path(path).with_name(f"unfinished-content-{Path(path).name}")
+    path = files.path(path)
+    return path.with_name(f"unfinished-content-{path.name}")
 
 
 def of_shards(paths, read):
@@ -41,7 +41,7 @@ def of_shards(paths, read):
 
 def forget(root, name):
     """Removes the notes of a dataset that is complete."""
-    for path in Path(root).glob(f"unfinished-content-{name}-*"):
+    for path in files.path(root).glob(f"unfinished-content-{name}-*"):
         path.unlink(missing_ok=True)
 
 

@@ -18,9 +18,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
+import shutil
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,12 +29,11 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from utils import contents, files, identity
+from utils import contents, files, identity, limits, record_files
 
 NAME = "records"
 SPARE_FILES = 256  # open files that are left to everything else
 _WRITE_OPTIONS = "group_size:1,uncompressed"  # group_size 1: random access record by record
-_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest for random access
 
 
 # Writing
@@ -43,7 +41,7 @@ _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest for r
 
 def shard_path(root, split, index, count):
     """The final path of a shard; `index` of `count`."""
-    return Path(root) / f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+    return files.path(root) / f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def example(label, **tensors):
@@ -82,12 +80,12 @@ def _writing(path):
 
 def is_dataset(root):
     """Whether `root` holds a finished dataset."""
-    return (Path(root) / "dataset_info.json").exists()
+    return (files.path(root) / "dataset_info.json").exists()
 
 
 def shard_length(path):
     """Number of records of a shard. ValueError naming the file if it is damaged or cut short."""
-    reader = _open_shard(Path(path))
+    reader = record_files.open_shard(files.path(path))
     length = reader.num_records()
     reader.close()
     return length
@@ -103,7 +101,7 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
       settings: what it is made from and how, for JSON; with a digest of the records they become the
         description, which `Records.identity` tells.
     """
-    root = Path(root)
+    root = files.path(root)
     tensor = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
     features = {key: tensor}
     if classes:
@@ -127,7 +125,7 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     splits = []
     for split, lengths in shard_lengths.items():
-        size = sum(path.stat().st_size for path in paths[split])
+        size = sum(files.size(path) for path in paths[split])
         template = tfds.core.ShardedFileTemplate(
             data_dir=root, dataset_name=NAME, split=split, filetype_suffix="array_record"
         )
@@ -135,14 +133,15 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
     info.set_splits(tfds.core.splits.SplitDict(splits))
     # dataset_info.json makes the folder a dataset, so it comes last and at once.
     info.features.save_config(root)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
-        info.write_dataset_info_json(unfinished)
-        os.replace(Path(unfinished, "dataset_info.json"), root / "dataset_info.json")
+    with files.complete(root / "dataset_info.json") as unfinished:
+        with tempfile.TemporaryDirectory() as folder:
+            info.write_dataset_info_json(folder)
+            shutil.copyfile(Path(folder, "dataset_info.json"), unfinished)
     contents.forget(root, NAME)
 
 
 def _raw_records(path):
-    reader = _open_shard(path)
+    reader = record_files.open_shard(path)
     yield from (reader.read([i])[0] for i in range(reader.num_records()))
     reader.close()
 
@@ -176,7 +175,7 @@ class Records:
     has_flipped: bool
     shard_paths: tuple[Path, ...]
     shard_starts: np.ndarray = dataclasses.field(repr=False)  # (shards + 1,)
-    readers: "_Readers" = dataclasses.field(repr=False)
+    readers: record_files.Readers = dataclasses.field(repr=False)
     description: str = dataclasses.field(default="", repr=False)  # in dataset_info.json
 
     @functools.cached_property
@@ -205,7 +204,7 @@ class Records:
                 for row, record in zip(rows, reader.read(positions), strict=True):
                     self._parse(record, row, batch)
             except Exception as error:  # a RuntimeError of the reader, a DecodeError of protobuf
-                raise _unreadable(self.shard_paths[shard], error) from error
+                raise record_files.unreadable(self.shard_paths[shard], error) from error
         return batch
 
     def _parse(self, record, row, batch):
@@ -219,43 +218,24 @@ class Records:
                 out[row] = np.frombuffer(content, self.dtype).reshape(self.shape)
 
 
-class _Readers:
-    """Readers of shards, opened when asked for. The latest `most` of them stay open.
-
-    One that is let go of while a thread reads from it closes when that thread is done.
-    """
-
-    def __init__(self, paths, most):
-        self._paths, self._most = paths, max(most, 1)
-        self._open, self._lock = collections.OrderedDict(), threading.Lock()
-
-    def get(self, shard):
-        """The reader of shard number `shard`."""
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        reader = _open_shard(self._paths[shard])
-        with self._lock:
-            self._open[shard] = reader
-            while len(self._open) > self._most:
-                self._open.popitem(last=False)
-        return reader
-
-    def length(self, shard):
-        """Number of records of a shard."""
-        return self.get(shard).num_records()
+STAGES = {"cache": None, "shm": "/dev/shm/meanflow"}  # by a word; other names are folders
 
 
-def open_records(root, split="train"):
+def open_records(root, split="train", stage="cache"):
     """Opens a dataset and checks that every shard is there, whole, and as long as it should be.
+
+    Of a dataset in a bucket a copy is read, which is made first: all shards of the split, on every
+    host, since each epoch is shuffled as a whole. `stage` says where: `cache`, `shm`, or a folder;
+    with `none` each record is read from the bucket, which sends a hundred times its size.
 
     Raises FileNotFoundError where there is no dataset, ValueError where it is damaged or of
     another kind, OSError where the system does not let it be read, in one line that names the file.
     """
-    root = Path(root)
+    root = origin = files.path(root)
     if not is_dataset(root):
         raise FileNotFoundError(_no_dataset(root))
+    if files.is_remote(root) and stage != "none":
+        root = _staged(root, split, STAGES.get(stage, stage))
     try:
         info = tfds.builder_from_directory(root).info
         key, feature = _tensor_of(info.features)
@@ -270,16 +250,18 @@ def open_records(root, split="train"):
     if split not in info.splits:
         raise ValueError(f"{root} has no split '{split}', only: {', '.join(info.splits)}")
     lengths = info.splits[split].shard_lengths
-    paths = tuple(Path(path) for path in info.splits[split].filepaths)
-    allowed = files.allow_open_files(len(paths) + SPARE_FILES)
-    readers = _Readers(paths, max(allowed - SPARE_FILES, allowed // 2))
+    paths = tuple(files.path(path) for path in info.splits[split].filepaths)
+    allowed = limits.allow_open_files(len(paths) + SPARE_FILES)
+    readers = record_files.Readers(paths, max(allowed - SPARE_FILES, allowed // 2))
     with ThreadPoolExecutor(16) as pool:
         found = pool.map(readers.length, range(len(paths)))
         for path, length, expected in zip(paths, found, lengths, strict=True):
             if length != expected:
-                raise ValueError(_damaged(path, f"{length} records instead of {expected}"))
+                raise ValueError(
+                    record_files.damaged(path, f"{length} records instead of {expected}")
+                )
     records = Records(
-        root=root,
+        root=origin,
         split=split,
         key=key,
         shape=tuple(feature.shape),
@@ -298,6 +280,19 @@ def open_records(root, split="train"):
     return records
 
 
+def _staged(root, split, folder):
+    """The copy of a dataset in a bucket on this machine, without the shards of other splits."""
+    from utils import processes  # late: it brings jax, which readers of a folder do not need
+
+    def wanted(name):
+        return not name.startswith(f"{NAME}-") or name.startswith(f"{NAME}-{split}.")
+
+    def bar(done, total):
+        return processes.progress(done, total, "files", f"copy {root}")
+
+    return files.local(root, folder, wanted, bar)
+
+
 def _tensor_of(features):
     for key in ("moments", "image"):
         if key in features:
@@ -305,28 +300,6 @@ def _tensor_of(features):
                 raise ValueError(f"'{key}' holds encoded pictures, not raw pixels")
             return key, features[key]
     raise ValueError(f"has the features {', '.join(features)}, neither 'moments' nor 'image'")
-
-
-def _open_shard(path):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; run the preparation again to make it")
-    reader = array_record_module.ArrayRecordReader(
-        str(path), _READ_OPTIONS, file_reader_buffer_size=32768
-    )
-    if not reader.ok():
-        try:
-            reader.read([0])  # only reading tells why
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        raise ValueError(_damaged(path, "cannot be opened"))
-    return reader
-
-
-def _unreadable(path, error):
-    """The exception for a shard that cannot be read: damaged, or kept from us by the system."""
-    if reason := files.system_reason(error):
-        return OSError(f"{path} cannot be read: {reason}; the shard itself may be whole")
-    return ValueError(_damaged(path, error))
 
 
 def _no_dataset(root):
@@ -338,8 +311,3 @@ def _no_dataset(root):
         command = f"python -m scripts.prepare_dataset pt --input {root} --output NEW_FOLDER"
         return f"{root} holds .pt files; turn them into records first: {command}"
     return f"no dataset at {root}: no dataset_info.json in it; set dataset.root, or prepare it"
-
-
-def _damaged(path, reason):
-    mend = "delete the file and run the preparation again"
-    return f"damaged shard {path}: {files.first_line(reason)}; {mend}"

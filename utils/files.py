@@ -2,7 +2,12 @@
 
 Whatever lies below a run's folder is named by run/layout.py and touched through this module.
 `complete`: appears under its name whole or not at all. `append`: what grows. `alone`: for one
-process at a time. `link`: again under another name, in no more room.
+process at a time. `link`: again under another name, in no more room. `local`: what libraries read
+that know files of this machine alone.
+
+A path on a file system is a `pathlib.Path`, one in a bucket (gs://) an `etils.epath.Path`, which
+has the same methods. The latter is not used for both: its `stat` fails for a user without a name,
+as there are in pods, and its `iterdir` leaves files out.
 """
 
 import contextlib
@@ -13,7 +18,10 @@ import os
 import resource
 import shutil
 import socket
+import tempfile
 from pathlib import Path
+
+from utils import buckets, folders, leases, mirrors
 
 # What a system says that has nothing to do with what a file holds: limits, rights, connections.
 SYSTEM = (
@@ -27,33 +35,81 @@ SYSTEM = (
 ROOM = (errno.ENOSPC, errno.EDQUOT)  # too little of it
 
 
-class InUseError(ValueError):
-    """Another process has the lock; `owner` is what it says of itself."""
-
-    def __init__(self, path, owner):
-        super().__init__(f"{path}: in use by {owner}")
-        self.owner = owner
-
-
 # Paths ----------------------------------------------------------------------------------------
 
 
 def path(name):
-    """The path of a file or folder, as `pathlib.Path` has it."""
-    return Path(name)
+    """The path of a file or folder on a file system, or in a bucket: gs://BUCKET/...
+
+    Raises:
+      ValueError: an address of another kind; or gcsfs is not installed.
+    """
+    text = os.fspath(name)
+    return buckets.path(text) if buckets.is_address(text) else Path(text)
+
+
+def check_arguments(args):
+    """Raises ValueError where `path` would, of all arguments of a command, {name: value}."""
+    for name, value in args.items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and buckets.is_address(text, f"--{name} "):
+                buckets.path(text)
+
+
+def is_remote(path):
+    """Whether a path, from `path`, is in a bucket."""
+    return str(path).startswith(buckets.SCHEME)
 
 
 def user_path(name):
     """A path as a user writes it, `~` expanded where it is known whose home that is."""
-    return Path(os.path.expanduser(name))
+    return path(os.path.expanduser(name))
+
+
+def absolute(path):
+    """A path that does not depend on the folder in which the process runs."""
+    return path if is_remote(path) else path.absolute()
+
+
+def cache_folder():
+    """Where is kept what can be had again: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+
+    A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
+    """
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meanflow"
+
+
+def local(name, folder=None, wanted=lambda name: True, progress=None):
+    """A file or folder on this machine: the path itself, or a copy of what is in a bucket.
+
+    The copy is made once for all processes of a machine, and again where the bucket has another
+    object; see `buckets.stage`.
+
+    Args:
+      folder: below which copies lie; None: `cache_folder()`, or a temporary one without a home.
+      wanted, progress: see `buckets.stage`.
+    """
+    source = path(name)
+    if not is_remote(source):
+        return source
+    folder = path(folder) if folder else cache_folder() / "buckets"
+    if str(folder).startswith("~"):
+        folder = Path(tempfile.gettempdir()) / f"meanflow-buckets-{os.getuid()}"
+    target = folder / str(source).removeprefix(buckets.SCHEME)
+    make_folder(target.parent)
+    with alone(target.with_name(f".{target.name}.lock")):
+        buckets.stage(source, target, wanted, progress)
+    return target
 
 
 def make_folder(path):
-    """Makes a folder, and those above it, where there is none.
+    """Makes a folder, and those above it, where there is none; a bucket needs none.
 
     Raises:
       ValueError: it cannot be made, or not be written to.
     """
+    if is_remote(path):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,12 +118,41 @@ def make_folder(path):
         raise ValueError(f"{path} cannot be written to")
 
 
+def check_writable(path):
+    """Raises OSError or ValueError where a folder cannot be made and written to, in one line."""
+    make_folder(path)
+    if is_remote(path):
+        buckets.check(path)
+
+
+def names(folder):
+    """The names in a folder, a set, empty where there is none."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def size(path):
+    """Bytes of a file."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
 def remove(path):
     """Removes a file or a folder with all that is in it; nothing where there is none."""
-    if path.is_dir():
+    if is_remote(path):
+        buckets.remove(path)
+    elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def move(source, target):
+    """Gives a folder another name, which is free; returns it. In a bucket its parts are copied."""
+    if is_remote(source):
+        buckets.copy(source, target)
+        buckets.remove(source)
+    else:
+        folders.rename(source, target)
+    return target
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -75,20 +160,25 @@ def remove(path):
 
 @contextlib.contextmanager
 def complete(path):
-    """Gives a path beside `path` for what is unfinished, which takes its place at the end.
+    """Gives a path for what is unfinished, which takes the place of `path` at the end.
 
-    Where the block fails, what it wrote is removed and `path` stays as it was. What a killed
-    process leaves begins with `unfinished-NAME-`.
+    It lies beside `path`, or on this machine where that is in a bucket. Where the block fails, what
+    it wrote is removed and `path` stays as it was. What a killed process leaves begins with
+    `unfinished-NAME-`.
 
     Raises:
       OSError: with `path` in its line, where the system refuses to write (a full disk).
     """
+    if is_remote(path):
+        with buckets.outgoing(buckets.path(str(path))) as unfinished:
+            yield unfinished
+        return
     path = Path(path)
     unfinished = path.with_name(f"unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
         with writing(path):
             yield unfinished
-            os.replace(unfinished, path)
+            folders.rename(unfinished, path)
     finally:
         remove(unfinished)
 
@@ -111,29 +201,68 @@ def write_text(path, text):
         unfinished.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def outgoing(name):
+    """Gives the folder to write into what is to lie in the folder `name`, on this machine.
+
+    What was written for a bucket is put there at the end, and replaces nothing.
+
+    Raises:
+      FileExistsError: there is something of the same name.
+    """
+    target = path(name)
+    if not is_remote(target):
+        yield target
+        return
+    buckets.check(target)
+    with buckets.outgoing(target, fresh=True) as here:
+        yield here
+
+
 def append(path):
-    """The file to open for what grows at `path`: it lies on this machine."""
-    return path
+    """The file to open for what grows at `path`, or the folder: it lies on this machine.
+
+    For a bucket it is put there every minute and by `sync`; what is there already is fetched.
+    """
+    return mirrors.add(path) if is_remote(path) else path
+
+
+def follow(file, path):
+    """Has a file of this machine that grows put into a bucket, too, at `path`."""
+    if is_remote(path):
+        mirrors.add(path, Path(file))
+
+
+def name_again(file, other):
+    """Makes `other` a link to a file beside it, unless it is a file of its own."""
+    if other.exists() and not other.is_symlink():
+        return
+    with complete(other) as unfinished:
+        unfinished.symlink_to(Path(file).name)
 
 
 def sync(file):
-    """Sees to it that all that was written into an opened file is on disk."""
+    """Sees to it that all that was written into an opened file is on disk, or in the bucket."""
     file.flush()
     os.fsync(file.fileno())
+    mirrors.put()
+
+
+def sync_soon():
+    """Has all that grows put where it belongs, without waiting for it."""
+    mirrors.soon()
+
+
+finish = mirrors.finish  # the last `sync` of a job
 
 
 def link(source, target):
     """A folder again under another name, whole or not at all; its files take no more room, where
     the file system has second names for one file."""
+    if is_remote(target):
+        return buckets.copy(source, target)
     with complete(target) as unfinished:
-        shutil.copytree(source, unfinished, copy_function=_link_file)
-
-
-def _link_file(source, target):
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        folders.copy(source, unfinished, folders.link)
 
 
 @contextlib.contextmanager
@@ -149,12 +278,16 @@ def alone(path, owner=None):
     Raises:
       InUseError: another process has it, and there is an `owner`.
     """
+    if is_remote(path):
+        with leases.hold(path, owner):
+            yield
+        return
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if owner else 0))
         except BlockingIOError as error:
             file.seek(0)
-            raise InUseError(path, file.read().strip()) from error
+            raise leases.InUseError(path, file.read().strip()) from error
         except OSError as error:
             logging.warning("cannot lock %s (%s): run one job at a time there", path, error)
         if owner:
@@ -177,6 +310,8 @@ def system_reason(error):
 
     Libraries put it into exceptions of their own, as a cause or as words.
     """
+    if said := buckets.reason(error):
+        return said
     while error is not None:
         text = str(error)
         if isinstance(error, MemoryError):
@@ -209,27 +344,3 @@ def _hint(number):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f" (this process may have {soft}, at most {hard}: see ulimit -n)"
     return "; make room, and go on" if number in ROOM else ""
-
-
-def allow_open_files(count):
-    """Raises the limit of this process so that `count` files more can be open, where it may.
-
-    Returns how many may be, which is fewer where the hard limit is lower.
-    """
-    used = _open_now()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    endless = resource.RLIM_INFINITY
-    wanted = used + count
-    if soft != endless and soft < wanted:
-        soft = wanted if hard == endless else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):  # refused: it stays as it is
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return count if soft == endless else max(min(count, soft - used), 0)
-
-
-def _open_now():
-    try:
-        return len(os.listdir("/dev/fd"))
-    except OSError:  # none are left to look with, or no such folder
-        return 64

@@ -203,6 +203,7 @@ def check_stop():
 
 # Ending ---------------------------------------------------------------------------------------
 
+at_exit = []  # what a process does before it ends in the middle of a job
 _leaving = threading.Event()
 _last_word = threading.Lock()  # who has it ends the process
 
@@ -272,6 +273,10 @@ def _end(line, status):
 
 
 def _exit(status):
+    for end in at_exit:
+        thread = threading.Thread(target=end, daemon=True)
+        thread.start()
+        thread.join(GRACE)
     # Not sys.exit: jax would wait at exit for processes that wait for this one.
     sys.stdout.flush()
     sys.stderr.flush()

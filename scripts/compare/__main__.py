@@ -29,6 +29,10 @@ def main(argv=None):
         help="sample grids of each run in the page, spread over time (%(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    try:
+        files.check_arguments(vars(args))
+    except ValueError as error:
+        parser.error(str(error))
     found, left_out = runs.read_all(args.runs)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)

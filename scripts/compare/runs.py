@@ -7,6 +7,7 @@ from typing import NamedTuple
 from configs import saved, strict_yaml
 from metrics import evaluators
 from run import layout, results
+from utils import files
 
 POINTS = 500  # of a curve; of a longer one each is the mean of several lines
 NEEDED = {"checkpoint_step": int, "num_samples": int, "num_steps": int, "weights": str}
@@ -46,10 +47,10 @@ def read_all(paths):
     Returns:
       A list of `Run`, and a list of lines.
     """
-    paths = [pathlib.Path(path) for path in paths]
+    paths = [files.path(path) for path in paths]
     there, lines = [], []
     for path in paths:
-        if path.resolve() in [other.resolve() for other in there]:
+        if resolved(path) in map(resolved, there):
             lines.append(f"{path}: given twice")
         elif line := why_not(path):
             lines.append(line)
@@ -74,9 +75,14 @@ def why_not(path):
     return ""
 
 
+def resolved(path):
+    """A path without links, where there can be some."""
+    return path if files.is_remote(path) else path.resolve()
+
+
 def names(paths):
     """Returns the last parts of each path, as many as tell them all apart."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [resolved(path).parts for path in paths]
     for count in range(1, max(map(len, parts), default=1) + 1):
         short = ["/".join(part[-count:]) for part in parts]
         if len({*short}) == len(short):

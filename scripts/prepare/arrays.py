@@ -13,7 +13,6 @@ import collections
 import re
 import threading
 import types
-from pathlib import Path
 
 from formats import caches
 from scripts.prepare import cache_items, labels, latents, manifest, trees
@@ -28,7 +27,7 @@ FAST_DIT = re.compile(r".*features/\d+\.npy")
 
 def run(args):
     """The job behind `prepare_dataset arrays`; returns whether the records are complete."""
-    root, listing = Path(args.input), pictures.Listing()
+    root, listing = files.local(args.input), pictures.Listing()
     args.labels = "auto"
     if root.is_dir() or root.suffix == ".zip":
         manifest.check_configs(root)

@@ -18,7 +18,7 @@ from scripts.prepare import (
     trees,
     webdataset,
 )
-from utils import pictures
+from utils import files, pictures
 
 LMDB = (".mdb", ".lmdb")
 ROWS = (".safetensors", ".hdf5", ".h5")
@@ -29,9 +29,9 @@ STATS = "latents_stats.pt"  # of LightningDiT: mean and std by channel
 def run(args):
     """The job behind `prepare_dataset latents`; returns whether the records are complete."""
     listing = pictures.Listing()
-    cache = find(Path(args.input), args, listing)
+    cache = find(files.local(args.input), args, listing)
     complete = latents.bring(args, cache, listing)
-    root = Path(args.input)
+    root = files.local(args.input)
     for path in sorted(root.rglob(STATS)) if root.is_dir() else []:
         print(statistics(path), flush=True)
     return complete

@@ -10,7 +10,6 @@ import io
 import struct
 import tarfile
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from formats import torch_files
 from scripts.prepare import folders, shards, statistics
-from utils import pictures
+from utils import files, pictures
 
 SIDE = 32
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -54,7 +53,7 @@ class Split(NamedTuple):
 
 def run(args):
     """The job behind `prepare_dataset cifar10`: records, and statistics where asked for."""
-    splits = load(Path(args.input), args.check)
+    splits = load(files.local(args.input), args.check)
     counts = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items())
     print(f"{args.input}: {counts} images", flush=True)
 
@@ -64,7 +63,7 @@ def run(args):
 
     digests = {name: digest(split) for name, split in splits.items()}
     job = shards.Job(
-        output=Path(args.output),
+        output=files.path(args.output),
         key="image",
         shape=(SIDE, SIDE, 3),
         dtype=np.dtype(np.uint8),

@@ -1,7 +1,6 @@
 """The handwritten digits of scikit-learn -> records of pixels."""
 
 import errno
-from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -14,7 +13,7 @@ def run(args):
 
     Returns True: the dataset is complete.
     """
-    output = Path(args.output)
+    output = files.path(args.output)
     if dataset.is_dataset(output):
         print(f"{output} is there already; nothing to do")
         return True
@@ -26,7 +25,7 @@ def run(args):
     kept = np.isin(digits.target_names[digits.target].astype(str), classes)
     images = np.round(digits.images[kept] * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
     labels = [classes.index(str(target)) for target in digits.target[kept]]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output.parent)
     try:
         # A folder of its own until it is whole: it is small, and made again if interrupted.
         with files.complete(output) as unfinished:

@@ -20,7 +20,7 @@ OPEN = 4  # groups of rows in memory
 
 def run(args):
     """The job behind `prepare_dataset huggingface`; returns whether the records are complete."""
-    root, listing = Path(args.input), pictures.Listing()
+    root, listing = files.local(args.input), pictures.Listing()
     root, names, said = list_files(root, listing, args.config_name)
     tables = Tables(root, names)
     image_key, label_key = columns(tables, args.image_key, args.label_key)

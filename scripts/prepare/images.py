@@ -3,7 +3,6 @@
 import collections
 import functools
 import itertools
-from pathlib import Path
 
 import grain
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from metrics import inception_weights
 from models import vae
 from scripts.prepare import folders, moments, shards, statistics
-from utils import dataset, environment, images, pictures, sharding
+from utils import dataset, environment, files, images, pictures, sharding
 
 
 def run(args):
@@ -22,7 +21,7 @@ def run(args):
     Returns whether the records are complete.
     """
     listing = pictures.Listing()
-    classes, items, find, settings = folders.find_images(Path(args.input), args, listing)
+    classes, items, find, settings = folders.find_images(files.local(args.input), args, listing)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in items.items())
     left = f"; {listing}" if str(listing) else ""
     names = () if isinstance(classes, int) else classes
@@ -143,7 +142,7 @@ def write_records(args, classes, items, decode, settings):
         settings |= {"store": args.store, "flip": args.flip, "encoder": encode.digest}
         make = lambda items: encode(decode(items))  # noqa: E731
     job = shards.Job(
-        output=Path(args.output),
+        output=files.path(args.output),
         key=key,
         shape=shape,
         dtype=dtype,

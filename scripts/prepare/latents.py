@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -11,7 +10,7 @@ import numpy as np
 from models import vae
 from models.codec import SD_SCALE
 from scripts.prepare import labels, moments, shards
-from utils import dataset, processes
+from utils import dataset, files, processes
 
 LOOKED_AT = 16  # records that say what the others are
 LOGARITHMS = 0.9  # of the second half below 0: samples have half, deviations none
@@ -143,7 +142,7 @@ def write(args, classes, items, names, read, settings, flipped=False):
     spread = moments.Spread()
     stream = functools.partial(examples, read, shape, dtype, count, args.workers, spread)
     job = shards.Job(
-        output=Path(args.output),
+        output=files.path(args.output),
         key="moments",
         shape=shape,
         dtype=dtype,

@@ -5,14 +5,13 @@ records as `preview.png`, which no reader of records looks at.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from models.codec import SD_SCALE
 from scripts.prepare import shards
-from utils import dataset, images, order, processes
+from utils import dataset, files, images, order, processes
 
 COUNT = 64
 CELL = 112  # pixels of the long side of an image in the picture
@@ -31,7 +30,7 @@ def after(args):
 
     A picture that is there stays: it is removed with the records that it is of.
     """
-    if not Path(args.output, shards.PREVIEW).exists():
+    if not (files.path(args.output) / shards.PREVIEW).exists():
         draw(args.output, vae=getattr(args, "vae", "auto"), count=args.preview)
 
 
@@ -44,8 +43,8 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
         "mse" where that is in the cache and there is an accelerator, else none.
       split: default: train, or the first that there is.
     """
-    root = Path(root)
-    path = Path(path or root / shards.PREVIEW)
+    root = files.path(root)
+    path = files.path(path or root / shards.PREVIEW)
     records = dataset.open_records(root, split or first_split(root))
     batch = records.read(order.spread(records.num_records, count), flipped=False)
     by_label = np.argsort(batch["label"], kind="stable")
@@ -63,7 +62,7 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
 def first_split(root):
     """`train`, or where there is none the first split of the dataset at `root`."""
     try:
-        found = json.loads(Path(root, "dataset_info.json").read_text())["splits"]
+        found = json.loads((files.path(root) / "dataset_info.json").read_text())["splits"]
         names = [split["name"] for split in found]
     except (OSError, ValueError, LookupError, TypeError):  # open_records tells what is wrong
         names = []
@@ -73,7 +72,7 @@ def first_split(root):
 def class_names(root):
     """The names of the classes in the order of their labels; () where they are their numbers."""
     try:
-        names = Path(root, "label.labels.txt").read_text(encoding="utf-8").splitlines()
+        names = (files.path(root) / "label.labels.txt").read_text(encoding="utf-8").splitlines()
     except OSError:
         names = []
     return () if names == [str(i) for i in range(len(names))] else names

@@ -3,18 +3,16 @@
 A file holds `image` (2c, h, w), mean and standard deviation of the VAE's posterior, and `label`.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from formats import torch_files
 from scripts.prepare import latents
-from utils import pictures
+from utils import files, pictures
 
 
 def run(args):
     """The job behind `prepare_dataset pt`; returns whether the records are complete."""
-    root, listing = Path(args.input), pictures.Listing()
+    root, listing = files.local(args.input), pictures.Listing()
     rows = {split: [(name, None) for name in n] for split, n in list_files(root, listing).items()}
     args.layout, args.content, args.scaled_by = "nchw", "moments", 1.0
     cache = latents.Cache(

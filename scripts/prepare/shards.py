@@ -84,8 +84,9 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
             return True  # another process came to the end at the same time, and was faster
     _begin(job)
     every = shards(job)
-    mine = [s for s in every[process_index::process_count] if not s.path.exists()]
-    if not mine and dataset.is_dataset(job.output) and all(s.path.exists() for s in every):
+    there = files.names(job.output)
+    mine = [s for s in every[process_index::process_count] if s.path.name not in there]
+    if not mine and dataset.is_dataset(job.output) and all(s.path.name in there for s in every):
         print(f"{job.output} is complete already; nothing to do", flush=True)
         return True
     for shard in mine:  # left by a run that was killed
@@ -99,7 +100,8 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
         part = itertools.islice(stream, shard.stop - shard.start)
         dataset.write_shard(shard.path, _those_there_are(part, shard))
     next(stream, None)  # lets the bar reach its end
-    missing = sum(not shard.path.exists() for shard in every)
+    there = files.names(job.output)
+    missing = sum(shard.path.name not in there for shard in every)
     if missing:
         print(f"{missing} of {len(every)} shards are left to other processes", flush=True)
         return False
@@ -134,7 +136,7 @@ def _those_there_are(examples, shard):
 
 def begin_overwriting(output):
     """Makes the place for a dataset that `write` is to overwrite another with, empty."""
-    for path in Path(output).glob(f"{NEW}*"):
+    for path in files.path(output).glob(f"{NEW}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -194,7 +196,7 @@ def _begin(job):
     elif dataset.is_dataset(job.output):
         raise ValueError(f"{job.output} holds another dataset; name another folder")
     else:
-        job.output.mkdir(parents=True, exist_ok=True)
+        files.make_folder(job.output)
         files.write_text(path, json.dumps(plan, indent=2) + "\n")
 
 

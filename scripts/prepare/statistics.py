@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
 def path_of(args):
     """The file of the statistics."""
-    return Path(args.fid_stats or f"{args.output}/imagenet_{args.image_size}_fid_stats.npz")
+    return files.path(args.fid_stats or f"{args.output}/imagenet_{args.image_size}_fid_stats.npz")
 
 
 def asked(args, split, items):
@@ -42,7 +41,7 @@ def check(args, split, items):
     path = path_of(args)
     if not path.exists() or args.overwrite:
         return
-    said = provenance.of_path(path)
+    said = provenance.of_path(files.local(path))
     if found := provenance.differences(said, asked(args, split, items)):
         raise ValueError(
             f"{path} holds other statistics ({'; '.join(found)}): name another file with "
@@ -62,7 +61,7 @@ def write(args, split, items, decode):
     path = path_of(args)
     if path.exists() and not args.overwrite:
         return print(f"{path} is there already; nothing to do", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     said = asked(args, split, items)
     count = args.num_processes
     stem = f"unfinished-{path.stem}-{said['files'][:12]}-{args.image_size}-{args.fid_resize}"
@@ -74,7 +73,7 @@ def write(args, split, items, decode):
             np.savez(file, **sums)
     if not all(part.exists() for part in parts):
         return print("statistics: the rest is left to other processes", flush=True)
-    found = [np.load(part) for part in parts]
+    found = [np.load(files.local(part)) for part in parts]
     if len({str(part["weights"]) for part in found}) > 1:
         raise ValueError(f"{path}: the processes had different --inception_weights; start over")
     images = identity.Sum()
@@ -84,7 +83,7 @@ def write(args, split, items, decode):
     said |= {"number": number, "images": str(images), "weights": str(found[0]["weights"])}
     reference.save_reference(path, **join(found), **said)
     for part in parts:
-        part.unlink(missing_ok=True)
+        files.remove(part)
     print(f"statistics of {number} {split} images -> {path}", flush=True)
 
 

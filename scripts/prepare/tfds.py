@@ -11,7 +11,6 @@ import importlib.util
 import io
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -52,7 +51,7 @@ def run(args):
         items = {split: [(split, i) for i in range(len(raw))] for split, raw in sources.items()}
         shape = example(next(iter(items.values()))[0])["image"].shape
         job = shards.Job(
-            output=Path(args.output),
+            output=files.path(args.output),
             key="image",
             shape=shape,
             dtype=np.dtype(np.uint8),

@@ -8,7 +8,6 @@ library's tarfile: once through headers and labels, then record by record.
 import io
 import json
 import tarfile
-from pathlib import Path
 
 from formats import caches
 from scripts.prepare import cache_items, images, labels, latents, manifest
@@ -21,7 +20,7 @@ PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
 def run(args):
     """The job behind `prepare_dataset webdataset`; returns whether the records are complete."""
     listing = pictures.Listing()
-    index, records = open_index(Path(args.input), args, listing)
+    index, records = open_index(files.local(args.input), args, listing)
     if index.kind == "latents":
         args.vae = args.vae or "auto"
         return latents.bring(args, _cache(index, records), listing)

