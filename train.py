@@ -20,7 +20,7 @@ import optax
 import observe
 from methods import objective
 from models import card, codec, network
-from optimizer import make_optimizer
+from optimizer import at_step, make_optimizer
 from parts import load_frozen, open_records
 from parts import make as make_parts
 from run import cadence, folder, report, resume
@@ -172,7 +172,8 @@ def update(recipe, state, x, given, draws, key, frozen=None):
     held = {name: partial(apply, frozen[name]) for name, apply in recipe.frozen.items()}
     held["ema_params"] = recipe.gather(state.ema_params[recipe.averages[0]])
     (loss, rows), grads = gradients(recipe, state.params, x, given, draws, held, key)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+    opt_state = at_step(state.opt_state, state.step)
+    updates, opt_state = recipe.optimizer.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = averages.after_step(
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,

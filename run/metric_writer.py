@@ -183,6 +183,8 @@ def progress_line(step, total_steps, steps_per_second, metrics):
     if steps_per_second > 0:
         parts.append(f"{_duration((total_steps - step) / steps_per_second)} left")
     parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+    if skipped := metrics.get("skipped_steps"):
+        parts.append(f"{skipped:.0f} steps left out: not finite")
     return "  ".join(parts)
 
 

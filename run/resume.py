@@ -226,8 +226,8 @@ def check_network(saved, config):
 def _consequence(name, config):
     if name == "training.batch_size":
         return (
-            ": steps done keep their number and the data goes on at its place; epochs and the end "
-            "of the run count in steps of the new size; the learning rate stays as it is"
+            ": steps done keep their number and the data goes on at its place; lengths in epochs "
+            "count the records seen; the learning rate goes on from where it was"
         )
     if name in ("training.num_epochs", "training.num_steps"):
         if config.training.lr_schedule == "cosine":

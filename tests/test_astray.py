@@ -7,9 +7,9 @@ import zipfile
 import make
 import numpy as np
 import pytest
+import torch_writer
 
 import generator
-from formats import torch_writer
 from run import weights
 
 

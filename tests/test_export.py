@@ -66,6 +66,16 @@ def test_what_is_exported_loads_back_bit_by_bit(run, exported):
         generator.load(exported, average="params")
 
 
+def test_arrays_in_another_order_are_written_as_they_are(tmp_path):
+    """Of a transposed array safetensors would write the memory under the new shape."""
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tree = {"a": {"kernel": array.T}, "b": {"kernel": array[:, ::2]}}
+    hugging_face.export(
+        tmp_path / "a", tree, step=1, weights="ema", options={}, identity={}, card=""
+    )
+    assert_equal(hugging_face.load(tmp_path / "a")["tree"], tree)
+
+
 @pytest.mark.parametrize("name", ["imfDiT", "UNet"])
 def test_every_network_is_exported(name, tmp_path):
     _, params = make.run(tmp_path / "run", *make.NETWORKS[name])

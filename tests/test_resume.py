@@ -364,4 +364,8 @@ def test_a_run_with_nonfinite_numbers_ends_and_keeps_its_checkpoints(tmp_path, c
     jobs.run_here(workdir, skipping)
     found = weights_of.of_run(workdir)
     jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
-    assert [line["skipped_steps"] for line in metrics(workdir) if "loss" in line] == [1, 3]
+    lines = [line for line in metrics(workdir) if "learning_rate" in line]
+    assert [line["skipped_steps"] for line in lines] == [1, 3]
+    assert not any("loss" in line for line in lines)  # no step was taken: there is no mean
+    text = capsys.readouterr().out
+    assert "1 steps left out: not finite" in text and "3 steps left out: not finite" in text

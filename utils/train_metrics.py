@@ -103,10 +103,12 @@ def means(sums, rows):
     """Sums of a log period (numpy) -> means under the names that TensorBoard shows.
 
     `raw_loss` is the squared error summed over H, W, C, before the adaptive weight: the curve to
-    watch, since the normalised `loss` is flat by construction at norm_p = 1.
+    watch, since the normalised `loss` is flat by construction at norm_p = 1. Where every step of
+    the period was left out there are no means.
     """
-    steps = max(sums["steps"], 1)
-    metrics = {name: sums[name] / steps for name in scalars_of(rows)}
+    if not sums["steps"]:
+        return {"skipped_steps": float(sums["skipped"])}
+    metrics = {name: sums[name] / sums["steps"] for name in scalars_of(rows)}
     count = sums["rows_by_time"]
     for name in errors_of(rows):
         tag, errors = name.replace("error", "raw_loss"), sums[f"{name}_by_time"]
