@@ -5,10 +5,10 @@ and sampled from. Its numbers are in golden/run_2026_11_23/expected.json, made b
 
 Bit for bit is one call of a compiled function (loss and gradients, images and features of stored
 weights) where jax, the processor and its instructions are those of the numbers: the same machine
-code on the same input. A training is not: reciprocal square roots begin from the processor's own
-approximation, which no list of instructions describes, and two processors of one name and the same
-instructions differ after some steps. Measured here, a step to the next float32 in every weight
-moves metrics by 2e-7, norms of arrays by 5e-6 within ten steps; the bounds are about 20 times that.
+code on the same input. A training is not: on another processor of the same name and instructions
+it leaves the numbers by the last digit after some steps (a reciprocal square root begins from the
+processor's own approximation, for one). Measured here, weights of which each is the next float32
+move metrics by 2e-7 and norms of arrays by 5e-6 within ten steps; the bounds are 20 times that.
 """
 
 import hashlib
