@@ -1,7 +1,9 @@
 """Images from weights: one function that draws x, the renderer, grids, and the sampling job.
 
-Image i of a seed depends on the seed and on i alone: its noise comes from `fold_in(key, i)`. So
-the same images come out for any batch size and any number of devices.
+Image i of a seed depends on the seed and on i alone: its noise comes from `fold_in(key, i)`, the
+same to the last bit for any batch size and any number of devices. What the networks make of it is
+the same to rounding: the order in which a product is summed follows from its size, so that a few
+bytes in 100,000 lie on the other side of a rounding border (docs/evaluation.md#how-exact).
 """
 
 import itertools
@@ -156,12 +158,14 @@ class Renderer:
 
     def __call__(self, params, labels, setting):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
-        labels = np.asarray(labels, np.int32)
-        for start in range(0, len(labels), self.batch_size):
-            index = np.arange(start, min(start + self.batch_size, len(labels)), dtype=np.int32)
-            batch = jax.tree.map(self._place, (index, conditions(index, labels)))
+        labels, count = np.asarray(labels, np.int32), len(labels)
+        size = min(self.batch_size, count)
+        for start in range(0, count, size):
+            # The last batch is filled up with the first images: one compiled function for all.
+            index = np.arange(start, start + size, dtype=np.int32) % count
+            batch = self._place(index), self._place(labels[index])
             images = self._images(params, self.vae_params, *batch, setting)
-            yield np.asarray(images)[: len(index)]
+            yield np.asarray(images)[: count - start]
 
     def decode(self, x):
         """Decodes x float32 (N, h, w, c), equal in all processes, to images uint8 (N, H, W, C)."""

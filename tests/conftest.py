@@ -16,9 +16,12 @@ os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 flags = ["--xla_backend_optimization_level=0"]
 if version("jaxlib") < "0.11":  # later ones have lost this form of loops, which is sooner compiled
     flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+# The user's own flags stand behind, so that they count: `--xla_cpu_max_isa=AVX2` and the like.
+own = os.environ.get("XLA_FLAGS", "").split()
+flags += [flag for flag in own if flag not in flags and "host_platform_device_count" not in flag]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 # Threads of numpy's products wait by turning: beside another process they are 14 times slower.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs inherit which signals are ignored: as in a terminal, whatever has started the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

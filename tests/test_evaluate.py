@@ -1,6 +1,7 @@
 """The evaluation of a published checkpoint from end to end: VAE, Inception, metrics, devices."""
 
 import json
+import types
 from functools import partial
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from inception_writer import random_weights, write_pth
 from jobs import ALONE
 
+import evaluate
 import main
 from metrics import distances, inception, inception_weights, neighbours
 from metrics.reference import load_reference, save_reference
 from utils import dataset
+from utils import images as image_utils
 
 SAMPLES = 11  # fill no batch evenly
 
@@ -65,12 +68,31 @@ def command(golden, weights, reference):
 
 
 @pytest.fixture(scope="module")
-def result(command, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("one")
-    argv = [f"--workdir={workdir}", *command, "--config.fid.device_batch_size=4"]
-    assert main.main(argv) == 0
+def evaluation(command, tmp_path_factory):
+    """The entry of results.json, and the images uint8 that were measured."""
+    workdir, seen = tmp_path_factory.mktemp("one"), []
+
+    def to_uint8(x, rounding):
+        images = image_utils.to_uint8(x, rounding)
+        jax.debug.callback(lambda batch: seen.append(np.array(batch)), images, ordered=True)
+        return images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "image_utils", types.SimpleNamespace(to_uint8=to_uint8))
+        argv = [f"--workdir={workdir}", *command, "--config.fid.device_batch_size=4"]
+        assert main.main(argv) == 0
     (result,) = json.loads((workdir / "results.json").read_text())
-    return result
+    return result, np.concatenate(seen)[:SAMPLES]
+
+
+@pytest.fixture(scope="module")
+def result(evaluation):
+    return evaluation[0]
+
+
+@pytest.fixture(scope="module")
+def images(evaluation):
+    return evaluation[1]
 
 
 def test_the_result_says_what_it_depends_on(result, golden, reference):
@@ -92,22 +114,24 @@ def test_two_devices_give_the_same_number(result, command, tmp_path, run_python)
     run_python(argv, devices=2, timeout=600)
     (found,) = json.loads((tmp_path / "results.json").read_text())
     assert found["vae_dtype"] == "float32"
+    # Of other batches a few bytes lie on the other side of a rounding border, and one moves the FID
+    # of so few images by up to 1e-4 of it, as measured on random bytes.
     for name in ("fid", "sfid", "inception_score"):
-        assert found[name] == pytest.approx(result[name], rel=1e-4), name
+        assert found[name] == pytest.approx(result[name], rel=1e-3), name
 
 
-@pytest.fixture(scope="module")
-def images(command, tmp_path_factory):
-    """The images of the evaluation, written to disk by the sampling job."""
-    workdir = tmp_path_factory.mktemp("images")
-    argv = [f"--workdir={workdir}", *command, "--config.eval_only=False", "--config.sample_only"]
+def test_the_sampling_job_writes_the_images_that_are_measured(images, command, tmp_path):
+    """But for values at a rounding border: float32 products round by the size of the batch."""
+    argv = [f"--workdir={tmp_path}", *command, "--config.eval_only=False", "--config.sample_only"]
     argv += [f"--config.sampling.num_images={SAMPLES}", "--config.sampling.format=npz"]
     labels = expected_labels(SAMPLES, command)
     argv += [f"--config.sampling.labels={','.join(map(str, labels))}"]
     assert main.main(argv) == 0
-    (samples,) = (workdir / "samples").glob("*/samples.npz")
+    (samples,) = (tmp_path / "samples").glob("*/samples.npz")
     with np.load(samples) as file:
-        return file["arr_0"]
+        apart = np.abs(file["arr_0"].astype(int) - images)
+    # Values up to 1e-6 of the largest, 5, apart are 6e-4 of a level apart: so many cross a border.
+    assert apart.max() <= 1 and np.mean(apart > 0) <= 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +141,19 @@ def features_of(weights):
 
 
 def test_the_score_is_that_of_the_images_by_hand(result, images, features_of, reference):
-    """Two-pass float64 moments."""
+    """Two-pass float64 moments.
+
+    The covariance of so few images has no variance in most directions; there the root of what
+    float32 leaves in the job's sums counts. Random errors of that size, 2^-24 of the sums of
+    |c_i c_j|, move this FID by 5e-5 of it; four times that is allowed.
+    """
     features = features_of(images)
     pool = np.asarray(features["pool"], np.float64)
     known = load_reference(reference)
     expected = distances.frechet_distance(
         pool.mean(0), np.cov(pool, rowvar=False), known["mu"], known["sigma"]
     )
-    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result["fid"] == pytest.approx(expected, rel=2e-4)
     score, _ = plain_score.inception_score(np.asarray(features["logits_no_bias"]))
     assert result["inception_score"] == pytest.approx(score, rel=1e-4)
 

@@ -1,5 +1,7 @@
 """Trained networks from Python: generator.py, from runs and published checkpoints."""
 
+import json
+
 import jax
 import make
 import numpy as np
@@ -46,6 +48,9 @@ def test_images_are_those_of_the_sampling_job(runs, model):
     )
     setting = sample.settings(config.sampling)[0].replace(times=sample_times(2))
     (images,) = renderer(params, [2, 0], setting)
+    first, last = renderer(params, [2, 0, 1], setting)  # the last batch is filled up
+    np.testing.assert_array_equal(first, images)
+    assert last.shape == (1, 4, 4, 1) and renderer._images._cache_size() == 1
     ours = model.sample([2, 0], num_steps=2)
     np.testing.assert_array_equal(ours, images)
     assert ours.dtype == np.uint8 and ours.shape == (2, 4, 4, 1) and ours.std() > 0
@@ -174,10 +179,15 @@ def test_latents_without_an_autoencoder(tmp_path, monkeypatch):
 @pytest.mark.parity
 def test_a_published_checkpoint_finds_its_config(golden):
     source = golden / "released_checkpoint" / "msgpack"
+    of = json.loads((golden / "meanflow.json").read_text())["model"]
     assert "none of run_b4, run_b2, " in refused(lambda: generator.load(source))
     found = published.load(source)["ema_params"]
-    sizes = ["model.depth=2", "model.hidden_size=32", "model.num_heads=4", "model.patch_size=2"]
-    model = generator.load(source, "model.cls=DiT", "dataset.vae=none", *sizes)
-    assert model.config.dataset.num_classes == 1000 and model.image_shape == (32, 32, 4)
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
+    words = [f"model.{name}={of[name]}" for name in names]
+    names = {"image_size": "input_size", "image_channels": "in_channels"}
+    words += [f"dataset.{ours}={of[theirs]}" for ours, theirs in names.items()]
+    words += [f"dataset.num_classes={of['num_classes']}", "dataset.vae=none"]
+    model = generator.load(source, "model.cls=DiT", *words)
+    assert model.image_shape == (of["input_size"], of["input_size"], of["in_channels"])
     for ours, theirs in zip(*map(jax.tree.leaves, (model.params, found)), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -122,7 +122,11 @@ def test_r_equal_to_t_is_flow_matching():
 
     expected = jax.value_and_grad(flow_matching)(toy_params())
     (found, _), grads = value_and_grad(method, x, y, draws)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), (found, grads), expected)
+
+    def close(found, expected):  # an entry is a sum of terms that are larger where it is small
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+    jax.tree.map(close, (found, grads), expected)
 
 
 def test_target_matches_finite_differences():

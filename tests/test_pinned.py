@@ -1,12 +1,19 @@
 """The numbers of the version of 2026-11-23 (commit c4a4533), before the objectives had a room.
 
 Loss and gradients, a short training of the digits, and a run's folder that is continued, evaluated
-and sampled from: bit for bit where jax and the processor are those of the numbers, else closely.
-Its numbers are in golden/run_2026_11_23/expected.json, made by that version.
+and sampled from. Its numbers are in golden/run_2026_11_23/expected.json, made by that version.
+
+Bit for bit is one call of a compiled function (loss and gradients, images and features of stored
+weights) where jax, the processor and its instructions are those of the numbers: the same machine
+code on the same input. A training is not: on another processor of the same name and instructions
+it leaves the numbers by the last digit after some steps (a reciprocal square root begins from the
+processor's own approximation, for one). Measured here, weights of which each is the next float32
+move metrics by 2e-7 and norms of arrays by 5e-6 within ten steps; the bounds are 20 times that.
 """
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -36,7 +43,10 @@ def processor():
     return f"{zlib.crc32(''.join(words).encode()):08x}"
 
 
-EXACT = (jax.__version__, processor()) == (EXPECTED["jax"], EXPECTED["cpu"])
+# Of the user's own settings; conftest.py adds flags of its own.
+OTHER_CODE = "xla_cpu_max_isa" in os.environ["XLA_FLAGS"] or "OPENBLAS_CORETYPE" in os.environ
+EXACT = (jax.__version__, processor(), OTHER_CODE) == (EXPECTED["jax"], EXPECTED["cpu"], False)
+TRAINED, NORMS = 5e-6, 1e-4  # bounds of the metrics and of the arrays' norms after a training
 
 
 def sha256(*arrays):
@@ -51,15 +61,12 @@ def assert_numbers(found, expected, rtol):
     np.testing.assert_allclose(found, expected, rtol=0 if EXACT else rtol)
 
 
-def assert_arrays(found, expected):
+def assert_trained(found, expected):
     """{name: array} against {name: (its digest, its norm)}."""
     assert found.keys() == expected.keys()
     for name, array in found.items():
-        digest, norm = expected[name]
-        if EXACT:
-            assert sha256(array) == digest, name
-        else:
-            np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-2, atol=1e-4)
+        _, norm = expected[name]
+        np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=NORMS, err_msg=name)
 
 
 def arrays_of(workdir, step):
@@ -109,8 +116,8 @@ def test_twenty_steps_of_the_digits(digits, tmp_path):
     lines, expected = jobs.metrics(tmp_path), EXPECTED["digits"]["metrics"]
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for line, before in zip(lines, expected, strict=True):
-        assert_numbers(list(line.values()), list(before.values()), 1e-3)
-    assert_arrays(arrays_of(tmp_path, 20), EXPECTED["digits"]["arrays"])
+        np.testing.assert_allclose(list(line.values()), list(before.values()), rtol=TRAINED)
+    assert_trained(arrays_of(tmp_path, 20), EXPECTED["digits"]["arrays"])
 
 
 @pytest.fixture
@@ -139,10 +146,10 @@ def test_its_run_goes_on(config, tmp_path):
         # The distance of fewer samples than pixels feels the last bits of the linear algebra.
         distance = {name for name in line if name.startswith("fid/")}
         same = [name for name in line if name not in distance]
-        assert_numbers([line[n] for n in same], [before[n] for n in same], 1e-3)
+        np.testing.assert_allclose([line[n] for n in same], [before[n] for n in same], rtol=TRAINED)
         for name in distance:
-            assert line[name] == pytest.approx(before[name], rel=1e-9 if EXACT else 1e-3)
-    assert_arrays(arrays_of(workdir, 30), EXPECTED["arrays_of_step_30"])
+            assert line[name] == pytest.approx(before[name], rel=1e-3)
+    assert_trained(arrays_of(workdir, 30), EXPECTED["arrays_of_step_30"])
     assert jobs.checkpoints(workdir)[30, "data"]["position"] == 30 * 16
 
 
