@@ -205,7 +205,7 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            now = self.model._replace(method=self.model.method.at(step - 1, self.total))
+            now = self.model._replace(method=self.model.method.phase(step - 1, self.total))
             if peak := peak_rate(now, self.config.training.batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()

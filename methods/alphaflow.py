@@ -44,7 +44,7 @@ class Trajectory(split.Split):
 
 @dataclasses.dataclass(frozen=True)
 class AlphaFlow(Trajectory):
-    """The phase of the split interval, and the others by `at`. 4 F, guided 6 (5)."""
+    """The phase of the split interval, and the others by `phase`. 4 F, guided 6 (5)."""
 
     alpha_begin: int
     alpha_end: int
@@ -56,7 +56,7 @@ class AlphaFlow(Trajectory):
         super().__post_init__()
         split.check_interval(self)
 
-    def at(self, step, total):
+    def phase(self, step, total):
         """Trajectory flow matching at first, and MeanFlow at last unless alpha has a floor."""
         method = split.ending(self, total)
         x = (step - method.alpha_begin) / (method.alpha_end - method.alpha_begin)

@@ -35,7 +35,7 @@ class Consistency(split.Split):
     def target_by_ema(self):
         return self.alpha_schedule == "grid"
 
-    def at(self, step, total):
+    def phase(self, step, total):
         return split.ending(self, total)
 
     def times(self, equal, first, second):

@@ -101,11 +101,11 @@ class Objective:
         """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
         return guidance
 
-    def at(self, step, total):
-        """The objective that holds after `step` of `total` steps, both int.
+    def phase(self, step, total):
+        """Returns the objective of this phase of training, after `step` of `total` steps, both int.
 
-        Where the program changes in a run (a JVP begins) it is another objective, hashable: whoever
-        compiles a step compiles one for each that this gives.
+        It is hashable, and another one where the program changes (a JVP begins): the step is
+        compiled once for each.
         """
         return self
 
@@ -114,8 +114,8 @@ class Objective:
         return path.equal_count(batch_size, self.data_proportion)
 
     def groups(self, batch_size):
-        """Between any two of so many equal groups a batch may be cut."""
-        return path.equal_groups(batch_size, self.equal_count(batch_size))
+        """Counts the groups of a batch, of one layout; gradient accumulation cuts between them."""
+        return path.num_groups(batch_size, self.equal_count(batch_size))
 
     def passes(self, batch_size):
         """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""

@@ -52,30 +52,30 @@ def equal_count(batch_size, data_proportion):
     return int(batch_size * data_proportion)
 
 
-def equal_groups(batch_size, num_equal):
-    """Of how many equal groups [r != t | r = t] a batch consists, see `split_rows`."""
+def num_groups(batch_size, num_equal):
+    """Counts the groups [r != t | r = t] of one size in a batch, see `split_rows`."""
     return math.gcd(batch_size, num_equal)
 
 
 def split_rows(a, num_equal):
     """Splits an array (B, ...) into its rows with r != t and its `num_equal` rows with r = t.
 
-    The two kinds alternate in as many equal groups as possible, [r != t | r = t] in each. So a
-    batch that is sharded over devices is split without moving a row from one to another, wherever
+    The two kinds alternate in as many groups of one size as possible, [r != t | r = t] in each. So
+    a batch that is sharded over devices is split without moving a row from one to another, wherever
     the number of devices divides that of the groups (64 for a batch of 256 and a share of 0.75).
     """
     batch_size, rest = a.shape[0], a.shape[1:]
-    num_groups = equal_groups(batch_size, num_equal)
-    a = a.reshape(num_groups, batch_size // num_groups, *rest)
-    first = (batch_size - num_equal) // num_groups
+    count = num_groups(batch_size, num_equal)
+    a = a.reshape(count, batch_size // count, *rest)
+    first = (batch_size - num_equal) // count
     return a[:, :first].reshape(-1, *rest), a[:, first:].reshape(-1, *rest)
 
 
 def merge_rows(a, b):
     """The inverse of `split_rows`: also joins any two batches without moving rows far."""
-    num_groups = math.gcd(a.shape[0], b.shape[0])
+    count = math.gcd(a.shape[0], b.shape[0])
     rest = a.shape[1:]
-    parts = [x.reshape(num_groups, x.shape[0] // num_groups, *rest) for x in (a, b)]
+    parts = [x.reshape(count, x.shape[0] // count, *rest) for x in (a, b)]
     return jnp.concatenate(parts, axis=1).reshape(-1, *rest)
 
 

@@ -26,7 +26,7 @@ class SoFlow(split.Split):
         super().__post_init__()
         split.check_schedule(self)
 
-    def at(self, step, total):
+    def phase(self, step, total):
         return split.ending(self, total)
 
     def times(self, equal, first, second):

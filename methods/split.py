@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     dropped: dict  # those that dropping leaves,
     unconditional: dict  # and none
 
-    def at(self, h, given):
+    def batch(self, h, given):
         """A batch for the network."""
         return self.z, {"t": self.t, "h": h, **given}
 
@@ -149,7 +149,7 @@ class Split(objective.Objective):
 
         ask, held = _asker(net), held | {"params": stop_gradient(params)}
         h, zero = differ.t - differ.r, jnp.zeros_like(equal.t)
-        u0, u1 = ask(params, differ.at(h, differ.dropped), equal.at(zero, equal.dropped))
+        u0, u1 = ask(params, differ.batch(h, differ.dropped), equal.batch(zero, equal.dropped))
         v_g0, v_g1 = self.guided(ask, held, differ, equal, stop_gradient(u1))
         by = held["ema_params" if self.target_by_ema else "params"]
         u_tgt0 = self.target(lambda *batches: ask(by, *batches), differ, v_g0)
@@ -169,7 +169,7 @@ class Split(objective.Objective):
             return differ.v, equal.v
 
         def now(rows, given):
-            return rows.at(jnp.zeros_like(rows.t), given)
+            return rows.batch(jnp.zeros_like(rows.t), given)
 
         batches = {"v_u1": now(equal, equal.unconditional)}
         if self.guides_differ:
@@ -179,15 +179,15 @@ class Split(objective.Objective):
         if takes_v_c(self) and self.guided_by_ema:
             batches["v_c1"] = now(equal, equal.given)
         by = held["ema_params" if self.guided_by_ema else "params"]
-        found = dict(zip(batches, ask(by, *batches.values()), strict=True))
+        guides = dict(zip(batches, ask(by, *batches.values()), strict=True))
 
         def v_g(rows, v_u, v_c):
             return path.guided_velocity(rows.v, v_u, v_c, *scales(self, rows.t), rows.drop)
 
-        v_g1 = v_g(equal, found["v_u1"], found.get("v_c1", u1))
+        v_g1 = v_g(equal, guides["v_u1"], guides.get("v_c1", u1))
         if not self.guides_differ:
             return differ.v, stop_gradient(v_g1)
-        v_g0 = v_g(differ, found["v_u0"], found.get("v_c0"))
+        v_g0 = v_g(differ, guides["v_u0"], guides.get("v_c0"))
         return stop_gradient(v_g0), stop_gradient(v_g1)
 
     def target(self, ask, rows, v_g):
@@ -213,8 +213,8 @@ def _asker(net):
 
     def ask(params, *batches):
         some = [batch for batch in batches if len(batch[0])]
-        found = iter(net(params, *some) if some else ())
-        return [next(found).u if len(z) else z for z, _ in batches]
+        predictions = iter(net(params, *some) if some else ())
+        return [next(predictions).u if len(z) else z for z, _ in batches]
 
     return ask
 

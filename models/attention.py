@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from models import attention_kernel, card
+from models import attention_kernel, hardware
 
 BLOCK = 256  # queries of which the plain tangent holds all weights at a time
 
@@ -75,7 +75,7 @@ def _jvp(fused, primals, tangents):
 
 def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
     """dO, see above; all (B, N, H, d)."""
-    if fused and card.TANGENT_KERNEL and attention_kernel.takes(q):
+    if fused and hardware.TANGENT_KERNEL and attention_kernel.takes(q):
         return attention_kernel.tangent(q, k, v, dq, dk, dv)
     B, N, H, d = q.shape
     if N <= BLOCK or N % BLOCK:

@@ -19,8 +19,8 @@ from models.attention import attention
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
-KEPT = "product"  # the name of what the backward pass is to find, in half precision
-keep = partial(checkpoint_name, name=KEPT)
+SAVED = "product"  # the name of what the backward pass is to find, in half precision
+save = partial(checkpoint_name, name=SAVED)
 
 
 def layer_norm(x):
@@ -55,7 +55,7 @@ class Qkv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
             products = [y + b for y, b in zip(products, jnp.split(bias, 3), strict=True)]
-        return list(map(keep, products))
+        return list(map(save, products))
 
 
 def qkv(x, fused, **dense):
@@ -66,7 +66,7 @@ def qkv(x, fused, **dense):
     """
     if fused:
         return Qkv(**dense, name="qkv")(x)
-    return jnp.split(keep(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
+    return jnp.split(save(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
 
 
 class Attention(nn.Module):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q, k, v = (a.reshape(B, N, H, D // H) for a in parts)
         x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
         x = x.reshape(B, N, D)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
+        return save(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
 
 
 class Mlp(nn.Module):
@@ -96,9 +96,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, tangent, plain):
         D = x.shape[-1]
-        x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
+        x = save(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
         x = nn.gelu(x) if plain else layers.gelu(x, self.fused, tangent)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
+        return save(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
 
 
 class Block(nn.Module):
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
     def one(self, x, c, tangent):
         how = tangent, self.dtype == jnp.float32 or (tangent and self.through)
-        modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
+        modulation = jnp.split(save(self.adaLN(c)), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, *how), *how))
         return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, *how), *how))

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import card
-from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
+from models import hardware
+from models.blocks import SAVED, Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity, embed_labels, sizes_of
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
@@ -134,8 +134,8 @@ class DiT(Network):
       dtype: of the matrix products; parameters stay float32. In float32 every operation is the
         plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
         in a JVP (`together`) is not differentiated any further.
-      unroll: blocks per iteration of the scan; 0: as is best for the card (models/card.py).
-      remat: keep nothing of a block for the backward pass, and compute it there again.
+      unroll: blocks per iteration of the scan; 0: as models/hardware.py chooses.
+      remat: save nothing of a block for the backward pass, and compute it there again.
       fused_attention: the attention kernels of an NVIDIA card, for bfloat16; None: where they are.
       half_residual: keep the residual stream in `dtype` too, not in float32.
     """
@@ -183,16 +183,18 @@ class DiT(Network):
             return x.astype(residual), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
-        fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
-        # Only the products with parameters are kept for the backward pass; what lies between them
+        fused = hardware.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
+        # Only the products with parameters are saved for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         policies = jax.checkpoint_policies
-        kept = policies.dots_with_no_batch_dims_saveable
+        policy = policies.dots_with_no_batch_dims_saveable
         if self.dtype != jnp.float32:
-            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
+            policy = policies.save_only_these_names(SAVED)  # with the bias: it is not added again
         blocks = nn.scan(
-            card.remat(Block, None if self.remat else kept, xs, self.depth, unroll < self.depth),
+            hardware.remat(
+                Block, None if self.remat else policy, xs, self.depth, unroll < self.depth
+            ),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

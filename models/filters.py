@@ -37,8 +37,8 @@ def upsample(x, taps, axis):
     for phase in (0, 1):
         first = (front - phase) % 2  # the first tap that meets a sample
         before = (front - phase - first) // 2
-        kept = taps[first::2]
-        phases.append(correlate(x, kept, axis, (before, len(kept) - 1 - before)))
+        every_second = taps[first::2]
+        phases.append(correlate(x, every_second, axis, (before, len(every_second) - 1 - before)))
     shape = list(x.shape)
     shape[axis] *= 2
     return jnp.stack(phases, axis=axis + 1).reshape(shape)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import card, layers
+from models import hardware, layers
 from models.dit import FREQUENCIES, KERNEL_OPTIONS, unpatchify
 from models.imf_blocks import CONSTANTS, NUM_PREFIX, Block, Embedding, FinalLayer, mlp_size
 from models.network import Network, Velocity, sizes_of
@@ -68,20 +68,20 @@ class ImfDiT(Network):
     def together(self, *batches, jvp=None, through=False):
         shape = batches[0][0].shape[1:]
         p = self.patch_size
-        fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
+        fused = hardware.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
         grid = shape[0] // p, shape[1] // p
         embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32
         xs = [embed(*batch) for batch in batches]
-        if card.platform() == "gpu":  # a TPU's compiler moves more for it
+        if hardware.platform() == "gpu":  # a TPU's compiler moves more for it
             xs = map(layers.lying_in_order, xs)
         xs = tuple(x.astype(residual) for x in xs)
         fresh = self.predicts_v and self.is_initializing()
         both = fresh or self.has_variable("params", "v_blocks")
         in_all = self.depth + both * self.aux_head_depth
         policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = card.remat(self.block, policy, xs, in_all, unroll < self.depth)
+        block = hardware.remat(self.block, policy, xs, in_all, unroll < self.depth)
 
         size = self.hidden_size, self.num_heads
 

@@ -1,4 +1,4 @@
-"""Layers in half precision with derivatives of their own: less to keep, less to read.
+"""Layers in half precision with derivatives of their own: less to save, less to read.
 
 Each computes in float32 and returns the type of its input or the one asked for. The derivatives
 are the exact ones of the plain forms; only where values are rounded differs.
@@ -23,7 +23,7 @@ def gelu(x, in_product=False, tangent=False):
 
     Args:
       in_product: write it as the compiler for NVIDIA cards knows it: at the end of the product that
-        gives x, before x is rounded (with the options of models/card.py).
+        gives x, before x is rounded (with the options of models/hardware.py).
       tangent: as of `norm_modulate`.
     """
     return (_gelu_with_tangent if tangent else _gelu)(x, in_product)
@@ -62,7 +62,8 @@ def _gelu_with_tangent(x, in_product):
 @_gelu_with_tangent.defjvp
 def _gelu_with_tangent_jvp(in_product, primals, tangents):
     (x,), (dx,) = primals, tangents
-    # Its slope is not that of the backward pass to XLA, which would write it in float32 for both.
+    # The barrier keeps XLA from sharing one slope between tangent and backward pass, which it would
+    # store in float32.
     slope = _slope(jax.lax.optimization_barrier(stop_gradient(x)))
     return _gelu(x, in_product), (slope * stop_gradient(dx)).astype(x.dtype)
 
@@ -118,8 +119,8 @@ def _forward(x, shift, scale, dtype):
     return _modulated(x, *_statistics(x), shift, scale, dtype), (x, shift, scale)
 
 
-def _backward(dtype, kept, g):
-    x, shift, scale = kept
+def _backward(dtype, saved, g):
+    x, shift, scale = saved
     # With statistics at hand, each sum reads x and g as they are; otherwise XLA writes g * n in
     # float32 beside the one sum, to read it again for the other.
     mean, rstd = jax.lax.optimization_barrier(_statistics(x))

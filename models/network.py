@@ -67,11 +67,11 @@ class Network(nn.Module):
         """Several batches (z, c) in one pass over the parameters -> a `Velocity` for each.
 
         Args:
-          jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
-            forward-mode derivative; None for none. Its tangent may be opaque to a gradient, as it
-            stands under a stop_gradient in every objective here.
-          through: whether a gradient flows through that tangent: it is differentiated forward and
-            then backward, which the forms for half precision with derivatives of their own forbid.
+          jvp: index of the batch that is under `jax.jvp`, so that every operation on it needs a
+            forward-mode derivative; None: there is none.
+          through: whether a gradient flows through its tangent, which is then differentiated
+            forward and backward; the forms for half precision with derivatives of their own forbid
+            that. Else nobody differentiates the tangent.
         """
         return tuple(self(*batch) for batch in batches)
 

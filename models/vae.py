@@ -81,8 +81,8 @@ def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
     _check_scale(folder / "config.json", normalisation, config.get("latent_channels", 4))
-    found = build(config, params, normalisation, dtype)
-    return found._replace(identity={"name": str(name), **digests(config, params)})
+    autoencoder = build(config, params, normalisation, dtype)
+    return autoencoder._replace(identity={"name": str(name), **digests(config, params)})
 
 
 def digests(config, params):
@@ -201,9 +201,9 @@ def find(name) -> Path:
         folder = Path(constants.HF_HUB_CACHE, there)
         reference = folder / "refs" / "main"
         if reference.is_file():
-            found = folder / "snapshots" / reference.read_text().strip()
-            if not _lack(found):
-                return found
+            snapshot = folder / "snapshots" / reference.read_text().strip()
+            if not _lack(snapshot):
+                return snapshot
         raise FileNotFoundError(
             f"dataset.vae={name}: {repository} is not in the Hugging Face cache "
             f"{constants.HF_HUB_CACHE}: {needs}{_what_is_cached(folder)}; run `hf download "
