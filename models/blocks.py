@@ -24,14 +24,14 @@ save = partial(checkpoint_name, name=SAVED)
 
 
 def layer_norm(x):
-    """LayerNorm without scale and bias, in float32."""
+    """Computes LayerNorm without scale and bias, in float32."""
     x = x.astype(jnp.float32)
     mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(var + 1e-6)
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, D)."""
+    """Computes x (1 + scale) + shift for x (B, N, D), shift and scale (B, D)."""
     shift, scale = shift[:, None].astype(jnp.float32), scale[:, None].astype(jnp.float32)
     return x * (1 + scale) + shift
 
@@ -59,7 +59,7 @@ class Qkv(nn.Module):
 
 
 def qkv(x, fused, **dense):
-    """x (B, N, D) -> q, k, v, each (B, N, D), by the parameters of a `nn.Dense(**dense)` named qkv.
+    """Computes q, k, v, each like x (B, N, D), by a `nn.Dense(**dense)` named qkv.
 
     Three products for the kernels of a card, so that none of them has to be copied out of a product
     of all three for these; one elsewhere, which on a TPU moves fewer bytes (docs/speed.md).
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.mlp = Mlp(self.dtype, self.fused)
 
     def __call__(self, xs, cs):
-        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
+        """Computes (a tuple of (B, N, D), None) of tuples (B, N, D), (B, D), for `nn.scan`."""
         tangents = [i == self.jvp for i in range(len(xs))]
         return tuple(map(self.one, xs, cs, tangents)), None
 
@@ -134,6 +134,6 @@ class Block(nn.Module):
         return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
 
     def add(self, x, gate, branch):
-        """x + gate * branch in float32, kept in the type of x."""
+        """Computes x + gate * branch in float32, and returns the type of x."""
         gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
         return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)

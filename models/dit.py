@@ -26,7 +26,7 @@ normal = nn.initializers.normal(0.02)
 
 
 def position_embedding(hidden_size, height, width):
-    """Fixed sin-cos embedding of a grid of patches, float32 (height * width, hidden_size).
+    """Computes the sin-cos embedding of a grid of patches, float32 (height * width, hidden_size).
 
     The first half of the features encodes the column, the second half the row.
     """
@@ -42,14 +42,14 @@ def position_embedding(hidden_size, height, width):
 
 
 def patchify(x, p):
-    """(B, h, w, C) -> (B, N, p, p, C), row by row."""
+    """Cuts (B, h, w, C) into patches (B, N, p, p, C), row by row."""
     B, h, w, C = x.shape
     x = x.reshape(B, h // p, p, w // p, p, C).swapaxes(2, 3)  # (B, h/p, w/p, p, p, C)
     return x.reshape(B, (h // p) * (w // p), p, p, C)
 
 
 def unpatchify(x, p, shape):
-    """(B, N, p p C) -> (B, *shape) with `shape` = (h, w, C), the inverse."""
+    """Joins patches (B, N, p p C) to (B, *shape) with `shape` = (h, w, C): the inverse."""
     B, (h, w, C) = len(x), shape
     x = x.reshape(B, h // p, w // p, p, p, C).swapaxes(2, 3)  # (B, h/p, p, w/p, p, C)
     return x.reshape(B, h, w, C)
@@ -75,7 +75,7 @@ GUIDANCE = ("omega", "t_min", "t_max")
 
 
 def guidance_numbers(c):
-    """What is embedded of the guidance in the conditions c (arXiv 2512.02012): name -> (B,)."""
+    """Returns the guidance of c as it is embedded (arXiv 2512.02012): name -> (B,)."""
     numbers = {name: c[name] for name in GUIDANCE if name in c}
     if "omega" in c:
         numbers["omega"] = 1 - 1 / c["omega"]
@@ -222,7 +222,7 @@ class DiT(Network):
         return self.clone(conditions=known, predicts_v=v)
 
     def cast(self, params):
-        """The blocks in the type of their products.
+        """Casts the blocks to the type of their products.
 
         In half precision their copies, the gradients of the blocks and what `fsdp` exchanges take
         half the bytes.
@@ -266,7 +266,7 @@ OPTIONS = (*SIZE_OPTIONS, "time_cond", *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
-    """A `DiT` by name.
+    """Builds a `DiT` by name.
 
     Args:
       cls: of NAMES.

@@ -19,7 +19,7 @@ class ImfDiT(Network):
     """The average velocity u(z, h, omega, t_min, t_max, y), and v; t itself is not asked for.
 
     The head of v is there where the parameters hold it, so that a network without one, smaller by
-    a third, is sampled from as it is. Conditions that are not given are constant: no guidance.
+    a third, is sampled from as it is. Conditions that it does not get are constant: no guidance.
 
     Attributes:
       depth, hidden_size, num_heads, patch_size: the size; a pass through trunk and one head
@@ -61,7 +61,7 @@ class ImfDiT(Network):
 
     @property
     def mlp_features(self):
-        """Hidden features of the MLP."""
+        """Counts the hidden features of the MLP."""
         return mlp_size(self.hidden_size)
 
     @nn.compact
@@ -109,7 +109,7 @@ class ImfDiT(Network):
         return self.clone(predicts_v=v)
 
     def cast(self, params):
-        """The kernels of the blocks in the type of their products, see models/dit.py."""
+        """Casts the kernels of the blocks to the type of their products, see models/dit.py."""
 
         def cast(path, p):
             return p.astype(self.dtype) if path[-1].key == "kernel" else p
@@ -145,7 +145,7 @@ OPTIONS = (*SIZE_OPTIONS, *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, **options):
-    """An `ImfDiT` by name.
+    """Builds an `ImfDiT` by name.
 
     Args:
       cls: of NAMES.

@@ -26,7 +26,7 @@ MASK = "dropout mask"  # its name among what a block keeps for its backward pass
 
 
 def scaled_xavier(factor):
-    """Xavier-uniform weights times a factor."""
+    """Makes the initializer of Xavier-uniform weights times a factor."""
     return nn.initializers.variance_scaling(factor**2, "fan_avg", "uniform")
 
 
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 def layers(side, first, widths, num_blocks, attn_resolutions):
-    """The blocks in their order, (encoder, decoder), for images of this side.
+    """Lists the blocks in their order, (encoder, decoder), for images of this side.
 
     Args:
       first: channels that come into the first block.
@@ -86,25 +86,25 @@ def layers(side, first, widths, num_blocks, attn_resolutions):
 
 
 def time_embedding(s, width):
-    """Sines, then cosines, of times s (B,) in [0, 1]: float32 (B, width), without parameters."""
+    """Computes sines, then cosines, of times s (B,) in [0, 1]: float32 (B, width)."""
     k = width // 2
     angle = s[:, None] * MAX_PERIOD ** -(np.arange(k, dtype=np.float32) / (k - 1))
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def groups(channels):
-    """Into how many groups of consecutive channels the normalisation divides them."""
+    """Counts the groups of consecutive channels of the normalisation."""
     return min(32, channels // 4)
 
 
 def group_norm(channels):
-    """GroupNorm in float32."""
+    """Makes a GroupNorm in float32."""
     exact = dict(dtype=jnp.float32, use_fast_variance=False)
     return nn.GroupNorm(groups(channels), epsilon=1e-6, **exact)
 
 
 def attention(q, k, v):
-    """One head over all positions, (B, N, D) each -> (B, N, D). The softmax is in float32."""
+    """Computes one head over all positions, (B, N, D) thrice -> (B, N, D), softmax in float32."""
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnd,bmd->bnm", q * scale, k, preferred_element_type=jnp.float32)
     return jnp.einsum("bnm,bmd->bnd", nn.softmax(logits).astype(v.dtype), v)
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 def _is_saved(primitive, *_, **params):
-    """What a block keeps for its backward pass: convolutions, products with parameters, masks."""
+    """Tells what is saved for the backward pass: convolutions, products with parameters, masks."""
     is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     saved = primitive.name == "conv_general_dilated" or params.get("name") == MASK
     return saved or is_product(primitive, *_, **params)
@@ -242,7 +242,7 @@ class UNet(Network):
         return Velocity(x.astype(jnp.float32))
 
     def embedding(self, c):
-        """What every block is told of the conditions, float32 (B, E), before its last silu."""
+        """Embeds the conditions for all blocks, float32 (B, E), before its last silu."""
         width = self.model_channels * self.channel_mult_noise
         E = self.model_channels * self.channel_mult_emb
         exact = dict(kernel_init=xavier, precision="highest")  # its derivative enters the JVP
@@ -261,7 +261,7 @@ class UNet(Network):
         return layers(side, self.model_channels, widths, self.num_blocks, self.attn_resolutions)
 
     def cast(self, params):
-        """The products of the blocks in their type, once for all passes; norms stay float32."""
+        """Casts the products of the blocks to their type, once for all passes, not the norms."""
 
         def cast(name, tree):
             if isinstance(tree, dict):
@@ -283,7 +283,7 @@ class UNet(Network):
 
 
 def _products(layer, E):
-    """Products of numbers in one block for one image."""
+    """Counts the products of numbers in one block for one image."""
     N, width = layer.side**2, layer.width
     total = 9 * N * (layer.width_in + width) * width + E * width
     if layer.has_skip:
@@ -302,7 +302,7 @@ OPTIONS = (
 
 
 def build(cls, *, image_shape, num_classes, dtype, **options):
-    """A `UNet`.
+    """Builds a `UNet`.
 
     Args:
       cls: of NAMES.
