@@ -153,7 +153,7 @@ class Observer:
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
-            method = self.parts.method.at(step - 1, self.when.total)
+            method = self.parts.method.phase(step - 1, self.when.total)
             batch_size = self.config.training.batch_size
             if peak := peak_rate(self.parts._replace(method=method), batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak

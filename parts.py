@@ -251,7 +251,7 @@ def check_parts_of_batch(method, batch_size, count):
     if batch_size % count or groups % count or method.groups(batch_size // count) * count != groups:
         raise ValueError(
             f"training.grad_accum_steps: a batch of {batch_size} with "
-            f"{method.equal_count(batch_size)} rows of r = t has {groups} equal groups, which "
+            f"{method.equal_count(batch_size)} rows of r = t has {groups} groups, which "
             f"cannot be divided into {count} parts"
         )
 

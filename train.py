@@ -19,7 +19,7 @@ import optax
 
 import observe
 from methods import objective
-from models import card, codec, network
+from models import codec, hardware, network
 from optimizer import at_step, make_optimizer
 from parts import load_frozen, open_records
 from parts import make as make_parts
@@ -138,7 +138,7 @@ def make_step(recipe, key, mesh, shardings):
         in_shardings=(shardings, sharding.by_row(mesh), sharding.replicated(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
-        compiler_options=card.compiler_options(mesh),
+        compiler_options=hardware.compiler_options(mesh),
     )
 
 
@@ -146,8 +146,8 @@ def make_steps(recipe, key, mesh, shardings, total):
     """Makes the steps of a run, (steps done, state, batch, frozen) -> state.
 
     Each is from `make_step`, for the objective that holds then. Most objectives are one from
-    beginning to end. Where one becomes another (`Objective.at`), that is known from the number of
-    the step alone, so each has a program of its own, without branches; it is compiled when it is
+    beginning to end. Where one becomes another (`Objective.phase`), that is known from the number
+    of the step alone, so each has a program of its own, without branches; it is compiled when it is
     reached.
     """
 
@@ -156,7 +156,7 @@ def make_steps(recipe, key, mesh, shardings, total):
         return make_step(dataclasses.replace(recipe, method=method), key, mesh, shardings)
 
     def step(done, state, batch, frozen):
-        return step_of(recipe.method.at(done, total))(state, batch, frozen)
+        return step_of(recipe.method.phase(done, total))(state, batch, frozen)
 
     return step
 

@@ -14,7 +14,7 @@ import numpy as np
 
 import parts
 from benchmarks import costs
-from models import attention, attention_kernel, card, network
+from models import attention, attention_kernel, hardware, network
 from utils import sharding
 
 SHAPES = ((16, 64, 12, 64), (8, 256, 16, 72), (2, 1024, 12, 64))  # (B, N, H, d): B/4, XL/2, 512 px
@@ -29,7 +29,7 @@ def add_arguments(parser):
 
 def run(args):
     """Prints the errors; returns {"passed": whether none is too large, ...}."""
-    fused = card.fused_attention(None, jnp.bfloat16)
+    fused = hardware.fused_attention(None, jnp.bfloat16)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; kernels of the card: {fused}")
     results, passed = {}, True
     for shape in SHAPES:
@@ -132,7 +132,7 @@ def gradient(config, batch_size=64):
     x = jax.random.normal(jax.random.key(1), (batch_size, *made.image_shape))
     given = {"y": jnp.arange(batch_size) % made.num_classes}
     draws = method.draw(jax.random.key(2), x.shape, 0)
-    options = card.compiler_options(sharding.make_mesh(1, jax.devices()[:1]))
+    options = hardware.compiler_options(sharding.make_mesh(1, jax.devices()[:1]))
 
     def of(dtype):
         module = made.module.clone(dtype=dtype, half_residual=dtype == jnp.bfloat16)

@@ -25,7 +25,7 @@ from jax.experimental import topologies
 import parts
 import train
 from benchmarks import costs, cycles, gpu_target, hlo, program, stand_ins
-from models import card
+from models import hardware
 from utils import chips, files, sharding
 
 # The compiler would otherwise ask the machine for its TPU.
@@ -165,7 +165,7 @@ def run(config, args):
             "(utils/chips.py)"
         )
     is_gpu = gpu_target.is_card(topology)
-    card.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
+    hardware.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     model = parts.make(config, mesh)
     hosts = 1 if is_gpu else len({device.process_index for device in devices})

@@ -37,14 +37,14 @@ class Trajectory(split.Split):
         return self.clipped(v_g)
 
     def clipped(self, target):
-        """Elementwise; a `target_clip` of 0 leaves the target as it is."""
+        """Clips the numbers of a target; a `target_clip` of 0 leaves it as it is."""
         limit = self.target_clip
         return jnp.clip(target, -limit, limit) if limit else target
 
 
 @dataclasses.dataclass(frozen=True)
 class AlphaFlow(Trajectory):
-    """The phase of the split interval, and the others by `at`. 4 F, guided 6 (5)."""
+    """The phase of the split interval, and the others by `phase`. 4 F, guided 6 (5)."""
 
     alpha_begin: int
     alpha_end: int
@@ -56,8 +56,8 @@ class AlphaFlow(Trajectory):
         super().__post_init__()
         split.check_interval(self)
 
-    def at(self, step, total):
-        """Trajectory flow matching at first, and MeanFlow at last unless alpha has a floor."""
+    def phase(self, step, total):
+        """Returns trajectory flow matching first, and MeanFlow last unless alpha has a floor."""
         method = split.ending(self, total)
         x = (step - method.alpha_begin) / (method.alpha_end - method.alpha_begin)
         distance = math.log((1 - CLAMP) / CLAMP) / GAMMA  # of alpha = CLAMP from 1/2
@@ -95,7 +95,7 @@ class End(AlphaFlow):
 
 
 def alpha_at(step, begin, end, gamma=GAMMA, clamp=CLAMP):
-    """alpha when `step` steps are done: 1 before `begin`, 0 after `end`, a sigmoid between."""
+    """Computes alpha after `step` steps: 1 before `begin`, 0 after `end`, a sigmoid between."""
     x = (step - begin) / max(end - begin, 1)
     alpha = jax.nn.sigmoid(-gamma * (x - 0.5))
     alpha = jnp.where((alpha < clamp) | (x > 1), 0.0, alpha)

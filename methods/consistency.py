@@ -35,7 +35,7 @@ class Consistency(split.Split):
     def target_by_ema(self):
         return self.alpha_schedule == "grid"
 
-    def at(self, step, total):
+    def phase(self, step, total):
         return split.ending(self, total)
 
     def times(self, equal, first, second):
@@ -52,7 +52,7 @@ class Consistency(split.Split):
         return draws._replace(t=t, alpha=1 / (n * t))
 
     def grid(self, step):
-        """n when `step` steps are done, int32 ()."""
+        """Computes n when `step` steps are done, int32 ()."""
         x = split.progress(step, self.alpha_begin, self.alpha_end)
         return 2 ** jnp.int32(DOUBLINGS * x)
 

@@ -72,7 +72,7 @@ class Flow(objective.Objective):
         return guidance._replace(omega=jnp.where(inside, guidance.omega, 1.0))
 
     def velocity(self, net, params, z, t, r, given, guidance=None):
-        """v_u + omega (v_c - v_u) in the guided channels, where there is a `guidance`."""
+        """Computes v_u + omega (v_c - v_u) in the guided channels, where there is a `guidance`."""
         c = {"t": t, "h": jnp.zeros_like(t), **given}
         if guidance is None:
             return net(params, (z, c))[0].u

@@ -45,7 +45,7 @@ class Fields(NamedTuple):
 
 
 def omega_of(uniform, beta, omega_max):
-    """Numbers of [0, 1) -> scales of [1, omega_max) with a density proportional to omega^-beta."""
+    """Maps [0, 1) to scales of [1, omega_max) with a density proportional to omega^-beta."""
     if beta == 1:
         return jnp.exp(uniform * math.log(omega_max))
     power = 1 - beta
@@ -82,11 +82,11 @@ class Improved(objective.Objective):
         objective.check(possible, "omega_max", rule)
 
     def passes(self, batch_size):
-        """5 at a share of 1/2, where a step with all rows alike takes 7."""
+        """Counts 5 at a share of 1/2, where a step with all rows alike takes 7."""
         return 6 - 2 * self.equal_count(batch_size) / batch_size
 
     def passes_of_both(self, batch_size):
-        """The pass that the loss differentiates, and its backward pass."""
+        """Counts the pass that the loss differentiates, and its backward pass."""
         return 3.0
 
     def draw(self, key, shape, step):
@@ -121,7 +121,7 @@ class Improved(objective.Objective):
         return self.of_fields(self.fields(net, params, x, given, draws), x, draws)
 
     def of_fields(self, fields, x, draws):
-        """The loss and the rows of `loss` from the `Fields` of a batch."""
+        """Computes the loss and the rows of `loss` from the `Fields` of a batch."""
         u, v, du_dt, v_g, _ = fields
         V = u + by_row(draws.t - draws.r, u) * du_dt
         error_u, error_v = path.squared_error(V, v_g), path.squared_error(v, v_g)
@@ -134,11 +134,11 @@ class Improved(objective.Objective):
         return jnp.mean(sum(weighted)), stop_gradient(rows)
 
     def point(self, x, noise, t):
-        """z_t and the velocity there, each (B, H, W, C)."""
+        """Computes z_t and the velocity there, each (B, H, W, C)."""
         return path.z_t(x, noise, t), noise - x
 
     def fields(self, net, params, x, given, draws):
-        """The `Fields` of a batch; a gradient flows through u and v alone."""
+        """Computes the `Fields` of a batch; a gradient flows through u and v alone."""
         t, r, noise, drop, omega, t_min, t_max = draws[:7]
         num_equal = self.equal_count(len(x))
         z, v_t = self.point(x, noise, t)
@@ -179,7 +179,7 @@ class Improved(objective.Objective):
         )
 
     def velocity(self, net, params, z, t, r, given, guidance=None):
-        """u(z_t, t - r, omega, t_min, t_max, y), the same guidance at all times; without one: none.
+        """Computes u(z_t, t - r, omega, t_min, t_max, y), with one guidance at all times, or none.
 
         The interval is an input of the network and nothing else, also where t lies outside.
         """
@@ -190,6 +190,6 @@ class Improved(objective.Objective):
 
 
 def instant(t, omega, given):
-    """Conditions of the instantaneous velocity at t with the scale omega (B,) at all times."""
+    """Makes the conditions of the instantaneous velocity at t, with the scale omega (B,)."""
     zero = jnp.zeros_like(t)
     return {"t": t, "h": zero, "omega": omega, "t_min": zero, "t_max": zero + 1, **given}

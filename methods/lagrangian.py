@@ -51,7 +51,7 @@ class Lagrangian(objective.Objective):
         objective.check(self.target_params in TARGETS, "target_params", rule)
 
     def passes(self, batch_size):
-        """4.75 at a share of 3/4 with guidance, 4 without: 7 for rows with r < t."""
+        """Counts 4.75 at a share of 3/4 with guidance, 4 without: 7 for rows with r < t."""
         equal = self.equal_count(batch_size)
         return (equal * (4 if path.is_guided(self) else 3) + 7 * (batch_size - equal)) / batch_size
 

@@ -48,18 +48,18 @@ class MeanFlow(objective.Objective):
         objective.check(len(self.tangent) == 2, "tangent", "has two numbers: (dr, dt)")
 
     def passes(self, batch_size):
-        """4.5 for the published recipe, where a step with all rows alike takes 6."""
+        """Counts 4.5 for the published recipe, where a step with all rows alike takes 6."""
         equal = self.equal_count(batch_size)
         differ = batch_size - equal
         guidance = batch_size + (differ if self.kappa else 0) if path.is_guided(self) else 0
         return (guidance + 3 * equal + 4 * differ) / batch_size
 
     def equal_count(self, batch_size):
-        """How many rows are computed apart, as r = t in them whatever is drawn."""
+        """Counts the rows that are computed apart, as r = t in them whatever is drawn."""
         return 0 if self.equal_rows == "drawn" else super().equal_count(batch_size)
 
     def times(self, first, second):
-        """t and r of two independent times: in order (v0), or t as it is and r at most t (v1)."""
+        """Makes t and r of two times: in order (v0), or t the first and r at most that (v1)."""
         t = first if self.tr_sampler == "v1" else jnp.maximum(first, second)
         return t, jnp.minimum(first, second)
 

@@ -13,7 +13,7 @@ class Draws(NamedTuple):
 
     t: jax.Array  # (B,) in [0, 1]
     r: jax.Array  # (B,) in [0, t]
-    noise: jax.Array  # (B, H, W, C), standard normal
+    noise: jax.Array  # (B, ..., C), standard normal
     drop: jax.Array  # (B,) bool: the row trains without its label
 
 
@@ -43,7 +43,7 @@ class Objective:
     noise_scale = 1.0  # standard deviation of z_1
 
     def draw(self, key, shape, step):
-        """What is random in step number `step`, int32 (), for images of `shape` (B, H, W, C).
+        """Draws what is random in step number `step`, int32 (), for data of `shape` (B, ..., C).
 
         Returns:
           `Draws`, or a NamedTuple with more; every array has B rows.
@@ -51,12 +51,12 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, net, params, x, given, draws, held):
-        """The loss of a batch, deterministic in `draws`.
+        """Computes the loss of a batch, deterministic in `draws`.
 
         Args:
           net: from `models.network.function`.
           params: its parameters; the only argument through which a gradient flows.
-          x: data, float32 (B, H, W, C).
+          x: data, float32 (B, ..., C).
           given: what comes with the data and goes on into the network: `y`, int32 (B,), and more.
           draws: from `draw`.
           held: what has no gradient: `ema_params`, the first average, and by name each network of
@@ -69,7 +69,7 @@ class Objective:
         raise NotImplementedError
 
     def velocity(self, net, params, z, t, r, given, guidance=None):
-        """The velocity over [r, t] that the sampler follows, float32 (B, H, W, C).
+        """Computes the velocity over [r, t] that the sampler follows, float32 like z.
 
         Here the average u(z_t, t, t - r, y); a guidance that is trained in needs no other.
 
@@ -98,31 +98,31 @@ class Objective:
         return jax.tree.map(choose, self.unconditional(given), given)
 
     def guidance_at(self, guidance, t):
-        """The `Guidance` of a step that begins at the times t (B,), whatever its stages."""
+        """Returns the `Guidance` of a step that begins at the times t (B,), whatever its stages."""
         return guidance
 
-    def at(self, step, total):
-        """The objective that holds after `step` of `total` steps, both int.
+    def phase(self, step, total):
+        """Returns the objective of this phase of training, after `step` of `total` steps, both int.
 
-        Where the program changes in a run (a JVP begins) it is another objective, hashable: whoever
-        compiles a step compiles one for each that this gives.
+        It is hashable, and another one where the program changes (a JVP begins): the step is
+        compiled once for each.
         """
         return self
 
     def equal_count(self, batch_size):
-        """How many rows of a batch have r = t."""
+        """Counts the rows of a batch that have r = t."""
         return path.equal_count(batch_size, self.data_proportion)
 
     def groups(self, batch_size):
-        """Between any two of so many equal groups a batch may be cut."""
-        return path.equal_groups(batch_size, self.equal_count(batch_size))
+        """Counts the groups of a batch, of one layout; gradient accumulation cuts between them."""
+        return path.num_groups(batch_size, self.equal_count(batch_size))
 
     def passes(self, batch_size):
-        """Forward passes that a step takes, by row of the batch; a backward pass counts as two."""
+        """Counts the forward passes of a step by row; a backward pass counts as two."""
         raise NotImplementedError
 
     def passes_of_both(self, batch_size):
-        """Those of them that predict both velocities; all others predict one."""
+        """Counts those of them that predict both velocities; all others predict one."""
         return 0.0
 
 
@@ -133,7 +133,7 @@ def check(condition, option, rule):
 
 
 def check_options(method):
-    """The rules of those options of an objective that several have, by name."""
+    """Checks those options of an objective that several have, by name."""
     options = vars(method)
     for name in options.keys() & {
         "data_proportion", "class_dropout_prob", "t_start", "t_end", "mix", "fade_start"

@@ -1,8 +1,8 @@
-"""What all objectives share: the path z_t, rows of two kinds, draws, the weight, the sampler.
+"""What all objectives share: the path z_t, rows of two kinds, guidance, draws and the weight.
 
 Convention: t = 1 is noise and t = 0 is data. Along z_t = (1 - t) x + t e the velocity is
 v = e - x. A network gives the *average* velocity u(z_t, t, h, y) over [r, t], h = t - r; with
-h = 0 it is the instantaneous one. Images are (B, H, W, C), times float32 (B,), labels int32 (B,).
+h = 0 it is the instantaneous one. Data are (B, ..., C), times float32 (B,), labels int32 (B,).
 
 Rows of two kinds. Rows with r = t need no JVP, and no second prediction to be guided by. So the two
 kinds are computed apart, and which rows are of which kind is fixed by the shape of the batch alone:
@@ -21,17 +21,17 @@ def by_row(s, like):
 
 
 def z_t(x, noise, t):
-    """The point of the path at time t."""
+    """Computes the point of the path at time t."""
     return (1 - by_row(t, x)) * x + by_row(t, x) * noise
 
 
 def adaptive_weight(error, p, eps):
-    """1 / (error + eps)^p by row, without gradient (arXiv 2505.13447, appendix B.2)."""
+    """Computes 1 / (error + eps)^p by row, without gradient (arXiv 2505.13447, appendix B.2)."""
     return jax.lax.stop_gradient((error + eps) ** -p)
 
 
 def norm_eps(method, shape):
-    """E of the weight (error + E)^-p of an objective, where the error is a sum over `shape[1:]`.
+    """Computes E of the weight (error + E)^-p, where the error is a sum over `shape[1:]`.
 
     Papers that take the mean over pixels name their constant by pixel: another size of image
     leaves it as it is.
@@ -40,7 +40,7 @@ def norm_eps(method, shape):
 
 
 def squared_error(a, b):
-    """|a - b|^2 summed over all axes but the first: float32 (B,)."""
+    """Sums (a - b)^2 over all axes but the first: float32 (B,)."""
     return jnp.sum((a - b) ** 2, axis=tuple(range(1, a.ndim)))
 
 
@@ -48,39 +48,39 @@ def squared_error(a, b):
 
 
 def equal_count(batch_size, data_proportion):
-    """How many rows of a batch have r = t."""
+    """Counts the rows of a batch that have r = t."""
     return int(batch_size * data_proportion)
 
 
-def equal_groups(batch_size, num_equal):
-    """Of how many equal groups [r != t | r = t] a batch consists, see `split_rows`."""
+def num_groups(batch_size, num_equal):
+    """Counts the groups [r != t | r = t] of one size in a batch, see `split_rows`."""
     return math.gcd(batch_size, num_equal)
 
 
 def split_rows(a, num_equal):
     """Splits an array (B, ...) into its rows with r != t and its `num_equal` rows with r = t.
 
-    The two kinds alternate in as many equal groups as possible, [r != t | r = t] in each. So a
-    batch that is sharded over devices is split without moving a row from one to another, wherever
+    The two kinds alternate in as many groups of one size as possible, [r != t | r = t] in each. So
+    a batch that is sharded over devices is split without moving a row from one to another, wherever
     the number of devices divides that of the groups (64 for a batch of 256 and a share of 0.75).
     """
     batch_size, rest = a.shape[0], a.shape[1:]
-    num_groups = equal_groups(batch_size, num_equal)
-    a = a.reshape(num_groups, batch_size // num_groups, *rest)
-    first = (batch_size - num_equal) // num_groups
+    count = num_groups(batch_size, num_equal)
+    a = a.reshape(count, batch_size // count, *rest)
+    first = (batch_size - num_equal) // count
     return a[:, :first].reshape(-1, *rest), a[:, first:].reshape(-1, *rest)
 
 
 def merge_rows(a, b):
-    """The inverse of `split_rows`: also joins any two batches without moving rows far."""
-    num_groups = math.gcd(a.shape[0], b.shape[0])
+    """Inverts `split_rows`: also joins any two batches without moving rows far."""
+    count = math.gcd(a.shape[0], b.shape[0])
     rest = a.shape[1:]
-    parts = [x.reshape(num_groups, x.shape[0] // num_groups, *rest) for x in (a, b)]
+    parts = [x.reshape(count, x.shape[0] // count, *rest) for x in (a, b)]
     return jnp.concatenate(parts, axis=1).reshape(-1, *rest)
 
 
 def split_tree(tree, num_equal):
-    """`split_rows` of each array of a tree: two trees."""
+    """Splits each array of a tree by `split_rows`: two trees."""
     pairs = jax.tree.map(lambda a: split_rows(a, num_equal), tree)
     return jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs)
 
@@ -89,20 +89,20 @@ def split_tree(tree, num_equal):
 
 
 def is_guided(method):
-    """Whether the target takes predictions of the network."""
+    """Tells whether the target takes predictions of the network."""
     return method.guidance_eq == "cfg" and (method.omega, method.kappa) != (1.0, 0.0)
 
 
 def scales(method, t):
-    """omega and kappa at the times t (B,): the options within [t_start, t_end], else 1 and 0."""
+    """Computes omega and kappa at times t (B,): the options in [t_start, t_end], else 1 and 0."""
     inside = (method.t_start <= t) & (t <= method.t_end)
     return jnp.where(inside, method.omega, 1.0), jnp.where(inside, method.kappa, 0.0)
 
 
 def guided_velocity(v, v_u, v_c, omega, kappa, drop):
-    """v_g = omega v + (1 - omega - kappa) v_u + kappa v_c (arXiv 2505.13447, 4.2, appendix B.1).
+    """Computes v_g = omega v + (1 - omega - kappa) v_u + kappa v_c (arXiv 2505.13447, B.1, 4.2).
 
-    omega, kappa and drop by row; rows without a label keep v_g = v. `v_c` may be None where
+    omega, kappa and drop by row; rows without a label have v_g = v. `v_c` may be None where
     kappa = 0.
     """
     omega, kappa = by_row(omega, v), by_row(kappa, v)
@@ -116,27 +116,27 @@ def guided_velocity(v, v_u, v_c, omega, kappa, drop):
 
 
 def draw_time(key, batch_size, noise_dist, P_mean, P_std):
-    """Times in [0, 1], float32 (batch_size,); logit-normal: arXiv 2505.13447, section 4.3."""
+    """Draws times in [0, 1], float32 (batch_size,); logit-normal: arXiv 2505.13447, section 4.3."""
     if noise_dist == "uniform":
         return jax.random.uniform(key, (batch_size,))
     return jax.nn.sigmoid(P_mean + P_std * jax.random.normal(key, (batch_size,)))
 
 
 def order_times(first, second, num_equal):
-    """Two times by row -> t, the larger, and r, the smaller or in `num_equal` rows t: each (B,)."""
+    """Orders two times by row: t, the larger, and r, the smaller or in `num_equal` rows t; (B,)."""
     t, r = jnp.maximum(first, second), jnp.minimum(first, second)
     return t, equal_in(t, r, num_equal)
 
 
 def equal_in(t, r, num_equal):
-    """r (B,), set to t in the `num_equal` rows that `split_rows` keeps for it."""
+    """Sets r (B,) to t in the last `num_equal` rows of `split_rows`."""
     r_differ, _ = split_rows(r, num_equal)
     _, t_equal = split_rows(t, num_equal)
     return merge_rows(r_differ, t_equal)
 
 
 def draw_dropped(key, batch_size, num_equal, probability):
-    """Which rows lose their label, bool (B,).
+    """Draws which rows lose their label, bool (B,).
 
     Their number is binomial; they are taken from the rows with r = t first, as in the published
     code of MeanFlow.

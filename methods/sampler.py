@@ -20,7 +20,7 @@ def check_times(timesteps):
 
 
 def sample_times(num_steps, timesteps=()):
-    """Times 1 = t_0 > ... > t_N = 0, float32 (N + 1,): `timesteps`, or `num_steps` equal steps."""
+    """Makes times 1 = t_0 > ... > t_N = 0, float32 (N + 1,): `timesteps`, or of like steps."""
     if timesteps:
         return jnp.array(timesteps, jnp.float32)
     return jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
@@ -29,7 +29,7 @@ def sample_times(num_steps, timesteps=()):
 def integrate(
     method, net, params, noise, given, times, *, guidance=None, sampler="ode", fresh=None
 ):
-    """Images from noise over `times`: the one loop of all objectives.
+    """Draws images from noise over `times`: the one loop of all objectives.
 
     Args:
       method: `Objective`.
@@ -45,7 +45,7 @@ def integrate(
       fresh: k -> the noise n before step k, int32 () in 1..N-1, like `noise`; for `consistency`.
 
     Returns:
-      x = z_0, float32 (B, H, W, C).
+      x = z_0, float32 (B, ..., C).
     """
 
     def velocity(z, t, r, start):

@@ -96,7 +96,7 @@ class Shortcut(objective.Objective):
         return jnp.mean(weight * error), {"error": stop_gradient(error), "v_loss": v_loss}
 
     def target(self, net, params, z, c, guided):
-        """The mean of two steps of half the length, the second from where the first one ends."""
+        """Averages two steps of half the length, the second from where the first one ends."""
         half = c["h"] / 2
 
         def average(z, t):

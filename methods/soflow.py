@@ -26,11 +26,11 @@ class SoFlow(split.Split):
         super().__post_init__()
         split.check_schedule(self)
 
-    def at(self, step, total):
+    def phase(self, step, total):
         return split.ending(self, total)
 
     def times(self, equal, first, second):
-        """t and r by laws of their own, r at least 1e-4 below t."""
+        """Makes t and r by laws of their own, r at least 1e-4 below t."""
         t_equal, t, r = self.laws(equal, first, second)
         t = jnp.maximum(t, SHORTEST)
         return t_equal, t, jnp.minimum(r, t - SHORTEST)
@@ -41,11 +41,11 @@ class SoFlow(split.Split):
         return limited(alpha, t - r)
 
     def weight(self, error, rows, eps):
-        """alpha^(2 p - 1) / 2 (error + E alpha^2)^-p: the error is of order alpha^2."""
+        """Computes alpha^(2 p - 1) / 2 (error + E alpha^2)^-p: the error is of order alpha^2."""
         p, alpha = self.norm_p, rows.alpha
         return alpha ** (2 * p - 1) / 2 * path.adaptive_weight(error, p, eps * alpha**2)
 
 
 def limited(alpha, h):
-    """alpha by row (B,), where s = t - alpha h stays 1e-4 below t."""
+    """Limits alpha, so that s = t - alpha h stays 1e-4 below t: alpha by row (B,)."""
     return jnp.minimum(1.0, jnp.maximum(alpha, SHORTEST / jnp.maximum(h, SHORTEST)))

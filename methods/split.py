@@ -49,8 +49,8 @@ class Rows(NamedTuple):
     dropped: dict  # those that dropping leaves,
     unconditional: dict  # and none
 
-    def at(self, h, given):
-        """A batch for the network."""
+    def batch(self, h, given):
+        """Makes a batch for the network."""
         return self.z, {"t": self.t, "h": h, **given}
 
 
@@ -103,7 +103,7 @@ class Split(objective.Objective):
     # What is random ---------------------------------------------------------------------------
 
     def times(self, equal, first, second):
-        """Times from standard normals, each (B,): t of rows with r = t, and t and r of the others.
+        """Makes times of standard normals, each (B,): t where r = t, and t and r of the other rows.
 
         Here the larger and the smaller of two draws for the others, and one draw for r = t.
         """
@@ -111,7 +111,7 @@ class Split(objective.Objective):
         return t_equal, jnp.maximum(t, r), jnp.minimum(t, r)
 
     def laws(self, equal, first, second):
-        """Each normal as sigmoid(mean + std normal), with the options of its draw."""
+        """Maps each normal to sigmoid(mean + std normal), with the options of its draw."""
 
         def time(normal, mean, std):
             mean, std = self.P_mean if mean is None else mean, self.P_std if std is None else std
@@ -124,7 +124,7 @@ class Split(objective.Objective):
         )
 
     def alpha(self, key, step, t, r):
-        """alpha by row, float32 (B,)."""
+        """Draws alpha by row, float32 (B,)."""
         return jnp.ones_like(t)
 
     def draw(self, key, shape, step):
@@ -149,7 +149,7 @@ class Split(objective.Objective):
 
         ask, held = _asker(net), held | {"params": stop_gradient(params)}
         h, zero = differ.t - differ.r, jnp.zeros_like(equal.t)
-        u0, u1 = ask(params, differ.at(h, differ.dropped), equal.at(zero, equal.dropped))
+        u0, u1 = ask(params, differ.batch(h, differ.dropped), equal.batch(zero, equal.dropped))
         v_g0, v_g1 = self.guided(ask, held, differ, equal, stop_gradient(u1))
         by = held["ema_params" if self.target_by_ema else "params"]
         u_tgt0 = self.target(lambda *batches: ask(by, *batches), differ, v_g0)
@@ -164,12 +164,12 @@ class Split(objective.Objective):
         return loss, {"error": stop_gradient(error), "v_loss": v_loss}
 
     def guided(self, ask, held, differ, equal, u1):
-        """v_g of the rows of both kinds; in those with r = t, v_c is their prediction u1."""
+        """Computes v_g of the rows of both kinds; where r = t, v_c is their prediction u1."""
         if not is_guided(self):
             return differ.v, equal.v
 
         def now(rows, given):
-            return rows.at(jnp.zeros_like(rows.t), given)
+            return rows.batch(jnp.zeros_like(rows.t), given)
 
         batches = {"v_u1": now(equal, equal.unconditional)}
         if self.guides_differ:
@@ -179,28 +179,28 @@ class Split(objective.Objective):
         if takes_v_c(self) and self.guided_by_ema:
             batches["v_c1"] = now(equal, equal.given)
         by = held["ema_params" if self.guided_by_ema else "params"]
-        found = dict(zip(batches, ask(by, *batches.values()), strict=True))
+        guides = dict(zip(batches, ask(by, *batches.values()), strict=True))
 
         def v_g(rows, v_u, v_c):
             return path.guided_velocity(rows.v, v_u, v_c, *scales(self, rows.t), rows.drop)
 
-        v_g1 = v_g(equal, found["v_u1"], found.get("v_c1", u1))
+        v_g1 = v_g(equal, guides["v_u1"], guides.get("v_c1", u1))
         if not self.guides_differ:
             return differ.v, stop_gradient(v_g1)
-        v_g0 = v_g(differ, found["v_u0"], found.get("v_c0"))
+        v_g0 = v_g(differ, guides["v_u0"], guides.get("v_c0"))
         return stop_gradient(v_g0), stop_gradient(v_g1)
 
     def target(self, ask, rows, v_g):
-        """The target of the rows with r < t; `ask` gives u of batches, without a gradient."""
+        """Computes the target where r < t; `ask` gives u of batches, without a gradient."""
         return split_target(ask, rows, v_g)
 
     def weight(self, error, rows, eps):
-        """The weight of the rows with r < t."""
+        """Computes the weight of the rows with r < t."""
         return path.adaptive_weight(error, self.norm_p, eps)
 
 
 def split_target(ask, rows, a):
-    """alpha a + (1 - alpha) u(z_t - alpha h a, s, s - r), for a the average over [s, t]."""
+    """Computes alpha a + (1 - alpha) u(z_t - alpha h a, s, s - r); a: the average over [s, t]."""
     h = rows.t - rows.r
     first = rows.alpha * h
     z_s = rows.z - by_row(first, a) * a
@@ -209,12 +209,12 @@ def split_target(ask, rows, a):
 
 
 def _asker(net):
-    """`net` as a function to u of each batch; a batch without rows is not computed."""
+    """Turns `net` into a function to u of each batch; a batch without rows is not computed."""
 
     def ask(params, *batches):
         some = [batch for batch in batches if len(batch[0])]
-        found = iter(net(params, *some) if some else ())
-        return [next(found).u if len(z) else z for z, _ in batches]
+        predictions = iter(net(params, *some) if some else ())
+        return [next(predictions).u if len(z) else z for z, _ in batches]
 
     return ask
 
@@ -223,20 +223,20 @@ def _asker(net):
 
 
 def is_guided(method):
-    """Whether the target takes predictions of the network."""
+    """Tells whether the target takes predictions of the network."""
     if method.guidance_eq == "mix":
         return (method.omega, method.mix) != (1.0, 1.0)
     return path.is_guided(method)
 
 
 def takes_v_c(method):
-    """Whether the target takes the conditional prediction beside the unconditional one."""
+    """Tells whether the target takes the conditional prediction and not only the unconditional."""
     weight = 1 - method.mix if method.guidance_eq == "mix" else method.kappa
     return is_guided(method) and weight != 0
 
 
 def fade(t, start):
-    """1 up to t = `start`, and falls to 0 at t = 1 (arXiv 2512.15657)."""
+    """Computes 1 up to t = `start`, from where it falls to 0 at t = 1 (arXiv 2512.15657)."""
     if start >= 1:
         return jnp.ones_like(t)
     d = jnp.clip((1 - t) / (1 - start), 0, 1 - 1e-6)
@@ -244,7 +244,7 @@ def fade(t, start):
 
 
 def scales(method, t):
-    """omega and kappa of `path.guided_velocity` at the times t (B,).
+    """Computes omega and kappa of `path.guided_velocity` at the times t (B,).
 
     `mix` (arXiv 2512.15657): v_g = m (v + f(t) (w - 1) (v - v_u)) + (1 - m) v_c with w = omega,
     m = mix and f = `fade`.
@@ -259,7 +259,7 @@ def scales(method, t):
 
 
 def progress(step, begin, end):
-    """How far `step` is from `begin` to `end`, in 0..1; an `end` that is not set yet is near."""
+    """Tells how far `step` is from `begin` to `end`, in 0..1; an `end` that is not set is near."""
     return jnp.clip((step - begin) / max(end - begin, 1), 0.0, 1.0)
 
 
@@ -267,7 +267,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 def schedule(kind, x, first, last):
-    """alpha at the progress x, from `first` to `last` (arXiv 2512.15657); constant: `last`."""
+    """Computes alpha at the progress x, `first` to `last` (arXiv 2512.15657); constant: `last`."""
     if kind == "constant":
         return jnp.full_like(x, last)
     if kind == "linear":
@@ -278,7 +278,7 @@ def schedule(kind, x, first, last):
 
 
 def check_schedule(method, kinds=SCHEDULES):
-    """The rules of the options of a schedule."""
+    """Checks the options of a schedule."""
     rule = f"is one of {' | '.join(kinds)}, not {method.alpha_schedule!r}"
     objective.check(method.alpha_schedule in kinds, "alpha_schedule", rule)
     for name in ("alpha_first", "alpha_last"):
@@ -288,7 +288,7 @@ def check_schedule(method, kinds=SCHEDULES):
 
 
 def check_interval(method):
-    """The rules of the steps between which alpha changes; `ending` replaces an end of 0."""
+    """Checks the steps between which alpha changes; `ending` replaces an end of 0."""
     objective.check(method.alpha_begin >= 0, "alpha_begin", "must not be negative")
     objective.check(method.alpha_end >= 0, "alpha_end", "must not be negative")
     rule = f"({method.alpha_end}) must be above method.alpha_begin ({method.alpha_begin})"
@@ -298,7 +298,7 @@ def check_interval(method):
 
 
 def ending(method, total):
-    """The method with its schedule over the run of `total` steps, where it has no end of its own.
+    """Sets the end of a schedule that has none to the end of the run, after `total` steps.
 
     Raises:
       ValueError: the run ends before alpha begins to change.

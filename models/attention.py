@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from models import attention_kernel, card
+from models import attention_kernel, hardware
 
 BLOCK = 256  # queries of which the plain tangent holds all weights at a time
 
 
 def attention(q, k, v, *, fused=False, tangent=False):
-    """softmax(q k' / sqrt(d)) v for each head, (B, N, H, d) three times -> (B, N, H, d).
+    """Computes softmax(q k' / sqrt(d)) v for each head, (B, N, H, d) thrice -> (B, N, H, d).
 
     Args:
       q, k, v: of one type; the softmax is in float32.
@@ -38,12 +38,12 @@ def attention(q, k, v, *, fused=False, tangent=False):
 
 
 def weights(q, k):
-    """softmax(q k' / sqrt(d)), float32 (B, H, N, M)."""
+    """Computes softmax(q k' / sqrt(d)), float32 (B, H, N, M)."""
     return jax.nn.softmax(_scores(q, k))
 
 
 def _scores(q, k):
-    """q k' / sqrt(d) in float32; in half precision scaled when it is float32 already."""
+    """Computes q k' / sqrt(d) in float32; in half precision the product is scaled."""
     scale = q.shape[-1] ** -0.5
     if q.dtype == jnp.float32:
         return _products(q * scale, k)
@@ -74,8 +74,8 @@ def _jvp(fused, primals, tangents):
 
 
 def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
-    """dO, see above; all (B, N, H, d)."""
-    if fused and card.TANGENT_KERNEL and attention_kernel.takes(q):
+    """Computes dO, see above; all (B, N, H, d)."""
+    if fused and hardware.TANGENT_KERNEL and attention_kernel.takes(q):
         return attention_kernel.tangent(q, k, v, dq, dk, dv)
     B, N, H, d = q.shape
     if N <= BLOCK or N % BLOCK:
@@ -89,7 +89,7 @@ def tangent_of(q, k, v, dq, dk, dv, *, fused=False):
 
 
 def _block_of_tangent(q, dq, k, v, dk, dv):
-    """dO of some queries: q, dq (B, n, H, d); the others (B, N, H, d)."""
+    """Computes dO of some queries: q, dq (B, n, H, d); the others (B, N, H, d)."""
     p = weights(q, k)  # (B, H, n, N)
     both = jnp.concatenate([dq, q], axis=-1), jnp.concatenate([k, dk], axis=-1)
     ds = _products(*both) * q.shape[-1] ** -0.5  # of dq k' + q dk', summed in one product

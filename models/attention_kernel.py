@@ -20,17 +20,17 @@ LARGEST_HEAD = 128  # beyond that the sums do not fit the registers
 
 
 def takes(q):
-    """Whether the kernel takes queries, keys and values of this shape (B, N, H, d)."""
+    """Tells whether the kernel takes queries, keys and values of this shape (B, N, H, d)."""
     return q.shape[1] % SIDE == 0 and q.shape[3] <= LARGEST_HEAD
 
 
 def tangent(q, k, v, dq, dk, dv):
-    """dO along (dq, dk, dv), all bfloat16 (B, N, H, d); on several devices by rows."""
+    """Computes dO along (dq, dk, dv), all bfloat16 (B, N, H, d); on several devices by rows."""
     return _by_rows(q, k, v, dq, dk, dv)
 
 
 def call(q, k, v, dq, dk, dv, *, warps=None, interpret=False):
-    """The kernel itself.
+    """Calls the kernel itself.
 
     Args:
       warps: of a program; None: as many as its sums need for their registers.

@@ -41,7 +41,7 @@ class Draws(NamedTuple):
 
 
 def draw(key, batch_size):
-    """`Draws` for a batch."""
+    """Draws `Draws` for a batch."""
     key_bit, key_normal, key_uniform = jax.random.split(key, 3)
     bit = jax.random.bernoulli(key_bit, 0.5, (batch_size,)).astype(jnp.float32)
     normal = jax.random.normal(key_normal, (4, batch_size))
@@ -61,7 +61,7 @@ def draw(key, batch_size):
 
 
 def augment(x, draws, p):
-    """Augmented images and their labels, deterministic in `draws`.
+    """Augments images, deterministic in `draws`: images and their labels.
 
     Args:
       x: images in [-1, 1], float32 (B, H, W, C).
@@ -90,7 +90,7 @@ def augment(x, draws, p):
 
 
 def _matrix(scale, stretch, cos, sin):
-    """(B, 2, 2): from a place (x, y) in the output to that in the input, about the centre.
+    """Computes (B, 2, 2): from a place (x, y) in the output to that in the input, about the centre.
 
     S(1 / scale) R(-a) diag(1 / stretch, stretch) R(a) for the angle a of `cos` and `sin`.
     """
@@ -101,7 +101,7 @@ def _matrix(scale, stretch, cos, sin):
 
 
 def warp(x, matrix, offset):
-    """Images whose value at the place p is that of x at `matrix (p - offset)`.
+    """Warps images: the value at the place p is that of x at `matrix (p - offset)`.
 
     Args:
       x: float32 (B, H, W, C).
@@ -123,7 +123,7 @@ def warp(x, matrix, offset):
 
 
 def _places(source, image, matrix, offset):
-    """Where in an image of shape `source` a grid of half pixels is read: (B, h, w, 2) indices.
+    """Computes where in an image of shape `source` a grid of half pixels is read: (B, h, w, 2).
 
     The grid is that of an image (H, W) with MARGIN // 2 pixels more on every side.
     """
@@ -138,7 +138,7 @@ def _places(source, image, matrix, offset):
 
 @jax.vmap
 def bilinear(x, places):
-    """x (h, w, C) at the indices (column, row) of `places` (h', w', 2), 0 beyond its border.
+    """Reads x (h, w, C) at the indices (column, row) of `places` (h', w', 2), 0 beyond its border.
 
     Mapped over a batch; returns (h', w', C).
     """

@@ -19,19 +19,19 @@ from models.attention import attention
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
-KEPT = "product"  # the name of what the backward pass is to find, in half precision
-keep = partial(checkpoint_name, name=KEPT)
+SAVED = "product"  # the name of what the backward pass is to find, in half precision
+save = partial(checkpoint_name, name=SAVED)
 
 
 def layer_norm(x):
-    """LayerNorm without scale and bias, in float32."""
+    """Computes LayerNorm without scale and bias, in float32."""
     x = x.astype(jnp.float32)
     mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(var + 1e-6)
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D), shift and scale (B, D)."""
+    """Computes x (1 + scale) + shift for x (B, N, D), shift and scale (B, D)."""
     shift, scale = shift[:, None].astype(jnp.float32), scale[:, None].astype(jnp.float32)
     return x * (1 + scale) + shift
 
@@ -55,18 +55,18 @@ class Qkv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
             products = [y + b for y, b in zip(products, jnp.split(bias, 3), strict=True)]
-        return list(map(keep, products))
+        return list(map(save, products))
 
 
 def qkv(x, fused, **dense):
-    """x (B, N, D) -> q, k, v, each (B, N, D), by the parameters of a `nn.Dense(**dense)` named qkv.
+    """Computes q, k, v, each like x (B, N, D), by a `nn.Dense(**dense)` named qkv.
 
     Three products for the kernels of a card, so that none of them has to be copied out of a product
     of all three for these; one elsewhere, which on a TPU moves fewer bytes (docs/speed.md).
     """
     if fused:
         return Qkv(**dense, name="qkv")(x)
-    return jnp.split(keep(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
+    return jnp.split(save(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
 
 
 class Attention(nn.Module):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q, k, v = (a.reshape(B, N, H, D // H) for a in parts)
         x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
         x = x.reshape(B, N, D)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
+        return save(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
 
 
 class Mlp(nn.Module):
@@ -96,9 +96,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, tangent, plain):
         D = x.shape[-1]
-        x = keep(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
+        x = save(nn.Dense(4 * D, kernel_init=xavier, dtype=self.dtype, name="fc1")(x))
         x = nn.gelu(x) if plain else layers.gelu(x, self.fused, tangent)
-        return keep(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
+        return save(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="fc2")(x))
 
 
 class Block(nn.Module):
@@ -117,13 +117,13 @@ class Block(nn.Module):
         self.mlp = Mlp(self.dtype, self.fused)
 
     def __call__(self, xs, cs):
-        """A tuple of batches (B, N, D), (B, D) -> (a tuple of (B, N, D), None), for `nn.scan`."""
+        """Computes (a tuple of (B, N, D), None) of tuples (B, N, D), (B, D), for `nn.scan`."""
         tangents = [i == self.jvp for i in range(len(xs))]
         return tuple(map(self.one, xs, cs, tangents)), None
 
     def one(self, x, c, tangent):
         how = tangent, self.dtype == jnp.float32 or (tangent and self.through)
-        modulation = jnp.split(keep(self.adaLN(c)), 6, axis=-1)
+        modulation = jnp.split(save(self.adaLN(c)), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = self.add(x, gate_a, self.attn(self.norm(x, shift_a, scale_a, *how), *how))
         return self.add(x, gate_m, self.mlp(self.norm(x, shift_m, scale_m, *how), *how))
@@ -134,6 +134,6 @@ class Block(nn.Module):
         return layers.norm_modulate(x, shift, scale, self.dtype, tangent)
 
     def add(self, x, gate, branch):
-        """x + gate * branch in float32, kept in the type of x."""
+        """Computes x + gate * branch in float32, and returns the type of x."""
         gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
         return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)

@@ -25,11 +25,11 @@ class Normalisation(NamedTuple):
     scale: tuple[float, ...]
 
     def apply(self, z):
-        """Latents (B, h, w, c) -> x."""
+        """Normalises latents (B, h, w, c): x."""
         return (z - jnp.asarray(self.shift)) * jnp.asarray(self.scale)
 
     def undo(self, x):
-        """x (B, h, w, c) -> latents."""
+        """Turns x (B, h, w, c) back into latents."""
         return x / jnp.asarray(self.scale) + jnp.asarray(self.shift)
 
 
@@ -37,7 +37,7 @@ SD_NORMALISATION = Normalisation((0.0,), (SD_SCALE,))
 
 
 def normalisation(mean, std, channels) -> Normalisation:
-    """The factor 0.18215, or where mean and std (C,) are given, (z - mean_c) / std_c by channel.
+    """Makes the factor 0.18215, or by channel (z - mean_c) / std_c where mean and std (C,) are set.
 
     Raises ValueError where only one is given, their number is not that of the channels, or a std
     is not positive.
@@ -72,11 +72,11 @@ class Codec(NamedTuple):
 
     @property
     def conditions(self):
-        """What the network has to take beside the labels."""
+        """Names what the network has to take beside the labels."""
         return ("augment",) if self.augment_prob else ()
 
     def encode(self, batch, key):
-        """One batch of raw records -> (x float32 (B, h, w, c), given), pure, for `jit`.
+        """Encodes a batch of raw records: (x float32 (B, h, w, c), given). Pure, for `jit`.
 
         Args:
           batch: {"moments": (B, h, w, 2c) mean then std of the posterior, unscaled, and for flips
@@ -110,6 +110,6 @@ class Codec(NamedTuple):
 
 
 def _choose(key, ours, theirs):
-    """Row by row `ours` or `theirs` (B, ...) with probability 1/2."""
+    """Chooses `ours` or `theirs` (B, ...) row by row with probability 1/2."""
     choice = jax.random.bernoulli(key, 0.5, (ours.shape[0],) + (1,) * (ours.ndim - 1))
     return jnp.where(choice, ours, theirs)

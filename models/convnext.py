@@ -40,7 +40,7 @@ def features(params, x):
 
 
 def _block(x, p):
-    """A residual block, for `scan`."""
+    """Computes a residual block, for `scan`."""
     y = _conv(x, p["dwconv"], groups=x.shape[-1])
     y = _dense(_layer_norm(y, p["norm"]), p["pwconv1"])
     y = jax.nn.gelu(y, approximate=False)
@@ -148,7 +148,7 @@ class _Arrays:
         self.where = where
 
     def take(self, name, *shape):
-        """An array; an axis of `shape` that is None may have any length."""
+        """Takes an array; an axis of `shape` that is None may have any length."""
         if name not in self.rest:
             raise ValueError(f"{self.where}: not the weights of ConvNeXt-V2: no {name}")
         value = self.rest.pop(name)

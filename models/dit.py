@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import card
-from models.blocks import KEPT, Block, layer_norm, modulate, xavier, zeros
+from models import hardware
+from models.blocks import SAVED, Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity, embed_labels, sizes_of
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
@@ -26,7 +26,7 @@ normal = nn.initializers.normal(0.02)
 
 
 def position_embedding(hidden_size, height, width):
-    """Fixed sin-cos embedding of a grid of patches, float32 (height * width, hidden_size).
+    """Computes the sin-cos embedding of a grid of patches, float32 (height * width, hidden_size).
 
     The first half of the features encodes the column, the second half the row.
     """
@@ -42,14 +42,14 @@ def position_embedding(hidden_size, height, width):
 
 
 def patchify(x, p):
-    """(B, h, w, C) -> (B, N, p, p, C), row by row."""
+    """Cuts (B, h, w, C) into patches (B, N, p, p, C), row by row."""
     B, h, w, C = x.shape
     x = x.reshape(B, h // p, p, w // p, p, C).swapaxes(2, 3)  # (B, h/p, w/p, p, p, C)
     return x.reshape(B, (h // p) * (w // p), p, p, C)
 
 
 def unpatchify(x, p, shape):
-    """(B, N, p p C) -> (B, *shape) with `shape` = (h, w, C), the inverse."""
+    """Joins patches (B, N, p p C) to (B, *shape) with `shape` = (h, w, C): the inverse."""
     B, (h, w, C) = len(x), shape
     x = x.reshape(B, h // p, w // p, p, p, C).swapaxes(2, 3)  # (B, h/p, p, w/p, p, C)
     return x.reshape(B, h, w, C)
@@ -75,7 +75,7 @@ GUIDANCE = ("omega", "t_min", "t_max")
 
 
 def guidance_numbers(c):
-    """What is embedded of the guidance in the conditions c (arXiv 2512.02012): name -> (B,)."""
+    """Returns the guidance of c as it is embedded (arXiv 2512.02012): name -> (B,)."""
     numbers = {name: c[name] for name in GUIDANCE if name in c}
     if "omega" in c:
         numbers["omega"] = 1 - 1 / c["omega"]
@@ -134,8 +134,8 @@ class DiT(Network):
       dtype: of the matrix products; parameters stay float32. In float32 every operation is the
         plain one; in bfloat16 some have derivatives of their own, by which the tangent of a batch
         in a JVP (`together`) is not differentiated any further.
-      unroll: blocks per iteration of the scan; 0: as is best for the card (models/card.py).
-      remat: keep nothing of a block for the backward pass, and compute it there again.
+      unroll: blocks per iteration of the scan; 0: as models/hardware.py chooses.
+      remat: save nothing of a block for the backward pass, and compute it there again.
       fused_attention: the attention kernels of an NVIDIA card, for bfloat16; None: where they are.
       half_residual: keep the residual stream in `dtype` too, not in float32.
     """
@@ -183,16 +183,18 @@ class DiT(Network):
             return x.astype(residual), nn.silu(vector)
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
-        fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
-        # Only the products with parameters are kept for the backward pass; what lies between them
+        fused = hardware.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
+        # Only the products with parameters are saved for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         policies = jax.checkpoint_policies
-        kept = policies.dots_with_no_batch_dims_saveable
+        policy = policies.dots_with_no_batch_dims_saveable
         if self.dtype != jnp.float32:
-            kept = policies.save_only_these_names(KEPT)  # with the bias: it is not added again
+            policy = policies.save_only_these_names(SAVED)  # with the bias: it is not added again
         blocks = nn.scan(
-            card.remat(Block, None if self.remat else kept, xs, self.depth, unroll < self.depth),
+            hardware.remat(
+                Block, None if self.remat else policy, xs, self.depth, unroll < self.depth
+            ),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -220,7 +222,7 @@ class DiT(Network):
         return self.clone(conditions=known, predicts_v=v)
 
     def cast(self, params):
-        """The blocks in the type of their products.
+        """Casts the blocks to the type of their products.
 
         In half precision their copies, the gradients of the blocks and what `fsdp` exchanges take
         half the bytes.
@@ -264,7 +266,7 @@ OPTIONS = (*SIZE_OPTIONS, "time_cond", *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, time_cond, **options):
-    """A `DiT` by name.
+    """Builds a `DiT` by name.
 
     Args:
       cls: of NAMES.

@@ -10,7 +10,7 @@ SPACE = (1, 2)  # the axes of height and width
 
 
 def correlate(x, taps, axis, padding, stride=1):
-    """out[i] = sum_k taps[k] y[stride i + k] along `axis`, y being x between zeros.
+    """Computes out[i] = sum_k taps[k] y[stride i + k] along `axis`, y being x between zeros.
 
     Args:
       padding: how many zeros stand before and behind x, (before, behind).
@@ -27,7 +27,7 @@ def correlate(x, taps, axis, padding, stride=1):
 
 
 def upsample(x, taps, axis):
-    """`correlate` of x with a zero between any two samples: n -> 2 n, where L taps are even.
+    """Computes `correlate` of x with a zero between any two samples: n -> 2 n, for L even taps.
 
     L / 2 zeros stand on either side. The two halves of the output, its even and its odd places,
     meet every other tap each; so no zero is multiplied.
@@ -37,15 +37,15 @@ def upsample(x, taps, axis):
     for phase in (0, 1):
         first = (front - phase) % 2  # the first tap that meets a sample
         before = (front - phase - first) // 2
-        kept = taps[first::2]
-        phases.append(correlate(x, kept, axis, (before, len(kept) - 1 - before)))
+        every_second = taps[first::2]
+        phases.append(correlate(x, every_second, axis, (before, len(every_second) - 1 - before)))
     shape = list(x.shape)
     shape[axis] *= 2
     return jnp.stack(phases, axis=axis + 1).reshape(shape)
 
 
 def half(x, taps):
-    """(B, H, W, C) -> (B, H/2, W/2, C) through the filter `taps`, scaled to the sum 1 per axis."""
+    """Halves (B, H, W, C) to (B, H/2, W/2, C) by a filter that is scaled to the sum 1 per axis."""
     pad = (len(taps) - 1) // 2
     taps = [tap / sum(taps) for tap in taps]
     for axis in SPACE:
@@ -54,7 +54,7 @@ def half(x, taps):
 
 
 def double(x, taps):
-    """(B, H, W, C) -> (B, 2 H, 2 W, C), the transpose of `half` times 4; an even number of taps."""
+    """Doubles (B, H, W, C) to (B, 2 H, 2 W, C): the transpose of `half` times 4, for even taps."""
     taps = [2 * tap / sum(taps) for tap in reversed(taps)]
     for axis in SPACE:
         x = upsample(x, taps, axis)

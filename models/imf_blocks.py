@@ -23,12 +23,12 @@ CONSTANTS = {"omega": 1.0, "t_min": 0.0, "t_max": 1.0}  # where an objective has
 
 
 def scaled_normal(gain=1.0):
-    """normal(0, gain / sqrt(fan_in)), not truncated."""
+    """Makes the initializer normal(0, gain / sqrt(fan_in)), not truncated."""
     return nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
 def rms_norm(x, scale, apart=False):
-    """x / sqrt(mean of x^2 over the features) * scale, in float32.
+    """Computes x / sqrt(mean of x^2 over the features) * scale, in float32.
 
     Args:
       apart: the mean is in memory before it is used, so that what follows reads x again instead of
@@ -40,7 +40,7 @@ def rms_norm(x, scale, apart=False):
 
 
 def rotate(x):
-    """RoPE over the sequence: x (B, N, heads, d), the first token at position 0.
+    """Turns x (B, N, heads, d) by RoPE over the sequence, the first token at position 0.
 
     Neighbouring channels (2j, 2j + 1) are turned by the angle position * 10000^(-2j/d).
     """
@@ -85,14 +85,14 @@ class Embedding(nn.Module):
         }
 
     def __call__(self, z, c):
-        given = guidance_numbers(
+        numbers = guidance_numbers(
             {name: c.get(name, jnp.full_like(c["h"], value)) for name, value in CONSTANTS.items()}
         )
         vectors = {
             "class": embed_labels(self.y_embedder, c["y"]),
-            "omega": self.omega_embedder(given["omega"]),
-            "t_min": self.t_min_embedder(given["t_min"]),
-            "t_max": self.t_max_embedder(given["t_max"]),
+            "omega": self.omega_embedder(numbers["omega"]),
+            "t_min": self.t_min_embedder(numbers["t_min"]),
+            "t_max": self.t_max_embedder(numbers["t_max"]),
             "time": self.h_embedder(c["h"]),
         }
         prefix = [self.tokens[name] + vectors[name][:, None] for name in PREFIX]
@@ -145,7 +145,7 @@ class Mlp(nn.Module):
 
 
 def mlp_size(hidden_size):
-    """Hidden features of the MLP."""
+    """Counts the hidden features of the MLP."""
     return hidden_size * 8 // 3
 
 
@@ -173,7 +173,7 @@ class Block(nn.Module):
         return Attention(self.num_heads, self.dtype, self.fused), Mlp(self.dtype)
 
     def __call__(self, xs):
-        """A tuple of batches (B, N, D) -> (the same, None), for `nn.scan`."""
+        """Computes (a tuple of (B, N, D), None) of such a tuple, for `nn.scan`."""
         tangents = [i == self.jvp for i in range(len(xs))]
         return tuple(map(self.one, xs, tangents)), None
 
@@ -183,7 +183,7 @@ class Block(nn.Module):
         return self.add(x, self.mlp_scale, self.mlp(rms_norm(x, self.norm2)))
 
     def add(self, x, scale, branch):
-        """x + scale * branch in float32, kept in the type of x."""
+        """Computes x + scale * branch in float32, and returns the type of x."""
         return (x.astype(jnp.float32) + scale * branch.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import card, layers
+from models import hardware, layers
 from models.dit import FREQUENCIES, KERNEL_OPTIONS, unpatchify
 from models.imf_blocks import CONSTANTS, NUM_PREFIX, Block, Embedding, FinalLayer, mlp_size
 from models.network import Network, Velocity, sizes_of
@@ -19,7 +19,7 @@ class ImfDiT(Network):
     """The average velocity u(z, h, omega, t_min, t_max, y), and v; t itself is not asked for.
 
     The head of v is there where the parameters hold it, so that a network without one, smaller by
-    a third, is sampled from as it is. Conditions that are not given are constant: no guidance.
+    a third, is sampled from as it is. Conditions that it does not get are constant: no guidance.
 
     Attributes:
       depth, hidden_size, num_heads, patch_size: the size; a pass through trunk and one head
@@ -61,27 +61,27 @@ class ImfDiT(Network):
 
     @property
     def mlp_features(self):
-        """Hidden features of the MLP."""
+        """Counts the hidden features of the MLP."""
         return mlp_size(self.hidden_size)
 
     @nn.compact
     def together(self, *batches, jvp=None, through=False):
         shape = batches[0][0].shape[1:]
         p = self.patch_size
-        fused = card.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or card.unroll(self.depth, differentiated=jvp is not None)
+        fused = hardware.fused_attention(self.fused_attention, self.dtype)
+        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
         grid = shape[0] // p, shape[1] // p
         embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32
         xs = [embed(*batch) for batch in batches]
-        if card.platform() == "gpu":  # a TPU's compiler moves more for it
+        if hardware.platform() == "gpu":  # a TPU's compiler moves more for it
             xs = map(layers.lying_in_order, xs)
         xs = tuple(x.astype(residual) for x in xs)
         fresh = self.predicts_v and self.is_initializing()
         both = fresh or self.has_variable("params", "v_blocks")
         in_all = self.depth + both * self.aux_head_depth
         policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = card.remat(self.block, policy, xs, in_all, unroll < self.depth)
+        block = hardware.remat(self.block, policy, xs, in_all, unroll < self.depth)
 
         size = self.hidden_size, self.num_heads
 
@@ -109,7 +109,7 @@ class ImfDiT(Network):
         return self.clone(predicts_v=v)
 
     def cast(self, params):
-        """The kernels of the blocks in the type of their products, see models/dit.py."""
+        """Casts the kernels of the blocks to the type of their products, see models/dit.py."""
 
         def cast(path, p):
             return p.astype(self.dtype) if path[-1].key == "kernel" else p
@@ -145,7 +145,7 @@ OPTIONS = (*SIZE_OPTIONS, *KERNEL_OPTIONS)
 
 
 def build(cls, *, image_shape, num_classes, dtype, **options):
-    """An `ImfDiT` by name.
+    """Builds an `ImfDiT` by name.
 
     Args:
       cls: of NAMES.

@@ -1,4 +1,4 @@
-"""Layers in half precision with derivatives of their own: less to keep, less to read.
+"""Layers in half precision with derivatives of their own: less to save, less to read.
 
 Each computes in float32 and returns the type of its input or the one asked for. The derivatives
 are the exact ones of the plain forms; only where values are rounded differs.
@@ -17,13 +17,13 @@ _C, _CUBIC = 2 * (2 / jnp.pi) ** 0.5, 0.044715
 
 
 def gelu(x, in_product=False, tangent=False):
-    """GELU in its tanh form (arXiv 1606.08415), as x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+    """Computes GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
 
-    The backward pass needs x alone.
+    The backward pass needs x alone. Source: arXiv 1606.08415.
 
     Args:
       in_product: write it as the compiler for NVIDIA cards knows it: at the end of the product that
-        gives x, before x is rounded (with the options of models/card.py).
+        gives x, before x is rounded (with the options of models/hardware.py).
       tangent: as of `norm_modulate`.
     """
     return (_gelu_with_tangent if tangent else _gelu)(x, in_product)
@@ -42,7 +42,7 @@ def _sigmoid(y):
 
 
 def _slope(x):
-    """The derivative of GELU, float32."""
+    """Computes the derivative of GELU, float32."""
     y = x.astype(jnp.float32)
     s = _sigmoid(y)
     return s + y * s * (1 - s) * _C * (1 + 3 * _CUBIC * y**2)
@@ -62,13 +62,14 @@ def _gelu_with_tangent(x, in_product):
 @_gelu_with_tangent.defjvp
 def _gelu_with_tangent_jvp(in_product, primals, tangents):
     (x,), (dx,) = primals, tangents
-    # Its slope is not that of the backward pass to XLA, which would write it in float32 for both.
+    # The barrier keeps XLA from sharing one slope between tangent and backward pass, which it would
+    # store in float32.
     slope = _slope(jax.lax.optimization_barrier(stop_gradient(x)))
     return _gelu(x, in_product), (slope * stop_gradient(dx)).astype(x.dtype)
 
 
 def norm_modulate(x, shift, scale, dtype, tangent=False):
-    """LayerNorm(x) (1 + scale) + shift, in `dtype`.
+    """Computes LayerNorm(x) (1 + scale) + shift, in `dtype`.
 
     Args:
       x: (B, N, D), normalised over D without weights.
@@ -80,7 +81,7 @@ def norm_modulate(x, shift, scale, dtype, tangent=False):
 
 
 def _statistics(x):
-    """Mean and 1 / standard deviation over the last axis, float32 (B, N, 1): one reading of x."""
+    """Computes mean and 1 / deviation over the last axis in one reading, float32 (B, N, 1)."""
     x = x.astype(jnp.float32)
     mean, square = (jnp.mean(a, axis=-1, keepdims=True) for a in (x, x * x))
     return mean, jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPS)
@@ -91,7 +92,7 @@ def _normalised(x, mean, rstd):
 
 
 def _through_norm(n, rstd, g):
-    """The derivative of LayerNorm at n along g; it is its own transpose."""
+    """Computes the derivative of LayerNorm at n along g; it is its own transpose."""
     mean = jnp.mean(g, axis=-1, keepdims=True)
     return rstd * (g - mean - n * jnp.mean(g * n, axis=-1, keepdims=True))
 
@@ -118,8 +119,8 @@ def _forward(x, shift, scale, dtype):
     return _modulated(x, *_statistics(x), shift, scale, dtype), (x, shift, scale)
 
 
-def _backward(dtype, kept, g):
-    x, shift, scale = kept
+def _backward(dtype, saved, g):
+    x, shift, scale = saved
     # With statistics at hand, each sum reads x and g as they are; otherwise XLA writes g * n in
     # float32 beside the one sum, to read it again for the other.
     mean, rstd = jax.lax.optimization_barrier(_statistics(x))
@@ -150,7 +151,7 @@ def _jvp(dtype, primals, tangents):
 
 
 def lying_in_order(x):
-    """x; its gradient lies in memory in the order of the axes, the last one innermost.
+    """Returns x; its gradient lies in memory in the order of the axes, the last one innermost.
 
     XLA lays an array out as its users would have it. A sum over the batch alone (as for the
     gradient of learned tokens) would have the batch innermost, which turns the residual stream and

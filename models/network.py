@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 class Velocity(NamedTuple):
-    """What a network predicts; each float32 (B, H, W, C), like z."""
+    """What a network predicts; each float32, like z."""
 
     u: jax.Array  # the average velocity over [r, t]
     v: jax.Array | None = None  # the instantaneous one, by a head of its own, where there is one
@@ -49,7 +49,7 @@ class Network(nn.Module):
         """Predicts the velocity.
 
         Args:
-          z: what goes into the network, float32 (B, H, W, C).
+          z: what goes into the network, float32 (B, ..., C).
           c: conditions by row: `t`, `h` float32 (B,) in [0, 1] with h = t - r; `y` int32 (B,),
             whose last value stands for no label, or weights over all values (`embed_labels`); and
             what the objective or the data add.
@@ -60,30 +60,32 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def blank(self, name):
-        """One row of the condition `name`, of those in `conditions`, to make parameters with."""
+        """Makes a row of the condition `name`, of `conditions`, to make parameters with."""
         return jnp.zeros(1)
 
     def together(self, *batches, jvp=None, through=False):
-        """Several batches (z, c) in one pass over the parameters -> a `Velocity` for each.
+        """Computes a `Velocity` for each of several batches (z, c) in one pass over the parameters.
 
         Args:
-          jvp: which of them is inside of a `jax.jvp`, so that every operation on it needs a
-            forward-mode derivative; None for none. Its tangent may be opaque to a gradient, as it
-            stands under a stop_gradient in every objective here.
-          through: whether a gradient flows through that tangent: it is differentiated forward and
-            then backward, which the forms for half precision with derivatives of their own forbid.
+          jvp: index of the batch that is under `jax.jvp`, so that every operation on it needs a
+            forward-mode derivative; None: there is none.
+          through: whether a gradient flows through its tangent, which is then differentiated
+            forward and backward; the forms for half precision with derivatives of their own forbid
+            that. Else nobody differentiates the tangent.
         """
         return tuple(self(*batch) for batch in batches)
 
     def serving(self, conditions, v):
-        """The network for an objective that gives it `conditions` and, where `v`, asks for v.
+        """Returns the network that takes `conditions` and, where `v`, predicts v, as far as it can.
 
-        As it is, here: for a network that can be with and without them, the one that is asked for.
+        Args:
+          conditions: names of those that objective and data give beside t, h and y.
+          v: whether the objective asks for it.
         """
         return self
 
     def cast(self, params):
-        """The parameters in the type of their products, once for all passes of a step."""
+        """Casts the parameters to the type of their products, once for all passes of a step."""
         return params
 
     def axes(self, params):
@@ -104,7 +106,7 @@ class Network(nn.Module):
         return jax.tree_util.tree_map_with_path(axes_of, params)
 
     def flops(self, image_shape, both=False):
-        """FLOPs of the matrix products of one pass on an image (h, w, c); None: not known.
+        """Counts the FLOPs of the products of one pass on an image (h, w, c); None: not known.
 
         Args:
           both: of a pass that predicts u and v; else one of them.
@@ -112,12 +114,12 @@ class Network(nn.Module):
         return None
 
     def unrolled(self):
-        """The same network without a loop, for counting: XLA counts the body of a loop once."""
+        """Returns the network without a loop, for counting: XLA counts the body of a loop once."""
         return self
 
 
 def embed_labels(table, y):
-    """What a label table says of labels y, float32 (B, D).
+    """Embeds labels y by a label table, float32 (B, D).
 
     Args:
       table: `nn.Embed` with a row for each of K classes and a last one for no label.
@@ -130,7 +132,7 @@ def embed_labels(table, y):
 
 
 def init_params(module, key, image_shape):
-    """Fresh parameters for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
+    """Makes fresh parameters for images of shape (h, w, c). Pure, for `jit` and `eval_shape`."""
     zero = jnp.zeros(1)
     c = {"t": zero, "h": zero, "y": jnp.zeros(1, jnp.int32)}
     c |= {name: module.blank(name) for name in module.conditions}
@@ -138,7 +140,7 @@ def init_params(module, key, image_shape):
 
 
 def param_shapes(module, image_shape):
-    """The tree of `init_params` as `ShapeDtypeStruct`s."""
+    """Returns the tree of `init_params` as `ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0), image_shape))
 
 
@@ -160,7 +162,7 @@ def function(module):
 
 
 def sizes_of(cls, named, names, options, image_shape):
-    """The sizes of a transformer of patches: name -> number.
+    """Chooses the sizes of a transformer of patches: name -> number.
 
     Args:
       cls: `model.cls`, for the error lines.

@@ -26,7 +26,7 @@ MASK = "dropout mask"  # its name among what a block keeps for its backward pass
 
 
 def scaled_xavier(factor):
-    """Xavier-uniform weights times a factor."""
+    """Makes the initializer of Xavier-uniform weights times a factor."""
     return nn.initializers.variance_scaling(factor**2, "fan_avg", "uniform")
 
 
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 def layers(side, first, widths, num_blocks, attn_resolutions):
-    """The blocks in their order, (encoder, decoder), for images of this side.
+    """Lists the blocks in their order, (encoder, decoder), for images of this side.
 
     Args:
       first: channels that come into the first block.
@@ -60,17 +60,17 @@ def layers(side, first, widths, num_blocks, attn_resolutions):
       attn_resolutions: sides at which every block of the encoder, and the last of the decoder,
         has attention; the innermost block always has.
     """
-    encoder, decoder, kept = [], [], [first]
+    encoder, decoder, skips = [], [], [first]
     for level, width in enumerate(widths):
         s = side >> level
         if level:
-            encoder.append(Layer(f"enc_{s}x{s}_down", s, kept[-1], kept[-1], resample="down"))
-            kept.append(kept[-1])
+            encoder.append(Layer(f"enc_{s}x{s}_down", s, skips[-1], skips[-1], resample="down"))
+            skips.append(skips[-1])
         for i in range(num_blocks):
             attends = s in attn_resolutions
-            encoder.append(Layer(f"enc_{s}x{s}_block{i}", s, kept[-1], width, attends))
-            kept.append(width)
-    before = kept[-1]
+            encoder.append(Layer(f"enc_{s}x{s}_block{i}", s, skips[-1], width, attends))
+            skips.append(width)
+    before = skips[-1]
     for level, width in reversed(list(enumerate(widths))):
         s = side >> level
         if level == len(widths) - 1:
@@ -79,32 +79,32 @@ def layers(side, first, widths, num_blocks, attn_resolutions):
         else:
             decoder.append(Layer(f"dec_{s}x{s}_up", s, before, before, resample="up"))
         for i in range(num_blocks + 1):
-            attends, joined = s in attn_resolutions and i == num_blocks, before + kept.pop()
+            attends, joined = s in attn_resolutions and i == num_blocks, before + skips.pop()
             decoder.append(Layer(f"dec_{s}x{s}_block{i}", s, joined, width, attends, joins=True))
             before = width
     return encoder, decoder
 
 
 def time_embedding(s, width):
-    """Sines, then cosines, of times s (B,) in [0, 1]: float32 (B, width), without parameters."""
+    """Computes sines, then cosines, of times s (B,) in [0, 1]: float32 (B, width)."""
     k = width // 2
     angle = s[:, None] * MAX_PERIOD ** -(np.arange(k, dtype=np.float32) / (k - 1))
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def groups(channels):
-    """Into how many groups of consecutive channels the normalisation divides them."""
+    """Counts the groups of consecutive channels of the normalisation."""
     return min(32, channels // 4)
 
 
 def group_norm(channels):
-    """GroupNorm in float32."""
+    """Makes a GroupNorm in float32."""
     exact = dict(dtype=jnp.float32, use_fast_variance=False)
     return nn.GroupNorm(groups(channels), epsilon=1e-6, **exact)
 
 
 def attention(q, k, v):
-    """One head over all positions, (B, N, D) each -> (B, N, D). The softmax is in float32."""
+    """Computes one head over all positions, (B, N, D) thrice -> (B, N, D), softmax in float32."""
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnd,bmd->bnm", q * scale, k, preferred_element_type=jnp.float32)
     return jnp.einsum("bnm,bmd->bnd", nn.softmax(logits).astype(v.dtype), v)
@@ -123,9 +123,9 @@ class Dropout(nn.Module):
     def __call__(self, x):
         if not self.rate or not self.has_rng("dropout"):
             return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        kept = checkpoint_name(jax.lax.optimization_barrier(kept), MASK)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        mask = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        mask = checkpoint_name(jax.lax.optimization_barrier(mask), MASK)
+        return jnp.where(mask, x / (1 - self.rate), 0)
 
 
 class Block(nn.Module):
@@ -169,11 +169,11 @@ class Block(nn.Module):
         return x
 
 
-def _is_kept(primitive, *_, **params):
-    """What a block keeps for its backward pass: convolutions, products with parameters, masks."""
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    kept = primitive.name == "conv_general_dilated" or params.get("name") == MASK
-    return kept or keep(primitive, *_, **params)
+def _is_saved(primitive, *_, **params):
+    """Tells what is saved for the backward pass: convolutions, products with parameters, masks."""
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    saved = primitive.name == "conv_general_dilated" or params.get("name") == MASK
+    return saved or is_product(primitive, *_, **params)
 
 
 class UNet(Network):
@@ -192,7 +192,7 @@ class UNet(Network):
       dropout: probability that an activation is left out.
       resample_filter: taps of the filter between two levels.
       augment_dim: number of augmentation labels; 0: none are taken.
-      remat: keep nothing of a block for the backward pass, and compute it there again.
+      remat: save nothing of a block for the backward pass, and compute it there again.
       dtype: of the products; parameters, norms and what goes from block to block stay float32.
     """
 
@@ -223,7 +223,7 @@ class UNet(Network):
         e = nn.silu(self.embedding(c))  # (B, E)
         encoder, decoder = self.layers(z.shape[1])
         conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
-        block = nn.remat(Block, policy=None if self.remat else _is_kept)
+        block = nn.remat(Block, policy=None if self.remat else _is_saved)
 
         def apply(layer, x):
             options = (self.dropout, self.resample_filter, self.dtype)
@@ -231,18 +231,18 @@ class UNet(Network):
 
         first, last = (f"{part}_{z.shape[1]}x{z.shape[2]}" for part in ("enc", "dec"))
         x = nn.Conv(self.model_channels, kernel_init=xavier, **conv, name=f"{first}_conv")(z)
-        kept = [x := x.astype(jnp.float32)]
+        skips = [x := x.astype(jnp.float32)]
         for layer in encoder:
-            kept.append(x := apply(layer, x))
+            skips.append(x := apply(layer, x))
         for layer in decoder:
-            x = apply(layer, jnp.concatenate([x, kept.pop()], axis=-1) if layer.joins else x)
+            x = apply(layer, jnp.concatenate([x, skips.pop()], axis=-1) if layer.joins else x)
         exact = dict(dtype=jnp.float32, use_fast_variance=False, name=f"{last}_aux_norm")
         x = nn.silu(nn.GroupNorm(groups(x.shape[-1]), epsilon=1e-6, **exact)(x))
         x = nn.Conv(z.shape[-1], kernel_init=nearly_zero, **conv, name=f"{last}_aux_conv")(x)
         return Velocity(x.astype(jnp.float32))
 
     def embedding(self, c):
-        """What every block is told of the conditions, float32 (B, E), before its last silu."""
+        """Embeds the conditions for all blocks, float32 (B, E), before its last silu."""
         width = self.model_channels * self.channel_mult_noise
         E = self.model_channels * self.channel_mult_emb
         exact = dict(kernel_init=xavier, precision="highest")  # its derivative enters the JVP
@@ -261,7 +261,7 @@ class UNet(Network):
         return layers(side, self.model_channels, widths, self.num_blocks, self.attn_resolutions)
 
     def cast(self, params):
-        """The products of the blocks in their type, once for all passes; norms stay float32."""
+        """Casts the products of the blocks to their type, once for all passes, not the norms."""
 
         def cast(name, tree):
             if isinstance(tree, dict):
@@ -283,7 +283,7 @@ class UNet(Network):
 
 
 def _products(layer, E):
-    """Products of numbers in one block for one image."""
+    """Counts the products of numbers in one block for one image."""
     N, width = layer.side**2, layer.width
     total = 9 * N * (layer.width_in + width) * width + E * width
     if layer.has_skip:
@@ -302,7 +302,7 @@ OPTIONS = (
 
 
 def build(cls, *, image_shape, num_classes, dtype, **options):
-    """A `UNet`.
+    """Builds a `UNet`.
 
     Args:
       cls: of NAMES.

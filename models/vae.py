@@ -66,7 +66,7 @@ class Autoencoder(NamedTuple):
 
 
 def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
-    """The autoencoder that the option dataset.vae names. Never downloads.
+    """Loads the autoencoder that the option dataset.vae names. Never downloads.
 
     name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
         (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
@@ -81,12 +81,12 @@ def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
     _check_scale(folder / "config.json", normalisation, config.get("latent_channels", 4))
-    found = build(config, params, normalisation, dtype)
-    return found._replace(identity={"name": str(name), **digests(config, params)})
+    autoencoder = build(config, params, normalisation, dtype)
+    return autoencoder._replace(identity={"name": str(name), **digests(config, params)})
 
 
 def digests(config, params):
-    """Digests of the two halves: records depend on the encoder, images on the decoder.
+    """Returns digests of the two halves: records depend on the encoder, images on the decoder.
 
     Autoencoders may share an encoder, as `mse` and `ema` do.
     """
@@ -119,7 +119,7 @@ def _check_scale(path, normalisation, channels):
 
 
 def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
-    """The autoencoder of a configuration (the fields of config.json) with given parameters."""
+    """Builds the autoencoder of a configuration (the fields of config.json) and its parameters."""
     model = _flax_autoencoder(config, jnp.dtype(dtype))
 
     def encode(params, images):
@@ -155,7 +155,7 @@ def _image(model, z):
 
 
 def _upsample_at_once(layer, args, kwargs, context):
-    """Has the class's upsampling layers, which repeat pixels first, done by `doubled`."""
+    """Replaces the class's upsampling layers, which repeat pixels first, by `doubled`."""
     module = context.module
     if context.method_name != "__call__" or type(module).__name__ != "FlaxUpsample2D":
         return layer(*args, **kwargs)
@@ -164,7 +164,7 @@ def _upsample_at_once(layer, args, kwargs, context):
 
 
 def doubled(x, kernel, bias, dtype):
-    """A convolution of x with each pixel repeated 2 x 2, at 4/9 of its products.
+    """Convolves x with each pixel repeated 2 x 2, at 4/9 of the products.
 
     Three rows of such an image are two of x, so the 3 x 3 kernel becomes a 2 x 2 one for each of
     the four places that a pixel of x becomes: the same number but for rounding.
@@ -187,7 +187,7 @@ def doubled(x, kernel, bias, dtype):
 
 
 def find(name) -> Path:
-    """The folder that holds the files of the VAE `name` (not "none"), without the network.
+    """Finds the folder that holds the files of the VAE `name` (not "none"), without the network.
 
     Raises FileNotFoundError with one line that says which files are needed, what is there, and
     what would do.
@@ -201,9 +201,9 @@ def find(name) -> Path:
         folder = Path(constants.HF_HUB_CACHE, there)
         reference = folder / "refs" / "main"
         if reference.is_file():
-            found = folder / "snapshots" / reference.read_text().strip()
-            if not _lack(found):
-                return found
+            snapshot = folder / "snapshots" / reference.read_text().strip()
+            if not _lack(snapshot):
+                return snapshot
         raise FileNotFoundError(
             f"dataset.vae={name}: {repository} is not in the Hugging Face cache "
             f"{constants.HF_HUB_CACHE}: {needs}{_what_is_cached(folder)}; run `hf download "
@@ -222,7 +222,7 @@ def find(name) -> Path:
 
 
 def _what_is_cached(folder):
-    """What the cache holds of a repository, and is not taken without being asked."""
+    """Says what the cache holds of a repository, which is not taken without being asked for."""
     for snapshot in sorted(folder.glob("snapshots/*")):
         if not _lack(snapshot):
             return f"; there is a snapshot that refs/main does not name: dataset.vae={snapshot}"
@@ -230,7 +230,7 @@ def _what_is_cached(folder):
 
 
 def _lack(folder):
-    """Why a folder is no VAE in the Hugging Face layout, and what would do; "" where it is one."""
+    """Says why a folder is no VAE in Hugging Face's layout, and what would do; "" where it is."""
     if not folder.is_dir():
         return "there is no such folder"
     there = {path.name for path in folder.iterdir() if path.is_file()}
@@ -258,7 +258,7 @@ def _lack(folder):
 
 
 def _read_config(path):
-    """config.json -> the keyword arguments for the Flax class."""
+    """Reads config.json: the keyword arguments for the Flax class."""
     try:
         config = json.loads(path.read_text())
         fields = {k: config[k] for k in CONFIG_FIELDS if k in config}
@@ -282,7 +282,7 @@ def _flax_autoencoder(config, dtype=jnp.float32):
 
 
 def param_shapes(config):
-    """The parameters of a configuration as a nested dict of `ShapeDtypeStruct`, float32."""
+    """Returns the parameters of a configuration as a nested dict of `ShapeDtypeStruct`, float32."""
     model = _flax_autoencoder(config)
     side = 2 ** len(model.block_out_channels)
     images = jax.ShapeDtypeStruct((1, model.in_channels, side, side), jnp.float32)
@@ -290,7 +290,7 @@ def param_shapes(config):
 
 
 def _read_params(folder, expected):
-    """The weights in `folder` for parameters of these shapes, each name and shape checked."""
+    """Reads the weights in `folder` for parameters of these shapes; checks each name and shape."""
     expected = trees.flatten(expected)
     path = next(folder / f for f in WEIGHT_FILES if (folder / f).exists())
     arrays = _read_weights(path)
@@ -302,7 +302,7 @@ def _read_params(folder, expected):
 
 
 def _read_weights(path):
-    """{name: numpy array} as the file has them."""
+    """Reads {name: numpy array} as the file has them."""
     with files.reading(path, "damaged or not a weight file"):
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
@@ -312,7 +312,7 @@ def _read_weights(path):
 
 
 def from_torch(tensors, expected):
-    """Tensors of the PyTorch release under the names and with the axes of the Flax class.
+    """Converts tensors of the PyTorch release to the names and axes of the Flax class.
 
     tensors: {"encoder.conv_in.weight": array, ...}; expected: {"encoder/conv_in/kernel": has
     .shape, ...}. Each tensor is used once; those that no expected name asks for keep their name.
@@ -331,7 +331,7 @@ def from_torch(tensors, expected):
 
 
 def _torch_names(name):
-    """The PyTorch names under which a parameter of the Flax class may stand."""
+    """Lists the PyTorch names under which a parameter of the Flax class may stand."""
     *modules, leaf = name.split("/")
     modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]  # resnets_0 -> resnets.0
     leaf = "bias" if leaf == "bias" else "weight"

@@ -8,7 +8,7 @@ import numpy as np
 
 import parts
 from configs import default, load_config
-from models import attention, card, network
+from models import attention, hardware, network
 from run import checkpoint
 from utils import averages
 
@@ -61,8 +61,8 @@ def as_on_a_card(monkeypatch):
     """From here on all is as a card takes it, but for its attention: options of a network."""
     plain = attention._values
     monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
-    monkeypatch.setattr(card, "platform", lambda: "gpu")
-    monkeypatch.setattr(card, "memory", lambda: 1e9)
+    monkeypatch.setattr(hardware, "platform", lambda: "gpu")
+    monkeypatch.setattr(hardware, "memory", lambda: 1e9)
     return {"half_residual": True, "fused_attention": True, "unroll": 0}
 
 

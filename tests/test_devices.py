@@ -13,7 +13,7 @@ import parts
 import sample
 import train
 from methods.sampler import sample_times
-from models import card, codec, dit, network, vae
+from models import codec, dit, hardware, network, vae
 from utils import sharding
 
 BATCH, SHAPE, CLASSES, STEPS = 32, (8, 8, 4), 10, 3
@@ -148,8 +148,8 @@ def test_accelerators_split_the_parameters_over_their_neighbours(platform, count
 
 def test_xla_knows_the_options_of_a_card():
     card_mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    options = card.compiler_options(card_mesh)
-    assert options and not card.compiler_options(sharding.make_mesh(1))
+    options = hardware.compiler_options(card_mesh)
+    assert options and not hardware.compiler_options(sharding.make_mesh(1))
     jax.jit(jnp.sin, compiler_options=options)(1.0)  # raises where one is unknown
 
 

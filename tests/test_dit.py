@@ -9,7 +9,7 @@ import optax
 import plain
 import pytest
 
-from models import blocks, card, dit, network
+from models import blocks, dit, hardware, network
 
 CLASSES, SHAPE = 3, (4, 4, 2)
 
@@ -87,25 +87,25 @@ def test_what_is_best_for_a_card(monkeypatch):
     policy = jax.checkpoint_policies.everything_saveable
     for backend, dtype in (("gpu", jnp.bfloat16), ("gpu", jnp.float32), ("tpu", jnp.bfloat16)):
         monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-        assert card.fused_attention(None, dtype) == (backend == "gpu" and dtype == jnp.bfloat16)
-        assert not card.fused_attention(False, dtype)
+        assert hardware.fused_attention(None, dtype) == (backend == "gpu" and dtype == jnp.bfloat16)
+        assert not hardware.fused_attention(False, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert card.unroll(28, differentiated=True) == 28
-    assert card.unroll(28, differentiated=False) == 1
+    assert hardware.unroll(28, differentiated=True) == 28
+    assert hardware.unroll(28, differentiated=False) == 1
     block = blocks.Block
     for memory, width, tokens, kept in (
         (60e9, 768, 256, "all"), (60e9, 1152, 256, "products"), (115e9, 1152, 256, "all"),
         (115e9, 1152, 1024, "products"), (0, 768, 64, "products"),
     ):  # fmt: skip
-        monkeypatch.setattr(card, "memory", lambda memory=memory: memory)
+        monkeypatch.setattr(hardware, "memory", lambda memory=memory: memory)
         xs = [jax.ShapeDtypeStruct((rows, tokens, width), jnp.bfloat16) for rows in (64, 192)]
         depth = 12 if width == 768 else 28
-        assert (card.remat(block, policy, xs, depth, loop=False) is block) == (kept == "all")
-        assert card.remat(block, policy, xs, depth, loop=True) is not block
-        assert card.remat(block, None, xs, depth, loop=False) is not block
+        assert (hardware.remat(block, policy, xs, depth, loop=False) is block) == (kept == "all")
+        assert hardware.remat(block, policy, xs, depth, loop=True) is not block
+        assert hardware.remat(block, None, xs, depth, loop=False) is not block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert card.unroll(12, differentiated=True) == 1
-    assert card.remat(block, policy, xs, 12, loop=False) is not block
+    assert hardware.unroll(12, differentiated=True) == 1
+    assert hardware.remat(block, policy, xs, 12, loop=False) is not block
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -18,7 +18,7 @@ from test_faults import until
 
 import parts
 import train
-from models import card, codec, network
+from models import codec, hardware, network
 from run import layout
 from utils import sharding
 
@@ -141,7 +141,7 @@ def test_all_blocks_are_counted_where_memory_is(v, count, monkeypatch):
     """The card decides what to keep by the blocks that are crossed: those of v's head too."""
     counted = []
     monkeypatch.setattr(
-        card, "remat", lambda block, *arguments: counted.append(arguments[2]) or block
+        hardware, "remat", lambda block, *arguments: counted.append(arguments[2]) or block
     )
     model = model_of()
     module = model.module.clone(predicts_v=v)
@@ -152,7 +152,7 @@ def test_all_blocks_are_counted_where_memory_is(v, count, monkeypatch):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_the_gradient_of_the_tokens_turns_no_array(platform, monkeypatch):
     """On a card its sum over the batch alone would have XLA lay out the whole backward pass."""
-    monkeypatch.setattr(card, "platform", lambda: platform)
+    monkeypatch.setattr(hardware, "platform", lambda: platform)
     model = model_of()
     params, x, y = batch_of(model)
 

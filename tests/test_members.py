@@ -82,7 +82,7 @@ def gradient(method, net, params, x, given, draws, held, parts_of_batch=1):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_no_pass_needs_a_forward_mode_derivative_and_parts_of_a_batch_are_the_whole(name):
-    method = make.method(name, **MEMBERS[name]).at(8, 16)
+    method = make.method(name, **MEMBERS[name]).phase(8, 16)
     problem = toy_problem(method)
     (loss, rows), whole = gradient(method, toy_net, *problem)
     assert rows.keys() == set(method.rows)
@@ -106,24 +106,24 @@ def test_an_objective_knows_no_rank(name):
 
 
 def test_only_the_last_phase_of_alpha_flow_has_a_jvp():
-    method = make.method("alphaflow").at(16, 16)
+    method = make.method("alphaflow").phase(16, 16)
     assert isinstance(method, alphaflow.End)
     with pytest.raises((TypeError, NotImplementedError), match="forward-mode|rule"):
         gradient(method, toy_net, *toy_problem(method))
     gradient(method, make.as_net(forwards_too), *toy_problem(method))
-    floor = make.method("alphaflow", alpha_floor=True).at(16, 16)
+    floor = make.method("alphaflow", alpha_floor=True).phase(16, 16)
     gradient(floor, toy_net, *toy_problem(floor))
 
 
 def test_phases_go_by_the_step():
     method = make.method("alphaflow", alpha_begin=100)
-    kinds = [type(method.at(step, 1100)) for step in (0, 388, 389, 700, 811, 812, 2000)]
+    kinds = [type(method.phase(step, 1100)) for step in (0, 388, 389, 700, 811, 812, 2000)]
     first, middle, last = alphaflow.Trajectory, alphaflow.AlphaFlow, alphaflow.End
     assert kinds == [first, first, middle, middle, middle, last, last]
-    method = method.at(389, 1100)
+    method = method.phase(389, 1100)
     alpha = [float(method.alpha(None, jnp.int32(k), jnp.ones(1), None)[0]) for k in (389, 600, 811)]
     np.testing.assert_allclose(alpha, [0.9942, 0.5, 0.0053], rtol=0.1)
-    assert method.at(5000, 1100).alpha_end == 1100  # once set, an end stays
+    assert method.phase(5000, 1100).alpha_end == 1100  # once set, an end stays
     assert hash(method) == hash(dataclasses.replace(method))
 
 

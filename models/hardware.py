@@ -1,4 +1,4 @@
-"""What is fastest on the card at hand, where the options leave it open.
+"""Chooses what is fastest on the GPU, TPU or CPU at hand, where the options leave it open.
 
 Asked only while a function is traced: by then the processes of a run have found each other, and
 asking for a device harms nobody.
@@ -12,36 +12,42 @@ import jax.numpy as jnp
 # right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
-SHARE = 0.75  # of a card's memory that this may take, in all blocks, so that all of it is kept
+SHARE = 0.75  # of a card's memory that this may take, in all blocks, so that all of it is saved
 
 _absent = None  # platform, memory and number of devices that are compiled for
 
 
 def compile_for(platform, memory, count):
-    """From here on all is as is best for so many devices of so many bytes, which are not there."""
+    """Makes the choices below for this hardware, which need not be attached.
+
+    Args:
+      platform: as of `platform`.
+      memory: bytes of a device.
+      count: devices.
+    """
     global _absent
     _absent = platform, memory, count
 
 
 def platform():
-    """`gpu`, `tpu` or `cpu`."""
+    """Returns `gpu`, `tpu` or `cpu`."""
     return _absent[0] if _absent else jax.default_backend()
 
 
 def memory():
-    """Bytes of the first device that this process may use."""
+    """Returns the bytes of the first device that this process may use; 0: not known."""
     if _absent:
         return _absent[1]
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def count():
-    """Devices of all processes."""
+    """Counts the devices of all processes."""
     return _absent[2] if _absent else jax.device_count()
 
 
 def fused_attention(wanted, dtype):
-    """Whether attention takes the kernels of an NVIDIA card, which are for half precision.
+    """Decides whether attention takes the kernels of an NVIDIA card, which want half precision.
 
     Args:
       wanted: True, or None where it is left open.
@@ -52,7 +58,7 @@ def fused_attention(wanted, dtype):
 
 
 def unroll(depth, differentiated):
-    """Blocks per iteration of the loop over them: all, or one.
+    """Chooses how many blocks an iteration of the loop over them has: all, or one.
 
     On a GPU the loop copies what the backward pass needs into stacks and out again, a tenth of a
     step. Unrolled, a step takes up to three times as long to compile.
@@ -60,34 +66,34 @@ def unroll(depth, differentiated):
     return depth if differentiated and platform() == "gpu" else 1
 
 
-def remat(block, kept, xs, depth, loop):
-    """The class of a block, as `nn.scan` is to take it.
+def remat(block, policy, xs, depth, loop):
+    """Wraps the class of a block for `nn.scan`: what its backward pass computes again.
 
-    In a loop the backward pass computes again what it does not find. Without one XLA sees that it
-    has computed it before, and keeps that. On a card with memory for it, this is fastest, and the
-    block is left as it is (what `nn.remat` marks as kept would stand between a product and the
-    GELU that a card's products can take along); without, XLA is kept from it.
+    In a loop the backward pass computes again what is not saved. Without one XLA sees that it has
+    computed it before, and saves that. On a GPU with memory for it, this is fastest, and the block
+    is left as it is (what `nn.remat` marks as saved would stand between a product and the GELU that
+    a GPU's products can take along); else `prevent_cse` forbids it.
 
     Args:
-      kept: a policy of `jax.checkpoint`, what the backward pass is to find; None: nothing.
+      policy: of `jax.checkpoint`: what is saved for the backward pass; None: nothing.
       xs: the inputs of the first block, (B, N, D) each.
       depth: blocks of the network in all.
       loop: whether they are looped over.
     """
     if platform() != "gpu" or loop:
-        return nn.remat(block, prevent_cse=False, policy=kept)
+        return nn.remat(block, prevent_cse=False, policy=policy)
     computed = COMPUTED * depth * sum(x.size * x.dtype.itemsize for x in xs) / count()
-    if kept and computed <= SHARE * memory():
+    if policy and computed <= SHARE * memory():
         return block
-    return nn.remat(block, prevent_cse=True, policy=kept)
+    return nn.remat(block, prevent_cse=True, policy=policy)
 
 
 def compiler_options(mesh):
-    """For `jax.jit` of a train step on the devices of a mesh."""
+    """Returns XLA's options for a train step on the devices of a mesh."""
     if mesh.devices.flat[0].platform in ("gpu", "cuda"):
         return {
-            # XLA would leave out the rounding to bfloat16 between two operations, and so keep in
-            # float32, at twice the bytes, what is meant to be kept in bfloat16.
+            # XLA would leave out the rounding to bfloat16 between two operations, and so store in
+            # float32, at twice the bytes, what is meant for bfloat16.
             "xla_allow_excess_precision": False,
             # cuBLAS adds the bias and takes the GELU at the end of a product; Triton's products
             # leave both to kernels of their own, and take three times as long to compile.
