@@ -318,6 +318,8 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
     mult, M = module.channel_mult, module.model_channels
     if not mult or min(mult) < 1:
         raise ValueError(f"model.channel_mult needs numbers of 1 or more, got {mult}")
+    if image_shape[0] != image_shape[1]:
+        raise ValueError(f"model.cls: {cls} takes square images, got {image_shape[:2]}")
     if image_shape[0] % 2 ** (len(mult) - 1):
         raise ValueError(
             f"dataset.image_size ({image_shape[0]}) must be a multiple of 2 ** {len(mult) - 1}, "
