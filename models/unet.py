@@ -3,9 +3,8 @@
 With the settings of MeanFlow's experiments (arXiv 2505.13447, appendix A): two times, a noise
 embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC.
 
-An encoder halves the side from level to level and keeps what each of its layers gives; a decoder
-goes back up and takes those outputs in again, newest first. `layers` lists both. Builds on
-models/network.py, models/filters.py and models/augment.py.
+An encoder halves the side from level to level; a decoder goes back up and takes the outputs of all
+layers of the encoder in again, newest first. `layers` lists both.
 """
 
 from typing import NamedTuple
