@@ -305,10 +305,7 @@ class Generator:
             )
         if not np.isscalar(omega) or not omega > 0:
             raise ValueError(f"omega must be a number above 0, got {omega!r}")
-        options = self.config.sampling.copy_and_resolve_references()
-        with options.unlocked():
-            options.omega = (float(omega),)
-        return sample.guidances(options)[0]
+        return sample.guidances(self.config.sampling, (float(omega),))[0]
 
 
 def _numbers(array, dtype=None):

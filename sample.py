@@ -96,9 +96,13 @@ def settings(options):
     return [Setting(*combination) for combination in combinations]
 
 
-def guidances(options):
-    """Returns each combination of guidance in the options `sampling` as a `Guidance`, or [None]."""
-    combinations = itertools.product(options.omega, options.t_min, options.t_max)
+def guidances(options, scales=None):
+    """Returns each combination of guidance in the options `sampling` as a `Guidance`, or [None].
+
+    `scales`: instead of theirs.
+    """
+    scales = options.omega if scales is None else scales
+    combinations = itertools.product(scales, options.t_min, options.t_max)
     return [
         objective.Guidance(*map(np.float32, numbers), np.int32(options.channels))
         for numbers in combinations

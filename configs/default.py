@@ -2,7 +2,7 @@
 
 The defaults are the published recipe (arXiv 2505.13447; DiT-B/4 on ImageNet latents). A YAML file
 in this folder states what differs, and the command line has the last word; `load_config.py` merges
-the three and refuses whatever is not named here.
+the three and refuses whatever is not named here. A new option is one line, and read somewhere.
 
 The kind says which values are meant: Count (1 or more), Whole (0 or more), Share (0 to 1), others
 in kinds.py. Around it stands what else is known: an option that is Free may change within a run,

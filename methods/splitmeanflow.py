@@ -1,7 +1,7 @@
 """SplitMeanFlow (arXiv 2507.16884): both parts of an interval are the network's own averages.
 
- The rows with r = t anchor the network to v_g; those with r < t only ask
-that its averages add up, so from nothing it needs many of the first (`data_proportion` .8 to .9).
+The rows with r = t anchor the network to v_g; those with r < t only ask that its averages add up,
+so from nothing it needs many of the first (`data_proportion` .8 to .9).
 """
 
 import jax

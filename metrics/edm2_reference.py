@@ -1,8 +1,7 @@
 """Reads EDM2's reference statistics (`img512.pkl`, `img64.pkl`) without running their pickle.
 
 Such a file is a pickle of {"num_images": int, "fid": {"mu", "sigma"}, "fd_dinov2": {"mu",
-"sigma"}}, numpy arrays. It needs three globals, and every other is refused by name. Builds on
-formats/pickles.py.
+"sigma"}}, numpy arrays. It needs three globals, and every other is refused by name.
 """
 
 import numpy as np

@@ -15,7 +15,7 @@ from metrics import (
     provenance,
     scorer,
 )
-from utils import files, identity, processes
+from utils import files, identity, npy, processes
 
 NEGATIVE = 1e-3  # eigenvalues as negative as that, relative to the largest entry, are rounding
 
@@ -200,8 +200,7 @@ def image_features(path, score):
     known = path.with_name(name)
     if processes.all_true(known.is_file()):
         return np.load(known, allow_pickle=False)
-    with np.load(path, allow_pickle=False) as file:
-        images = file["arr_0"]
+    images = npy.member(path, "arr_0")
     _, pool = score.read(images.__getitem__, len(images), "reference images")
     if processes.is_writer():
         try:
@@ -214,7 +213,7 @@ def image_features(path, score):
 
 def image_checksum(path):
     """Returns the CRC-32 (hex) of the images `arr_0` in an npz, which their zip file holds."""
-    with np.load(path, allow_pickle=False) as file:
+    with npy.load_npz(path) as file:
         return f"{file.zip.getinfo('arr_0.npy').CRC:08x}"
 
 
@@ -279,7 +278,7 @@ def _from_edm2(path):
 
 def _from_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with npy.load_npz(path) as file:
             return _read_npz(file, path)
     except _ReferenceError:
         raise

@@ -2,8 +2,7 @@
 
 Two roads lead there. For latents a record holds the posterior moments of an autoencoder, from
 which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC, all of
-the network's inputs float32. The way back, x -> image, is models/vae.py. Builds on
-models/augment.py.
+the network's inputs float32. The way back, x -> image, is models/vae.py.
 """
 
 from typing import NamedTuple

@@ -3,9 +3,8 @@
 With the settings of MeanFlow's experiments (arXiv 2505.13447, appendix A): two times, a noise
 embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC.
 
-An encoder halves the side from level to level and keeps what each of its layers gives; a decoder
-goes back up and takes those outputs in again, newest first. `layers` lists both. Builds on
-models/network.py, models/filters.py and models/augment.py.
+An encoder halves the side from level to level; a decoder goes back up and takes the outputs of all
+layers of the encoder in again, newest first. `layers` lists both.
 """
 
 from typing import NamedTuple
@@ -318,6 +317,8 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
     mult, M = module.channel_mult, module.model_channels
     if not mult or min(mult) < 1:
         raise ValueError(f"model.channel_mult needs numbers of 1 or more, got {mult}")
+    if image_shape[0] != image_shape[1]:
+        raise ValueError(f"model.cls: {cls} takes square images, got {image_shape[:2]}")
     if image_shape[0] % 2 ** (len(mult) - 1):
         raise ValueError(
             f"dataset.image_size ({image_shape[0]}) must be a multiple of 2 ** {len(mult) - 1}, "

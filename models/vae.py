@@ -1,9 +1,7 @@
 """The autoencoder of Stable Diffusion, or none: image -> moments, x -> image. Arrays are NHWC.
 
 Its network is the Flax class of diffusers (0.39 is the last release that has it). It is imported
-where weights are loaded, so training never pays for it, and nothing else knows of it. Builds on
-models/codec.py (the normalisation of latents), utils/files.py, utils/identity.py and
-utils/trees.py.
+where weights are loaded, so training never pays for it, and nothing else knows of it.
 """
 
 import json

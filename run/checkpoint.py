@@ -10,8 +10,7 @@
                        /damaged-STEP      one that was found damaged, kept for people to look at
 
 A checkpoint appears under its number only when all of it is written: orbax writes into a folder
-with another name, and renames it. WORKDIR/best (run/best.py) is laid out alike. Builds on
-utils/checksums.py, utils/files.py and run/layout.py.
+with another name, and renames it. WORKDIR/best (run/best.py) is laid out alike.
 """
 
 import contextlib

@@ -38,7 +38,13 @@ def open_images(path, notes):
     if not path.is_file():
         raise FileNotFoundError(f"--images: no such folder or file: {path}")
     images = read_npz(path)
-    return images.__getitem__, len(images), images.shape[1:]
+
+    def read(index):
+        found = images[index]
+        npy.release(images)
+        return found
+
+    return read, len(images), images.shape[1:]
 
 
 def open_folder(path, notes):

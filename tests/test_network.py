@@ -12,8 +12,11 @@ from models.network import Axes
 DEEPER = {
     "DiT": ["model.depth=3"],
     "imfDiT": ["model.depth=4", "model.aux_head_depth=2"],
+    "pmfDiT": ["model.depth=4", "model.aux_head_depth=2"],
     "UNet": [],
 }
+PMF = [*make.SIZES, "model.cls=pmfDiT", "model.depth=2", "model.aux_head_depth=1"]
+NETWORKS = make.NETWORKS | {"pmfDiT": [*PMF, "method.name=pixel"]}
 
 
 def arrays(*words):
@@ -29,15 +32,21 @@ def arrays(*words):
 
 @pytest.mark.parametrize("name", DEEPER)
 def test_the_axes_of_every_array(name):
-    """Blocks and classes are stacked; of the others a kernel has those that go in."""
-    words = make.NETWORKS[name]
+    """Blocks, classes, places and matrices of one kernel are stacked; only kernels take input."""
+    words = NETWORKS[name]
     larger_words = [*words, "dataset.num_classes=5", *DEEPER[name]]
     pairs = zip(arrays(*words).items(), arrays(*larger_words).values(), strict=True)
     for (array, (shape, axes)), (larger, _) in pairs:
         assert sorted(sum(axes, ())) == list(range(len(shape))), array
         grown = tuple(i for i, (a, b) in enumerate(zip(shape, larger, strict=True)) if a != b)
-        tokens = array.endswith("tokens")
-        assert axes.stacked == ((0,) if tokens else grown), array
+        rest = tuple(axis for axis in axes.stacked if axis not in grown)
+        if array.endswith(("tokens", "positions")):
+            assert rest == (0,), array
+        elif name == "pmfDiT" and array.endswith(("qkv/kernel", "w13/kernel")):
+            assert [shape[axis] for axis in rest] == [3 if "qkv" in array else 2], array
+        else:
+            assert axes.stacked == grown, array
+        assert set(grown) <= set(axes.stacked), array
         assert bool(axes.into) == array.endswith("kernel"), array
         assert axes.out == (len(shape) - 1,), array
 

@@ -9,6 +9,7 @@ import pytest
 import parts
 import train
 from methods import flow
+from models import unet
 from utils import sharding
 
 
@@ -33,6 +34,14 @@ def test_what_a_part_does_not_have_is_refused_by_name(word, line):
     with pytest.raises(ValueError) as caught:
         parts.check(make.config(*word.split()))
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_network_is_told_the_conditions_of_objective_and_data(monkeypatch):
+    told = []
+    monkeypatch.setattr(unet.UNet, "serving", lambda net, names, v: told.append((names, v)) or net)
+    words = [*make.NETWORKS["UNet"], "model.augment_dim=6", "dataset.augment_prob=0.1"]
+    parts.make(make.config(*make.PIXELS, *words))
+    assert told[-1] == (("augment",), False)
 
 
 class Judged(flow.Flow):

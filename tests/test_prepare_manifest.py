@@ -250,7 +250,9 @@ def test_two_encodings_are_refused_and_parts_are_not(tmp_path, capsys):
     assert dataset.open_records(tmp_path / "out").num_records == 24
 
 
-def test_names_of_shards_tell_the_splits(tmp_path):
+def test_names_of_shards_tell_the_splits_and_what_lacks(tmp_path, capsys):
+    manifest.members(tmp_path, ["train-00001-of-00003.tar"], pictures.Listing())
+    assert "1 of the 3 parts of train are there" in capsys.readouterr().out
     names = [f"{word}-00000-of-00001.parquet" for word in ("train", "extra")]
     _, said = manifest.members(tmp_path, names, pictures.Listing())
     assert said == {names[1]: "extra"}

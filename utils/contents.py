@@ -1,8 +1,7 @@
 """What the records of a dataset are: digests that tell one dataset from another.
 
 Two are kept. `content` is over every record and is noted while they are written; `sample` is over
-what is stored, and can be taken of any dataset, those of before included. Builds on
-utils/files.py and utils/identity.py.
+what is stored, and can be taken of any dataset, those of before included.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import mmap
 import shutil
 import struct
 import tempfile
@@ -30,11 +31,7 @@ def parse(content):
 def header(head):
     """The beginning of a `.npy` -> (where the numbers begin, shape, Fortran's order, dtype)."""
     if head[:6] != MAGIC:
-        what = {b"PK": "a .npz or .zip", b"\x80": "a pickle", b"": "empty"}
-        known = [
-            text for first, text in what.items() if head.startswith(first) and (first or not head)
-        ]
-        raise ValueError(f"no .npy but {known[0] if known else f'begins with {bytes(head[:6])!r}'}")
+        raise ValueError(f"no .npy but {_kind(head)}")
     if len(head) < 12:
         raise ValueError("cut short")
     size = 10 + int.from_bytes(head[8:10], "little")
@@ -43,6 +40,13 @@ def header(head):
     if len(head) < size:
         raise ValueError("cut short")
     return size, *_described(bytes(head[10 if head[6] == 1 else 12 : size]))
+
+
+def _kind(head):
+    """What a file is that begins with these bytes, for people."""
+    known = {MAGIC: "a .npy", b"PK": "a .npz or .zip", b"\x80": "a pickle"}
+    return next((kind for first, kind in known.items() if head.startswith(first)),
+                f"something that begins with {bytes(head[:6])!r}" if head else "empty")  # fmt: skip
 
 
 @functools.lru_cache(1024)
@@ -69,6 +73,21 @@ def mapped(path, offset=0):
         return np.memmap(file, dtype, "r", offset + start, shape, order).view(np.ndarray)
     finally:
         file.close()
+
+
+def release(array):
+    """Lets go of the memory that a mapped array has filled; it is read again from the file."""
+    if isinstance(array.base, np.memmap):
+        array.base._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def load_npz(path):
+    """`numpy.load` of a `.npz`, without pickles; a ValueError says what else is there."""
+    with open(path, "rb") as file:
+        head = file.read(len(MAGIC))
+    if not head.startswith(b"PK"):
+        raise ValueError(f"no .npz but {_kind(head)}")
+    return np.load(path, allow_pickle=False)
 
 
 def names(path):

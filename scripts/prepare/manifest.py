@@ -304,6 +304,12 @@ def _check_parts(root, names, said):
                 f"{root / a} and {root / b} both have {part[0]}-{part[1]}-of-{part[2]}: several "
                 "sets? --input names one"
             )
+    parts = collections.defaultdict(set)
+    for (stem, part, total), split in places:
+        parts[stem, int(total), split].add(part)
+    for (stem, total, _), there in parts.items():
+        if len(there) < total:
+            print(f"{root}: {len(there)} of the {total} parts of {stem} are there", flush=True)
     if any(word in labels.SPLITS for word in words.values()):
         for name, word in words.items():
             if word not in labels.SPLITS and re.fullmatch(r"[a-z]\w*", word):

@@ -31,12 +31,13 @@ class Folder:
 
     def where(self, name):
         """The place of a file, for people."""
-        return str(self.root / name)
+        return f"{self.root}/{name}"  # a Path for each of millions is slow
 
     def read(self, name):
         """The bytes of a file. Safe to call from several threads."""
-        with files.reading(self.where(name), "not a file"):
-            return (self.root / name).read_bytes()
+        path = self.where(name)
+        with files.reading(path, "not a file"), open(path, "rb") as file:
+            return file.read()
 
     def open(self, name):
         """What `pictures.read` takes as its `file`: None, as the place is one already."""
