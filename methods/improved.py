@@ -27,7 +27,7 @@ class Draws(NamedTuple):
 
     t: jax.Array  # (B,) in [0, 1]
     r: jax.Array  # (B,) in [0, t]
-    noise: jax.Array  # (B, H, W, C), standard normal
+    noise: jax.Array  # (B, ..., C), standard normal
     drop: jax.Array  # (B,) bool: the row trains without its label
     omega: jax.Array  # (B,) in [1, omega_max]
     t_min: jax.Array  # (B,) in [0, 1/2]; 0 where r = t
@@ -35,7 +35,7 @@ class Draws(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """What the loss of a batch is made of, each (B, H, W, C)."""
+    """What the loss of a batch is made of, each (B, ..., C)."""
 
     u: jax.Array
     v: jax.Array
@@ -115,8 +115,8 @@ class Improved(objective.Objective):
     def loss(self, net, params, x, given, draws, held):
         """See `Objective`; algorithm 1 with the auxiliary head of v.
 
-        `error_u` and `error_v` are the squared errors of V and v summed over H, W, C before the
-        adaptive weight, `loss_u` and `loss_v` the same as means.
+        `error_u` and `error_v` are the squared errors of V and v, sums before the adaptive weight,
+        `loss_u` and `loss_v` the same as means.
         """
         return self.of_fields(self.fields(net, params, x, given, draws), x, draws)
 
@@ -134,7 +134,7 @@ class Improved(objective.Objective):
         return jnp.mean(sum(weighted)), stop_gradient(rows)
 
     def point(self, x, noise, t):
-        """Computes z_t and the velocity there, each (B, H, W, C)."""
+        """Computes z_t and the velocity there, each (B, ..., C)."""
         return path.z_t(x, noise, t), noise - x
 
     def fields(self, net, params, x, given, draws):

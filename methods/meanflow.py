@@ -90,8 +90,8 @@ class MeanFlow(objective.Objective):
     def loss(self, net, params, x, given, draws, held=None):
         """See `Objective`; eq. 9 and 10, algorithm 1.
 
-        `error` is the squared error of u summed over H, W, C before the adaptive weight, `v_loss`
-        that of u against v = e - x.
+        `error` is the squared error of u, a sum before the adaptive weight, `v_loss` that of u
+        against v = e - x.
         """
         t, r, noise, drop = draws
         num_equal = self.equal_count(len(x))

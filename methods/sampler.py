@@ -33,7 +33,7 @@ def integrate(
 
     Args:
       method: `Objective`.
-      noise: standard normal, float32 (B, H, W, C); z_1 is this times `method.noise_scale`.
+      noise: standard normal, float32 (B, ..., C); z_1 is this times `method.noise_scale`.
       given: {"y": int32 (B,), ...}, see `Objective.loss`.
       times: float32 (N + 1,) from `sample_times`.
       guidance: `Guidance`, or None.

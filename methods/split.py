@@ -39,7 +39,7 @@ class SplitDraws(NamedTuple):
 class Rows(NamedTuple):
     """The rows of one kind, or of both."""
 
-    z: jax.Array  # z_t, (B, H, W, C)
+    z: jax.Array  # z_t, (B, ..., C)
     v: jax.Array  # e - x
     t: jax.Array  # (B,)
     r: jax.Array
