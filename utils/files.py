@@ -135,6 +135,11 @@ def size(path):
     return path.stat().length if is_remote(path) else path.stat().st_size
 
 
+def free(folder):
+    """Bytes that can still be written into a folder."""
+    return float("inf") if is_remote(folder) else shutil.disk_usage(folder).free
+
+
 def remove(path):
     """Removes a file or a folder with all that is in it; nothing where there is none."""
     if is_remote(path):
@@ -242,18 +247,14 @@ def name_again(file, other):
 
 
 def sync(file):
-    """Sees to it that all that was written into an opened file is on disk, or in the bucket."""
+    """Sees to it that what was written into an opened file is on disk, or in the bucket."""
     file.flush()
     os.fsync(file.fileno())
     mirrors.put()
 
 
-def sync_soon():
-    """Has all that grows put where it belongs, without waiting for it."""
-    mirrors.soon()
-
-
 finish = mirrors.finish  # the last `sync` of a job
+sync_soon = mirrors.soon  # without waiting for it
 
 
 def link(source, target):

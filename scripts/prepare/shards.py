@@ -112,7 +112,7 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
 def _check_room(job, count):
     """Raises OSError where the disk has no room for `count` records more."""
     size = int(np.prod(job.shape)) * np.dtype(job.dtype).itemsize * (2 if job.flipped else 1)
-    needed, free = count * (size + OVERHEAD), shutil.disk_usage(job.output).free
+    needed, free = count * (size + OVERHEAD), files.free(job.output)
     if needed > free:
         raise OSError(
             f"{job.output}: {needed:,} bytes are needed for {count:,} records, {free:,} are free; "
