@@ -21,6 +21,24 @@ def test_a_default_is_a_value_that_its_own_line_takes(path):
         assert all(type(x) is option.element for x in option.default)
 
 
+@pytest.mark.parametrize(
+    "role, names",
+    [
+        (Role.PLACE, "dataset.name dataset.root dataset.vae"),
+        (
+            Role.PREFERENCE,
+            "sampling.channels sampling.omega sampling.t_max sampling.t_min training.ema_val "
+            "training.half_precision",
+        ),
+        (Role.FROM_RECORDS, "dataset.num_classes"),
+        (Role.UNSIGNED, "sampling.seed training.seed"),
+        (Role.UNTOLD, "dataset.root"),
+    ],
+)
+def test_the_roles_that_the_reference_does_not_show(role, names):
+    assert sorted(name for name in OPTIONS if role in OPTIONS[name].roles) == names.split()
+
+
 def test_a_number_has_a_range():
     """But for those of networks and objectives, which know better."""
     numbers = {path for path, option in OPTIONS.items() if option.type in (int, float)}

@@ -10,6 +10,7 @@ import parts
 import train
 from methods import flow
 from models import unet
+from run import config as run_config
 from utils import sharding
 
 
@@ -32,7 +33,7 @@ from utils import sharding
 )
 def test_what_a_part_does_not_have_is_refused_by_name(word, line):
     with pytest.raises(ValueError) as caught:
-        parts.check(make.config(*word.split()))
+        run_config.settle(make.config(*word.split()), "nowhere", {})
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
