@@ -13,6 +13,7 @@ from scripts.prepare import labels, moments, shards
 from utils import dataset, files, processes
 
 LOOKED_AT = 16  # records that say what the others are
+AT_ONCE = 32  # records that a thread reads
 LOGARITHMS = 0.9  # of the second half below 0: samples have half, deviations none
 NAMES_OF_MOMENTS = ("moments", "mean-std")  # the latter of EDM2's files
 # The spread of latents of SD's autoencoder is about 5.5, times 0.18215 it is 1: between them.
@@ -115,9 +116,8 @@ def _with_labels(cache, workers):
         def read(key):
             return key, labels.read(cache.where(key), cache.read(key).label)
 
-        source = grain.MapDataset.source(keys).map(read)
-        source = source.to_iter_dataset(grain.ReadOptions(workers, 8 * workers))
-        rows[split] = list(processes.progress(source, len(keys), "labels", f"labels ({split})"))
+        found = _in_threads(read, keys, workers)
+        rows[split] = list(processes.progress(found, len(keys), "labels", f"labels ({split})"))
     return rows
 
 
@@ -171,11 +171,18 @@ def examples(read, shape, dtype, num_classes, workers, spread, items):
         stored = {key: moments.check(where, found, dtype) for key, found in views.items()}
         return dataset.example(label, **stored)
 
+    for found in _in_threads(example, items, workers):
+        spread.add(found["moments"])
+        yield found
+
+
+def _in_threads(function, items, workers):
+    """function(item) of each, in order; some at a time, as each is too little for a thread."""
     if items:
-        source = grain.MapDataset.source(items).map(example)
-        for found in source.to_iter_dataset(grain.ReadOptions(workers, 8 * workers)):
-            spread.add(found["moments"])
-            yield found
+        parts = [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
+        source = grain.MapDataset.source(parts).map(lambda part: [function(item) for item in part])
+        for found in source.to_iter_dataset(grain.ReadOptions(workers, 2 * workers)):
+            yield from found
 
 
 # What arrays hold

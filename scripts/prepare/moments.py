@@ -22,8 +22,8 @@ def check(where, moments, dtype):
             f"{smallest:.4g}; are they logarithms of variances? exp(x / 2) makes them deviations"
         )
     with np.errstate(over="ignore"):
-        stored = moments.astype(dtype)
-    if not np.isfinite(stored).all():
+        stored = moments.astype(dtype, copy=False)
+    if stored.dtype != moments.dtype and not np.isfinite(stored).all():
         raise ValueError(
             f"{where}: {np.abs(moments).max():.4g} is more than {np.dtype(dtype)} can hold; take "
             "another --store"
