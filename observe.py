@@ -36,7 +36,7 @@ class Observer:
 
     def __init__(self, config, workdir, parts, records, schedule, when):
         self.config, self.workdir, self.schedule, self.when = config, workdir, schedule, when
-        self.average = averages.names(config.training.ema_val)[0]
+        self.average = averages.of_options(config.training)[0]
         self.grids = self.evaluation = self.writer = None
         self.autoencoder = {}  # its identity, where one is loaded
         if when.grid.on or when.evaluation.on:

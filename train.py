@@ -53,6 +53,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     ema_vals: tuple[float, ...]
     ema_sigmas: tuple[float, ...] = ()
+    ema_half_lives: tuple[float, ...] = ()
     ema_period: int = 1
     grad_accum_steps: int = 1
     frozen: dict[str, Callable] = dataclasses.field(default_factory=dict)  # (params, *inputs)
@@ -63,7 +64,7 @@ class Recipe:
     @property
     def averages(self):
         """The names of the averages; the first one is evaluated and held against the weights."""
-        return averages.names(self.ema_vals, self.ema_sigmas)
+        return averages.names(self.ema_vals, self.ema_sigmas, self.ema_half_lives)
 
 
 def init_state(recipe, module, image_shape, key):
@@ -177,7 +178,7 @@ def update(recipe, state, x, given, draws, key, frozen=None):
     params = optax.apply_updates(state.params, updates)
     ema_params = averages.after_step(
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
-        recipe.ema_sigmas,
+        recipe.ema_sigmas, recipe.ema_half_lives, images=len(x),
     )  # fmt: skip
     distances = [
         optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
@@ -225,6 +226,7 @@ def make_recipe(training, parts, total_steps, steps_per_epoch=0):
         optimizer=optimizer,
         ema_vals=tuple(training.ema_val),
         ema_sigmas=tuple(training.ema_sigma),
+        ema_half_lives=tuple(training.ema_half_life),
         ema_period=training.ema_period,
         grad_accum_steps=training.grad_accum_steps,
         frozen={name: frozen.apply for name, frozen in parts.frozen.items()},

@@ -63,6 +63,11 @@ def _validate_training(training):
         f"({training.grad_accum_steps})",
     )
     _require(
+        training.ema_val or training.ema_half_life,
+        "training.ema_val",
+        "needs one or more different decays in 0..1, got []",
+    )
+    _require(
         not (training.warmup_steps and training.warmup_epochs),
         "training.warmup_epochs",
         "and training.warmup_steps: give one of them",
@@ -71,6 +76,7 @@ def _validate_training(training):
 
 def _validate_weights(names, training, trains, evaluates):
     known = ["ema", "params", *(f"ema_{decay}" for decay in training.ema_val)]
+    known += [f"ema_half{half:g}" for half in training.ema_half_life]
     known += [f"ema_sigma{sigma:g}" for sigma in training.ema_sigma]
     for name in names:
         profile = re.fullmatch(r"ema_sigma(0?\.\d+)", name)

@@ -15,7 +15,7 @@ from typing import Literal
 from configs import option
 
 from configs.kinds import (  # isort: skip
-    Classes, Count, Decay, Decays, Floats, Free, Ints, NotNegative, Path, Place, Positive,
+    Classes, Count, Decay, Decays, Floats, Free, Halves, Ints, NotNegative, Path, Place, Positive,
     Preference, Records, Samples, Seed, Share, SomeSteps, Span, Steps, Texts, Times, Whole,
 )  # fmt: skip
 
@@ -130,6 +130,7 @@ class Training:
     skip_nonfinite: Free[bool] = False  # leave out updates that are not finite instead of stopping
     ema_val: Preference[Decays] = (0.9999,)  # decays of the averages; the first is evaluated
     ema_period: Count = 1  # updates between two changes of the averages, by decay ** period
+    ema_half_life: Preference[Halves] = ()  # averages by half-life, in thousands of images
     ema_sigma: Floats = ()  # sigma_rel of power-function averages, as 0.05,0.10 (post-hoc EMA)
     ema_snapshot_per_epoch: Free[Count] = 5  # epochs between two snapshots of those, all kept
     half_precision: Preference[bool] = False  # matrix products of the network in bfloat16

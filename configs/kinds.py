@@ -60,7 +60,11 @@ SomeSteps = Annotated[
 Times = Annotated[Floats, Rule(bool, "needs one or more times", "one or more")]
 Decays = Annotated[
     Floats,
-    each(0, 1, "needs one or more different decays in 0..1, got {value}", some=True, differ=True),
+    each(0, 1, "needs one or more different decays in 0..1, got {value}", differ=True),
+]
+Halves = Annotated[
+    Floats,
+    each(1e-3, 1e9, "are thousands of images, above 0 and different, got {value}", differ=True),
 ]
 Span = Annotated[
     Ints,

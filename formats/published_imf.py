@@ -10,6 +10,7 @@ w1, w3), and has shorter names; `_layout` is the whole map. Reading is strict: e
 once, each shape follows from the size of the network.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -80,12 +81,8 @@ def load(path, optimizer=True):
         type that does not fit.
     """
     path = Path(path).absolute()
-    state = _restore(path, leave_out=() if optimizer else ("opt_state",))
-    trees.raise_problems(
-        path,
-        missing=sorted({"ema_params"} - state.keys()),
-        left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
-    )
+    state = restore(path, leave_out=() if optimizer else ("opt_state",))
+    check_entries(state, path)
     params = state.get("params")
     return {
         "step": int(state.get("step", NAME.search(path.name)[1])),
@@ -95,17 +92,37 @@ def load(path, optimizer=True):
     }
 
 
-def _restore(path, leave_out):
-    """The state as nested dicts of numpy arrays, without the entries `leave_out`."""
+def check_entries(state, path):
+    """Raises ValueError where a state has other entries than the published code writes."""
+    trees.raise_problems(
+        path,
+        missing=sorted({"ema_params"} - state.keys()),
+        left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
+    )
+
+
+def structure(path):
+    """Reads the names in a checkpoint: nested dicts, with what orbax knows of each array."""
+    with _damage(path), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.metadata(Path(path).absolute()).item_metadata.tree
+
+
+def restore(path, leave_out):
+    """Reads the state as nested dicts of numpy arrays, without the entries `leave_out`."""
+    with _damage(path), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        item = {name: tree[name] for name in tree if name not in leave_out}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        return checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
+        )
+
+
+@contextlib.contextmanager
+def _damage(path):
+    """Makes a ValueError of whatever goes wrong while a checkpoint is read."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            item = {name: tree[name] for name in tree if name not in leave_out}
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            return checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True),
-            )
+        yield
     except Exception as error:  # orbax and its store raise many kinds of their own
         line = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: damaged or not a published checkpoint ({line})") from error

@@ -9,17 +9,45 @@ import re
 
 import numpy as np
 
+from formats import published_imf
 from formats.published_imf import EMBEDDERS, FREQUENCIES, PREFIX, STACKS
 from utils import trees
 
 MARK = "x_embedder/proj1/kernel"  # a parameter that improved MeanFlow does not have
 TABLE = "y_embedder/embedding_table/embedding"
-HALF_LIVES = ("500", "1000", "2000")
 
 
-def recognises(params):
-    """Whether a published tree {"net": ...} is one of pixel MeanFlow."""
-    return MARK in trees.flatten(params.get("net"))
+def find(path):
+    """Returns the newest checkpoint of pixel MeanFlow at `path`, itself one or a folder of some."""
+    found = published_imf.find(path)
+    if found is None:
+        return None
+    averages = published_imf.structure(found).get("ema_params", {})
+    one = averages if "net" in averages else next(iter(averages.values()), {})
+    return found if MARK in trees.flatten(one.get("net")) else None
+
+
+def load(path):
+    """Reads a published checkpoint, from `find`; the state of its optimizer is left out.
+
+    Returns:
+      {"step": int, "params": tree as in models/pmf_dit.py or None, "ema_params": {half-life in
+      thousands of images, text: tree}}, float32 numpy arrays.
+
+    Raises:
+      ValueError: one line that names whatever is missing, left over or of another shape.
+    """
+    state = published_imf.restore(path, leave_out=("opt_state",))
+    published_imf.check_entries(state, path)
+    params, averages = state.get("params"), state["ema_params"]
+    return {
+        "step": int(state.get("step", published_imf.NAME.search(str(path))[1])),
+        "params": params and from_published(params, f"{path}: params"),
+        "ema_params": {
+            half_life: from_published(tree, f"{path}: ema_params of {half_life}")
+            for half_life, tree in sorted(averages.items(), key=lambda item: float(item[0]))
+        },
+    }
 
 
 def _layout(arrays, depths, where):

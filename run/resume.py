@@ -159,7 +159,7 @@ def _read(config, workdir, step, targets, identity):
     check_options(plain["config"], config, workdir)
     where = f"{workdir}: checkpoint {step}"
     more = identities.check_run(plain["identity"], identity, where)
-    names = averages.names(config.training.ema_val, config.training.ema_sigma)
+    names = averages.of_options(config.training)
     arrays = _in_all(checkpoint.read_arrays, workdir, step, _items(targets), names)
     _in_all(checkpoint.verify, workdir, step, arrays, plain)
     progress = arrays.pop("progress")

@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats import hugging_face, published, published_cifar, published_imf, sit, start
+from formats import (
+    hugging_face,
+    published,
+    published_cifar,
+    published_imf,
+    published_pmf,
+    sit,
+    start,
+)
 from models import dit
 from run import astray, checkpoint, layout, snapshots
 from utils import averages, files, sharding, trees
@@ -63,7 +71,7 @@ def _of_checkpoint(workdir, step, optimizer):
     items = checkpoint.ARRAYS if optimizer else ("params", "ema_params")
     plain = checkpoint.read_plain(workdir, step)
     training = plain["config"].get("training", {})
-    names = averages.names(training.get("ema_val", ()), training.get("ema_sigma", ()))
+    names = averages.of_options(training)
     arrays = checkpoint.read_arrays(workdir, step, dict.fromkeys(items), names)
     checkpoint.verify(workdir, step, arrays, plain)
     return Weights(
@@ -92,8 +100,8 @@ def _latents(saved):
 def _exported(path, optimizer):
     found = hugging_face.load(hugging_face.find(path))
     options, name = found["options"], found["weights"]
-    decays = options.get("training", {}).get("ema_val", ())[:1] if name == "ema" else ()
-    (ema,) = averages.names(decays) or ("ema",)
+    names = averages.of_options(options.get("training", {})) if name == "ema" else ()
+    ema = (*names, "ema")[0]
     return Weights(
         found["step"], found["tree"] if name == "params" else None, {ema: found["tree"]}, ema,
         config=options, identity=found["identity"], latents=_latents(options),
@@ -104,6 +112,14 @@ def _improved(path, optimizer):
     found = published_imf.load(published_imf.find(path), optimizer)
     latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
     return _published(found, latents=latents, configs=("imf_b2", "imf_m2", "imf_l2", "imf_xl2"))
+
+
+def _pixel(path, optimizer):
+    found = published_pmf.load(published_pmf.find(path))
+    halves = {f"ema_half{half}": tree for half, tree in found["ema_params"].items()}
+    configs = tuple(f"pmf_{size}" for size in ("b16", "b32", "l16", "l32", "h16", "h32"))
+    # Which one is best differs from network to network; the longest is that of most.
+    return Weights(found["step"], found["params"], halves, list(halves)[-1], configs=configs)
 
 
 def _meanflow(path, optimizer):
@@ -129,6 +145,7 @@ def _published(found, **more):
 READERS = (
     (layout.steps, lambda path, optimizer: of_run(path, None, optimizer)),
     (hugging_face.find, _exported),
+    (published_pmf.find, _pixel),
     (published_imf.find, _improved),
     (published_cifar.is_published, _cifar),
     (lambda path: True, _meanflow),

@@ -1,14 +1,15 @@
-"""Averages of weights: by constant decays, and by power functions of time (post-hoc EMA).
+"""Averages of weights: by constant decays, by half-lives, and by power functions of time.
 
-The latter: Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of an average at
-time t gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma + 1); its relative
-standard deviation sigma_rel names it. Times count steps: only their ratios matter. Snapshots of
-two tracked profiles are enough to reconstruct any other one after training.
+The last (post-hoc EMA): Karras et al., arXiv 2312.02696, section 3 and appendix C. The profile of
+an average at time t gives the weights at time s <= t the weight (gamma + 1) s^gamma / t^(gamma +
+1); its relative standard deviation sigma_rel names it. Times count steps: only their ratios matter.
+Snapshots of two tracked profiles are enough to reconstruct any other one after training.
 
 An average has a name, in the state, in checkpoints and in `fid.weights`: `ema_0.9999` by its decay,
-`ema_sigma0.05` by its sigma_rel.
+`ema_half500` by its half-life in thousands of images, `ema_sigma0.05` by its sigma_rel.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -21,9 +22,22 @@ LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
 PROFILE = "ema_sigma"  # how the name of a power-function average begins
 
 
-def names(decays, sigmas=()):
+def names(decays, sigmas=(), half_lives=()):
     """Returns the names of averages as a tuple, those of decays first."""
-    return (*(f"ema_{decay}" for decay in decays), *(f"{PROFILE}{sigma}" for sigma in sigmas))
+    return (
+        *(f"ema_{decay}" for decay in decays),
+        *(f"ema_half{half:g}" for half in half_lives),
+        *(f"{PROFILE}{sigma}" for sigma in sigmas),
+    )
+
+
+def of_options(training):
+    """Returns the names of the averages that the options `training` ask for; a dict may lack some.
+
+    The first one is evaluated.
+    """
+    kinds = ("ema_val", "ema_sigma", "ema_half_life")
+    return names(*(training.get(name, ()) for name in kinds))
 
 
 def sigma_of(name):
@@ -31,21 +45,23 @@ def sigma_of(name):
     return float(name.removeprefix(PROFILE)) if name.startswith(PROFILE) else None
 
 
-def after_step(averages, params, step, decays, period, sigmas):
+def after_step(averages, params, step, decays, period, sigmas, half_lives=(), images=1):
     """Returns the averages after step number `step` (1, 2, ...), which led to `params`. Pure.
 
     Args:
       averages: those before it, name -> tree.
       period: steps between two changes of those of `decays`.
+      images: of a step.
     """
     constant = {
         name: jax.tree.map(partial(by_decay, decay, period, step), averages[name], params)
         for name, decay in zip(names(decays), decays, strict=True)
     }
-    weights = [update_weight(step, sigma_to_gamma(sigma)) for sigma in sigmas]
+    weights = [half_life_weight(step, half_life, images) for half_life in half_lives]
+    weights += [update_weight(step, sigma_to_gamma(sigma)) for sigma in sigmas]
     return constant | {
         name: jax.tree.map(partial(update, weight=weight), averages[name], params)
-        for name, weight in zip(names((), sigmas), weights, strict=True)
+        for name, weight in zip(names((), sigmas, half_lives), weights, strict=True)
     }
 
 
@@ -56,6 +72,16 @@ def by_decay(decay, period, step, average, value):
     """
     new = decay**period * average + (1 - decay**period) * value
     return new if period == 1 else jnp.where(step % period == 0, new, average)
+
+
+def half_life_weight(step, half_life, images):
+    """Returns what the newest weights count after step number `step` (1, 2, ...): ().
+
+    An average forgets half in `half_life` thousands of images, but at most in a twentieth of those
+    seen so far (arXiv 2601.22158; its code counts 1,024 images a step).
+    """
+    forgotten = jnp.minimum(1000.0 * half_life, 0.05 * images * step)
+    return -jnp.expm1(-math.log(2) * images / forgotten)
 
 
 # Power functions --------------------------------------------------------------------------------

@@ -8,13 +8,17 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from configs import default
 from formats import published_pmf
 from methods import objective, path, pixel
 from methods.sampler import integrate, sample_times
 from models import network, pmf_dit
-from utils import trees
+from optimizer import make_optimizer
+from run import weights
+from utils import averages, trees
 
 pytestmark = pytest.mark.parity
 GOLDEN = pathlib.Path(
@@ -219,3 +223,58 @@ def test_the_draws_of_a_step():
     found = pixel.cropped(images[:, :, :32], whole)
     expected = jax.image.resize(images[:, :, :32], (4, 224, 224, 3), "cubic", antialias=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_muon(golden):
+    """Steps of Muon for matrices, and of NAdam for everything else."""
+    info, a = INFO["muon"], golden.below("muon")
+    training = default.get_config().training
+    training.update({"optimizer": "muon", **{k: info[k] for k in ("learning_rate", "adam_b2")}})
+    params = {name: jnp.array(v) for name, v in golden.below("muon/initial").items()}
+    matrix, other = network.Axes((), (0,), (1,)), network.Axes((), (), ())
+    axes = {name: matrix if p.ndim == 2 else other for name, p in params.items()}
+    change, _ = make_optimizer(training, info["steps"], axes=lambda: axes)
+    state = change.init(params)
+    for i in range(info["steps"]):
+        grads = {name: a[f"grad_{i}/{name}"] for name in params}
+        updates, state = change.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for name, found in params.items():
+            np.testing.assert_allclose(found, a[f"params_{i}/{name}"], atol=1e-6, err_msg=name)
+
+
+def test_half_lives(golden):
+    a = golden.below("ema")
+    halves = [name.removeprefix("beta_") for name in a if name.startswith("beta_")]
+    assert halves
+    for half in halves:
+        found = 1 - averages.half_life_weight(jnp.float32(a["step"]), float(half), 1024)
+        np.testing.assert_allclose(found, a[f"beta_{half}"], atol=1e-6)
+
+
+def test_averages_by_half_life_in_a_step():
+    state = {"ema_0.5": jnp.ones(3), "ema_half2": jnp.ones(3)}
+    found = averages.after_step(state, jnp.zeros(3), 100, (0.5,), 1, (), (2.0,), images=50)
+    # 50 images a step, half forgotten in 250 of the 5,000 seen: 2 ** -0.2 stays
+    np.testing.assert_allclose(found["ema_half2"], 2**-0.2, rtol=1e-5)
+    np.testing.assert_allclose(found["ema_0.5"], 0.5)
+
+
+def test_a_published_checkpoint_is_read(golden, params, tmp_path):
+    """Written as the published code writes it: an average for each half-life."""
+    tree = trees.unflatten(golden.below("params"))
+    state = {"step": 7, "params": tree, "ema_params": {}}
+    for half in ("500", "2000", "1000"):
+        state["ema_params"][half] = jax.tree.map(lambda a, h=half: a * np.float32(h), tree)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint_7", state)
+    found = weights.read(tmp_path)
+    assert (found.step, found.ema, found.opt_state) == (7, "ema_half2000", None)
+    assert list(found.ema_params) == ["ema_half500", "ema_half1000", "ema_half2000"]
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    for name, average in found.ema_params.items():
+        expected = trees.flatten(params)
+        for key, array in trees.flatten(average).items():
+            factor = np.float32(name.removeprefix("ema_half"))
+            np.testing.assert_array_equal(array, factor * expected[key])
+    assert "pmf_b16" in found.configs
