@@ -167,7 +167,7 @@ class Renderer:
         for start in range(0, count, size):
             # The last batch is filled up with the first images: one compiled function for all.
             index = np.arange(start, start + size, dtype=np.int32) % count
-            batch = self._place(index), self._place(labels[index])
+            batch = jax.tree.map(self._place, (index, conditions(index, labels)))
             images = self._images(params, self.vae_params, *batch, setting)
             yield np.asarray(images)[: count - start]
 
