@@ -67,6 +67,11 @@ class Observer:
         pictures = [("pictures", self.grids.describe())] if self.grids else []
         report.tell(rows + pictures)
 
+    def go_by(self, when, schedule):
+        """Takes other lengths and another learning rate: those of a changed batch size."""
+        self.when, self.schedule = when, schedule
+        logging.info("the run ends at step %d, in epoch %.4g", when.total, when.epoch(when.total))
+
     def compiling(self, step):
         """Says that the first step is compiled, in which nothing is heard of the run."""
         if step < self.when.total:
@@ -149,7 +154,7 @@ class Observer:
         train_metrics.check_finite(sums)
         metrics = train_metrics.means(sums, self.parts.method.rows) | {
             "learning_rate": float(self.schedule(step - 1)),
-            "epoch": step / self.when.steps_per_epoch,
+            "epoch": self.when.epoch(step),
         }
         if step > last_step:
             metrics["images_per_second"] = steps_per_second * self.config.training.batch_size

@@ -209,15 +209,24 @@ def update(recipe, state, x, given, draws, key, frozen=None):
 # A run ----------------------------------------------------------------------------------------
 
 
-def make_recipe(training, parts, total_steps, steps_per_epoch=0):
+def plan(training, evaluates, parts, records, past=(0, 0)):
+    """Returns the `Cadences` of a run, its `Recipe`, and the function step -> learning rate."""
+    when = cadence.of_run(training, evaluates, records.num_records, past)
+    return when, *make_recipe(training, parts, when.total, when.steps_per_epoch, past)
+
+
+def make_recipe(training, parts, total_steps, steps_per_epoch=0, past=(0, 0)):
     """Makes the `Recipe` of the options `training` and `parts.Parts`, and its learning rate.
+
+    Args:
+      total_steps, steps_per_epoch, past: see `optimizer.make_schedule`.
 
     Returns:
       `Recipe`, and the function step -> learning rate.
     """
     optimizer, schedule = make_optimizer(
         training, total_steps, steps_per_epoch,
-        axes=lambda: parts.module.axes(parts.param_shapes()),
+        axes=lambda: parts.module.axes(parts.param_shapes()), past=past,
     )  # fmt: skip
     recipe = Recipe(
         net=parts.net,
@@ -254,8 +263,8 @@ def train(config, workdir):
     records = open_records(data, training.batch_size)
     parts = make_parts(config)
     sharding.check_batch("training.batch_size", training.batch_size, parts.mesh)
-    when = cadence.of_run(training, config.fid.on_training, records.num_records)
-    recipe, schedule = make_recipe(training, parts, when.total, when.steps_per_epoch)
+    planned = partial(plan, training, config.fid.on_training, parts, records)
+    when, recipe, schedule = planned()
     # Whatever sampling and evaluation need is asked for before the first step, not after hours.
     observer = observe.Observer(config, workdir, parts, records, schedule, when)
     observer.introduce()
@@ -263,6 +272,10 @@ def train(config, workdir):
     identity = resume.made_from(records, observer.autoencoder)
     state, place, identity = resume.start(config, workdir, parts.mesh, parts.module, init, identity)
     step = int(state.step)
+    resume.check_moments(state.opt_state)
+    if place is not None and place["position"] != step * training.batch_size:
+        when, recipe, schedule = planned((step, place["position"] / training.batch_size))
+        observer.go_by(when, schedule)
     if place is None and config.load_from and step >= when.total:
         raise ValueError(
             f"load_from {config.load_from} has done {step} steps, and the run ends at "

@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -80,6 +81,26 @@ def start(config, workdir, mesh, module, init, identity):
         state = from_weights(state, weights.Weights(0, params, {"ema": params}, "ema"), shardings)
         logging.info("%s", line)
     return Begin(state, None, identity)
+
+
+def check_moments(opt_state):
+    """Says how many numbers in the state of an optimizer are not finite.
+
+    A weight whose moment is infinite never moves again. No step makes one: its gradient, whose
+    square is infinite too, counts as not finite (train.py). Old checkpoints may hold some.
+    """
+    count = int(_not_finite(opt_state))
+    if count:
+        logging.warning(
+            "%d moments of the optimizer are not finite, and their weights will not move: go on "
+            "from an earlier checkpoint, or begin anew with these weights (init_from)",
+            count,
+        )
+
+
+@jax.jit
+def _not_finite(tree):
+    return sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def from_weights(state, found, shardings):

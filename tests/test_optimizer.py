@@ -11,6 +11,7 @@ import optimizer
 import parts
 from configs import default
 from models.network import Axes
+from run import cadence
 
 
 def muon(axes, **options):
@@ -72,3 +73,52 @@ def test_without_axes_the_wrong_half_would_be_orthogonalised():
     state = optax.contrib.muon(0.01).init(params)
     masked = state.inner_states["muon"].inner_state[0].mu
     assert isinstance(masked["kernel"], optax.MaskedNode) and masked["bias"].shape == (3, 4)
+
+
+RECORDS, BATCH = 1792, 128
+LENGTHS = [
+    {},
+    {"warmup_epochs": 2},
+    {"warmup_steps": 20},
+    {"num_steps": 200},
+    {"num_steps": 200, "warmup_epochs": 2},
+    {"num_steps": 200, "warmup_steps": 20},
+    {"lr_schedule": "const", "warmup_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("options", LENGTHS, ids=str)
+@pytest.mark.parametrize("done", [10, 60])  # within the warmup, and after it
+@pytest.mark.parametrize("batch_size", [16, 256])
+def test_the_rate_goes_on_where_another_batch_size_takes_over(options, done, batch_size):
+    training = default.get_config().training
+    training.update({"num_epochs": 10, "lr_schedule": "cosine", "warmup_init": 0.1, **options})
+    training.learning_rate = 1.0
+
+    def planned(size, past=(0, 0)):
+        training.batch_size = size
+        when = cadence.of_run(training, False, RECORDS, past)
+        return when, optimizer.make_schedule(training, when.total, when.steps_per_epoch, past)
+
+    before, rate = planned(BATCH)
+    when, later = planned(batch_size, (done, done * BATCH / batch_size))
+    assert float(later(done)) == pytest.approx(float(rate(done)), abs=2e-3)
+    assert when.epoch(done) == before.epoch(done)
+    end = 1.0 if training.lr_schedule == "const" else 0.0
+    assert float(later(when.total)) == pytest.approx(end, abs=1e-3)
+    assert options.get("num_steps", 0) == when.total or when.epoch(when.total) == 10
+
+
+def test_lengths_in_epochs_count_records():
+    training = default.get_config().training
+    training.update({"num_epochs": 3, "fid_per_epoch": 1, "checkpoint_per_step": 7})
+    training.batch_size = 16
+    old = cadence.of_run(training, True, 100)
+    assert old.total == 18 and [s for s in range(1, 19) if old.evaluation.due(s)] == [6, 12, 18]
+    training.batch_size = 32
+    new = cadence.of_run(training, True, 100, past=(8, 4))  # 128 records seen
+    assert new.total == 13 and new.epoch(13) == 3
+    assert [s for s in range(9, 14) if new.evaluation.due(s)] == [10, 13]
+    assert [s for s in range(9, 15) if new.checkpoint.due(s)] == [13, 14]
+    seen_all = cadence.of_run(training, True, 100, past=(80, 40))
+    assert seen_all.total == 80
