@@ -150,9 +150,10 @@ def cadences(when):
     """Returns in words what comes in which cadence, in steps, and what comes at the end alone."""
     rows = [f"metrics every {when.metrics.period:,} steps"]
     for name in ("checkpoint", "grid", "evaluation"):
-        period, total, on = getattr(when, name)
-        if on:
-            rows.append(f"{name} {f'every {period:,}' if 0 < period < total else 'at the end'}")
+        each = getattr(when, name)
+        if each.on:
+            regular = 0 < each.period < each.total
+            rows.append(f"{name} {f'every {each.period:,}' if regular else 'at the end'}")
     return ", ".join(rows)
 
 
