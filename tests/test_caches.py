@@ -235,6 +235,19 @@ def test_other_autoencoders_get_no_hint_about_0_18215(tmp_path, capsys):
     assert f"latent_mean: [{mean}]" in out and "scaled already" not in out
 
 
+def test_the_axis_of_the_channels_is_known_of_writers(tmp_path, capsys):
+    """32 channels of 32 x 32, as DC-AE and VA-VAE have them, in small."""
+    cubes = RNG.normal(0, 1, (N, 6, SIDE, SIDE)).astype(np.float32)
+    for i, name in enumerate(CLASSES):
+        np.save(at(tmp_path, "dc", name, f"{i}.npy"), cubes[i])
+        np.save(at(tmp_path, "flat", f"{i:03d}.npy"), cubes[i])
+    prepare(tmp_path / "dc", tmp_path / "out")
+    order = sorted(range(N), key=lambda i: (CLASSES[i], f"{i}.npy"))
+    found = np.moveaxis(read(tmp_path / "out")["moments"], -1, 1)[:, :6]
+    np.testing.assert_array_equal(found, cubes[order])
+    assert "--layout=nchw or nhwc" in refused(capsys, tmp_path / "flat", tmp_path / "x")
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-300])
 

@@ -236,9 +236,13 @@ def form(args, arrays, where, cache):
     shape = arrays[0].shape
     arrays = [array for array in arrays if array.shape == shape]  # others are told when read
     a, b, c = shape
-    if args.layout == "auto" and (a == b) == (b == c):
-        raise ValueError(f"{where}: which axis of {shape} has the channels? --layout=nchw or nhwc")
     channels_first = b == c if args.layout == "auto" else args.layout == "nchw"
+    if args.layout == "auto" and (a == b) == (b == c):
+        channels_first = cache.content is not None  # so are all writers that are known
+        if not channels_first:
+            raise ValueError(
+                f"{where}: which axis of {shape} has the channels? --layout=nchw or nhwc"
+            )
     arrays = [_channels_last(array, channels_first) for array in arrays]
     content = args.content
     if content == "auto":
@@ -291,9 +295,9 @@ def _scale(values, where, cache):
         return SD_SCALE if cache.scaled else 1.0
     raise ValueError(
         f"{where}: the latents have a standard deviation of {spread:.2f}; unscaled ones of SD's "
-        f"autoencoder have about 5.5, those times {SD_SCALE} about 1, and {cache.title} is known "
-        f"for {'scaled' if cache.scaled else 'unscaled'} ones: --scaled_by={SD_SCALE} divides by "
-        "it, --scaled_by=1 takes them as they are"
+        f"autoencoder have about 5.5, those times {SD_SCALE} about 1, which is expected of "
+        f"{cache.title if cache.scaled else 'none'} here: --scaled_by={SD_SCALE} divides by it, "
+        "--scaled_by=1 takes them as they are"
     )
 
 
