@@ -118,16 +118,6 @@ def test_objective(arrays, params, name):
     CASES.check(arrays, params, name, of)
 
 
-def test_small_alpha_is_meanflow(arrays):
-    """error / alpha^2 of the rows with r < t is MeanFlow's error, to the order of alpha."""
-    a, case = "objective/split_small/", INFO["cases"]["split_small"]
-    differ = arrays[a + "t"] > arrays[a + "r"]
-    alpha = case["alpha_nominal"]
-    found = arrays[a + "error"][differ] / alpha**2
-    expected = arrays["objective/meanflow_guided/error"][differ]
-    np.testing.assert_allclose(found, expected, rtol=alpha)
-
-
 @pytest.mark.parametrize("name", INFO["schedules"])
 def test_schedule(name):
     info = INFO["schedules"][name]
