@@ -174,7 +174,7 @@ class Evaluation:
 
 
 def label_counts(labels, records, num_classes):
-    """Counts the records of each class where `fid.labels` is `data`, int64 (num_classes,), or None.
+    """Counts the records of each class where `fid.labels` is `data`, int32 (num_classes,), or None.
 
     Of other labels says where they are drawn as the records do not have them. A large set is not
     read for that.
@@ -182,11 +182,10 @@ def label_counts(labels, records, num_classes):
     by_data = labels == "data"
     if records is None or not num_classes or not (by_data or contents.size_of(records) <= COUNTED):
         return None
-    counts = processes.from_writer(
-        contents.label_counts(records, num_classes).tolist() if processes.is_writer() else None
-    )
+    part = jax.process_index(), jax.process_count()
+    counts = processes.total(contents.label_counts(records, num_classes, *part))
     if by_data:
-        return np.array(counts)
+        return counts
     if max(counts) > 1.1 * min(counts):
         logging.warning(
             "%s: a class has from %s to %s records, and the evaluation draws each label as often "

@@ -36,6 +36,7 @@ OPTIONS = {
     "training.sample_steps": "",  # one more function to compile; tests/test_monitoring.py has it
     "training.fid_per_epoch": 4,
     "fid.num_samples": 32,
+    "fid.labels": "data",  # each process counts a part of the records
     "fid.device_batch_size": 4,
 }
 ALONE = "--num_processes=1"  # for a job within the tests: jax, in use already, has nothing to join

@@ -61,16 +61,20 @@ def of_records(records, description):
     return noted | {"sample": identity.of_arrays(records.read(indices), count)}
 
 
-def label_counts(records, num_classes):
-    """Returns the number of records of each class, int64 (num_classes,). Reads all of them."""
-    parts = np.array_split(np.arange(records.num_records), -(-records.num_records // SAMPLED))
+def label_counts(records, num_classes, part=0, parts=1):
+    """Returns the number of records of each class, int32 (num_classes,), in one of so many parts.
 
-    def count(part):
-        labels = records.read(part, flipped=False)["label"]
+    Reads all records of the part.
+    """
+    mine = np.arange(part, records.num_records, parts)
+    pieces = np.array_split(mine, len(mine) // SAMPLED + 1)
+
+    def count(rows):
+        labels = records.read(rows, flipped=False)["label"]
         return np.bincount(labels, minlength=num_classes)
 
     with ThreadPoolExecutor(8) as pool:
-        return sum(pool.map(count, parts))
+        return sum(pool.map(count, pieces), np.zeros(num_classes, np.int32)).astype(np.int32)
 
 
 def size_of(records):

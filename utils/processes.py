@@ -142,6 +142,13 @@ def all_true(value):
     return bool(np.all(multihost_utils.process_allgather(np.asarray(bool(value)))))
 
 
+def total(values):
+    """Returns the sum of an int32 array over all processes. All processes have to ask."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).sum(0)
+
+
 def check_same(name, value):
     """Raises ValueError where a process has another `value`, a dict, than the writer has."""
     expected = from_writer(value)
