@@ -232,7 +232,9 @@ def test_other_autoencoders_get_no_hint_about_0_18215(tmp_path, capsys):
     prepare(tmp_path / "in", tmp_path / "out")
     out = capsys.readouterr().out
     mean = ", ".join(f"{x:.6g}" for x in latents.astype(np.float64).mean((0, 2, 3)))
-    assert f"latent_mean: [{mean}]" in out and "scaled already" not in out
+    assert f"latent_mean: [{mean}]" in out and "0.18215" not in out
+    assert prepare_dataset.main(["preview", f"--root={tmp_path / 'out'}"]) == 0
+    assert "divided by 1" in (out := capsys.readouterr().out) and "0.18215" not in out
 
 
 def test_the_axis_of_the_channels_is_known_of_writers(tmp_path, capsys):

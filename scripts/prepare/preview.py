@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from models.codec import SD_SCALE
-from scripts.prepare import shards
+from scripts.prepare import moments, shards
 from utils import dataset, files, images, order, processes
 
 COUNT = 64
@@ -93,6 +93,12 @@ def to_images(batch, vae_name):
     said = f"latents {h}x{w}x{c}, deviation {x.std():.2f} after times {SD_SCALE} (about 1 is right)"
     if name := _autoencoder(vae_name, c):
         return _decode(name, x), f"{said}, decoded by {name}"
+    if c != moments.SD_CHANNELS:  # of another autoencoder, which has another factor
+        spread = mean.std()
+        x, said = (
+            mean / max(spread, 1e-6),
+            f"latents {h}x{w}x{c}, divided by {spread:.3g}, their deviation",
+        )
     shown = 3 if c >= 3 else 1
     levels = images.to_uint8((x[..., :shown] / STAND_IN).clip(-1, 1))
     which = f"channels 1-{shown}" if shown > 1 else "channel 1"
@@ -103,7 +109,7 @@ def _autoencoder(name, channels):
     """The name of the autoencoder that is to decode; None for none."""
     if name != "auto":
         return None if name == "none" else name
-    if channels != 4:
+    if channels != moments.SD_CHANNELS:
         return None
     import jax
 

@@ -27,12 +27,14 @@ def path_of(args):
 
 def asked(args, split, items):
     """What the statistics are to be of, as `metrics.provenance` names it."""
-    turned = ["EXIF orientation"] if getattr(args, "exif_orientation", False) else []
+    how = ["EXIF orientation"] if getattr(args, "exif_orientation", False) else []
+    behind = getattr(args, "background", "keep")
+    how += [] if behind == "keep" else [f"background {behind}"]
     return {
         "split": split,
         "size": args.image_size,
         "resize": args.fid_resize,
-        "files": shards.digest([name for name, _ in items] + turned),
+        "files": shards.digest([name for name, _ in items] + how),
     }
 
 
