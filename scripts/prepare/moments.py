@@ -65,8 +65,8 @@ class Spread:
             mean = self._sum / rows
             std = np.sqrt(np.maximum(self._square / rows - mean**2, 0))
             print(
-                f"latents of {len(mean)} channels: standard deviation {self.std():.3f}; for another "
-                f"autoencoder than SD's, normalised by channel, in the YAML:\n"
+                f"latents of {len(mean)} channels, deviation {self.std():.3f}. As they are "
+                "not of SD's autoencoder, normalised by channel, in the YAML:\n"
                 f"{yaml_lines(mean, std)}", flush=True
             )  # fmt: skip
             return
