@@ -224,6 +224,14 @@ def test_what_contradicts_the_numbers_is_asked_for(tmp_path, capsys):
     assert 5 < read(tmp_path / "scaled")["moments"][..., :C].std() < 6
 
 
+def test_rows_of_anyone(tmp_path, capsys):
+    np.savez(at(tmp_path, "in", "a.npz"), moments=LOGS, moments_flip=LOGS_FLIP, labels=LABELS)
+    prepare(tmp_path / "in", tmp_path / "out")
+    found = np.moveaxis(read(tmp_path / "out")["moments_flipped"], -1, 1)
+    np.testing.assert_allclose(found, PAIRS_FLIP, rtol=1e-4)
+    assert "log variance (converted), both views" in capsys.readouterr().out
+
+
 def test_other_autoencoders_get_no_hint_about_0_18215(tmp_path, capsys):
     latents = RNG.normal(0.5, 1, (10, 32, 4, 4)).astype(np.float32)
     (tmp_path / "in").mkdir()

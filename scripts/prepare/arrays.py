@@ -77,10 +77,20 @@ def of_rows(root, names, listing, only=None):
         title, content = "SoFlow's cache: HDF5", "moments"
     elif FAST_DIT.fullmatch(first):
         title, content, scaled = "fast-DiT's cache: one .npy an image", "samples", True
+    elif "moments" in (opened.key(first), _word(first)):
+        content = "either"
     name = f"{first} {opened.key(first)}"
     settings = {"source": "arrays"}
     return latents.Cache(
-        title, rows, opened.item, opened.where, settings, content, scaled, name=name
+        title,
+        rows,
+        opened.item,
+        opened.where,
+        settings,
+        content,
+        scaled,
+        name=name,
+        foreign=content == "either",
     )
 
 

@@ -44,6 +44,7 @@ class Cache(NamedTuple):
     inside: whether labels are known only with the latents.
     settings: beside what they are taken for: what has to be equal to go on with another's shards.
     name: what they are called in their files.
+    foreign: whether nothing is known of their writer but that name.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Cache(NamedTuple):
     scaled: bool = False
     inside: bool = False
     name: str = ""
+    foreign: bool = False
 
 
 def bring(args, cache, listing):
@@ -238,7 +240,8 @@ def form(args, arrays, where, cache):
     a, b, c = shape
     channels_first = b == c if args.layout == "auto" else args.layout == "nchw"
     if args.layout == "auto" and (a == b) == (b == c):
-        channels_first = cache.content is not None  # so are all writers that are known
+        # So are the arrays of all writers that are known.
+        channels_first = cache.content is not None and not cache.foreign
         if not channels_first:
             raise ValueError(
                 f"{where}: which axis of {shape} has the channels? --layout=nchw or nhwc"
