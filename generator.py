@@ -46,7 +46,8 @@ import sample
 from configs import saved
 from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from run import config as run_config
-from run import inherit, weights
+from run import inherit
+from run import weights as weights_of
 from utils import environment, sharding
 from utils import images as image_utils
 
@@ -72,20 +73,20 @@ def load(source, *options, config=None, step=None, average="ema"):
         weights; one line.
     """
     source = os.path.expanduser(str(source))
-    found = weights.read(source, step=step)
+    weights = weights_of.read(source, step=step)
     if config is None:
-        config = "default" if found.config else run_config.published(source, found, options)
+        config = "default" if weights.config else run_config.published(source, weights, options)
     config = run_config.of_weights(config, options, source)
     mesh = sharding.make_mesh(1, jax.local_devices()[:1])
-    model = parts.make(config, mesh)
-    may_lack = model.module.only_for_training
-    found = weights.checked(found, source, model.param_shapes(), config.dataset, may_lack)
-    inherit.check(saved.flat(config), found, source)
+    made = parts.make(config, mesh)
+    may_lack = made.module.only_for_training
+    weights = weights_of.checked(weights, source, made.param_shapes(), config.dataset, may_lack)
+    inherit.check(saved.flat(config), weights, source)
     if average.startswith("ema_sigma"):
-        found = weights.place(found, mesh)  # it may have to be reconstructed
-    params = weights.choose(found, average, "average")
-    told = found.config or config.to_dict()
-    return Generator(config, model, params, source, found.step, told, found.identity)
+        weights = weights_of.place(weights, mesh)  # it may have to be reconstructed
+    params = weights_of.choose(weights, average, "average")
+    told = weights.config or config.to_dict()
+    return Generator(config, made, params, source, weights.step, told, weights.identity)
 
 
 def mix(first, second, share):

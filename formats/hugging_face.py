@@ -26,28 +26,28 @@ LEFT_OUT = (
 
 
 def find(path):
-    """The folder of weights in this layout at `path`, itself or its model.safetensors; or None."""
+    """Finds the folder of weights in this layout at `path` or around its file, or None."""
     path = files.path(path)
     folder = path.parent if path.name == WEIGHTS else path
     return folder if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() else None
 
 
 def read_config(folder):
-    """config.json of a folder from `find`.
+    """Reads config.json of a folder from `find`.
 
     Raises:
       ValueError: it is of another model or version, or lacks an entry; OSError.
     """
     file = files.path(folder) / CONFIG
     with files.reading(file, "not a configuration in JSON"):
-        found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("model_type") != MODEL_TYPE:
-        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+        config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{file}: model_type {kind!r} is not {MODEL_TYPE}")
-    trees.raise_problems(str(file), missing=sorted(set(ENTRIES) - found.keys()))
-    if found["version"] != VERSION:
-        raise ValueError(f"{file}: of version {found['version']}; this reads version {VERSION}")
-    return found
+    trees.raise_problems(str(file), missing=sorted(set(ENTRIES) - config.keys()))
+    if config["version"] != VERSION:
+        raise ValueError(f"{file}: of version {config['version']}; this reads version {VERSION}")
+    return config
 
 
 def load(folder):
@@ -59,19 +59,19 @@ def load(folder):
     Raises:
       ValueError: a file of another kind, arrays of another type or not those that were written.
     """
-    found, file = read_config(folder), Path(folder) / WEIGHTS
+    config, file = read_config(folder), Path(folder) / WEIGHTS
     with files.reading(file, "damaged or not a safetensors file"):
         arrays = load_file(file)
     others = [f"{name} of {a.dtype}" for name, a in arrays.items() if a.dtype != np.float32]
     trees.raise_problems(str(file), misfits=sorted(others))
     tree = trees.unflatten({name.replace(".", "/"): array for name, array in arrays.items()})
-    if found["checksum"] != checksum(tree):
+    if config["checksum"] != checksum(tree):
         raise ValueError(f"{file} is not what {CONFIG} beside it was written for (checksum)")
-    return {"tree": tree} | {k: found[k] for k in ("step", "weights", "options", "identity")}
+    return {"tree": tree} | {k: config[k] for k in ("step", "weights", "options", "identity")}
 
 
 def checksum(tree):
-    """Of a tree of arrays, as `weights_checksum` in results.json."""
+    """Computes that of a tree of arrays, as `weights_checksum` in results.json."""
     return f"{checksums({'params': tree}, {})['params']:08x}"
 
 
@@ -107,18 +107,18 @@ def export(folder, tree, *, step, weights, options, identity, card):
 
 
 def portable(options):
-    """Nested options without those of one machine."""
-    kept = {}
+    """Leaves the options of one machine out of nested options."""
+    others = {}
     for name, part in options.items():
         if isinstance(part, dict):
-            kept[name] = {
+            others[name] = {
                 key: value
                 for key, value in part.items()
                 if f"{name}.{key}" not in LEFT_OUT and not _is_folder(name, key, value)
             }
         elif name not in LEFT_OUT:
-            kept[name] = part
-    return kept
+            others[name] = part
+    return others
 
 
 def _is_folder(section, key, value):
@@ -126,7 +126,7 @@ def _is_folder(section, key, value):
 
 
 def without_folders(identity):
-    """An identity whose names are no paths: of each the last part is left."""
+    """Shortens the names of an identity that are paths to their last parts."""
     if isinstance(identity, dict):
         return {name: without_folders(part) for name, part in identity.items()}
     return identity.rpartition("/")[2] if isinstance(identity, str) else identity

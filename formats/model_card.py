@@ -6,7 +6,7 @@ TAGS = ("meanflow", "one-step-generation", "image-generation", "jax", "flax")
 
 
 def text(name, *, license, options, identity, step, weights, parameters, command, measured):
-    """A model card: a head of YAML, then Markdown.
+    """Writes a model card: a head of YAML, then Markdown.
 
     Args:
       name: of the model, one line.

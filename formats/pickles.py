@@ -206,7 +206,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def plain(value, fetch):
-    """Replace every record in a nested value; `fetch` gives the elements of a storage."""
+    """Replaces every record in a nested value; `fetch` gives the elements of a storage."""
     if isinstance(value, _Tensor):
         return _array(value, fetch)
     if isinstance(value, _Array):

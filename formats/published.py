@@ -23,7 +23,7 @@ NAME = re.compile(r"checkpoint_(\d+)$")
 
 
 def is_published(path) -> bool:
-    """Whether path is a published checkpoint, or a folder that holds some.
+    """Tells whether path is a published checkpoint, or a folder that holds some.
 
     A run of ours keeps its checkpoints in folders named by the step alone.
     """
@@ -32,11 +32,11 @@ def is_published(path) -> bool:
 
 
 def _numbered(folder):
-    """{step: path} of the checkpoints in a folder."""
+    """Lists the checkpoints in a folder: {step: path}."""
     if not folder.is_dir():
         return {}
-    found = {NAME.match(child.name): child for child in folder.iterdir()}
-    return {int(match[1]): child for match, child in found.items() if match}
+    children = {NAME.match(child.name): child for child in folder.iterdir()}
+    return {int(match[1]): child for match, child in children.items() if match}
 
 
 def load(path) -> dict:
@@ -124,7 +124,7 @@ def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> 
 
 
 def _layers(D, patch, out):
-    """{our layer: (published layer, shape of its kernel)} for a hidden size D; biases follow.
+    """Maps our layers to (published layer, shape of its kernel) for a hidden size D; biases follow.
 
     patch: shape of the patch embedding's kernel (p, p, c, D); out: p * p * c.
     """
@@ -148,7 +148,7 @@ def _layers(D, patch, out):
 
 
 def _layout(arrays, patch_kernel, label_table, where):
-    """{our parameter: (published parameter, its shape there)}; "{}" stands for the block.
+    """Maps our parameters to (published parameter, its shape there); "{}" stands for the block.
 
     patch_kernel (p, p, c, D) and label_table (rows, D) are the names of the two entries of
     {name: array} that tell the size of the network.
@@ -168,7 +168,7 @@ def _layout(arrays, patch_kernel, label_table, where):
 
 
 def from_published(tree, where):
-    """Published tree -> ours."""
+    """Turns a published tree into ours."""
     theirs = trees.flatten(tree)
     layout = _layout(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
     blocks = [re.match(r"net/blocks/layers_(\d+)/", name) for name in theirs]
@@ -185,7 +185,7 @@ def from_published(tree, where):
 
 
 def to_published(tree, where):
-    """Our tree -> published tree."""
+    """Turns our tree into a published one."""
     ours = trees.flatten(tree)
     layout = _layout(ours, "x_embedder/kernel", "y_embedder/embedding", where)
     depth = next((len(array) for name, array in ours.items() if name.startswith("blocks/")), 0)
@@ -203,12 +203,12 @@ def to_published(tree, where):
 
 
 def _sources(template, depth):
-    """The published names that one of ours gathers."""
+    """Lists the published names that one of ours gathers."""
     return [template.format(i) for i in range(depth)] if "{}" in template else [template]
 
 
 def _read_adam(opt_state, where):
-    """State of optax.adamw, a dict from msgpack or a list from orbax -> our dict, or None."""
+    """Turns the state of optax.adamw, a dict or (orbax) a list, into our dict, or None."""
     if isinstance(opt_state, list):
         opt_state = {str(i): entry for i, entry in enumerate(opt_state)}
     if not opt_state:

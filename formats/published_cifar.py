@@ -39,7 +39,7 @@ def load(path):
     prefixes = ("net.", *AVERAGES)
     unknown = [name for name in state if not str(name).startswith(prefixes)]
     trees.raise_problems(str(path), left_over=sorted(map(str, unknown)))
-    found = {
+    networks = {
         prefix: from_published(
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
             f"{path}: {prefix[:-1]}",
@@ -48,20 +48,20 @@ def load(path):
     }
     return {
         "step": step,
-        "params": found["net."],
-        "ema_params": tuple(found[prefix] for prefix in AVERAGES),
+        "params": networks["net."],
+        "ema_params": tuple(networks[prefix] for prefix in AVERAGES),
         "ema_vals": tuple(AVERAGES.values()),
         "opt_state": None,
     }
 
 
 def is_published(path):
-    """Whether a path has the name of such a checkpoint."""
+    """Tells whether a path has the name of such a checkpoint."""
     return str(path).endswith(".pth")
 
 
 def from_published(arrays, where):
-    """{published name: array} -> our tree.
+    """Turns {published name: array} into our tree.
 
     The names say what the shapes mean; whether they are those of a given network, `trees` tells.
     The filters of the resampling, which are stored beside the parameters, must be [1, 3, 3, 1].
@@ -96,7 +96,7 @@ def from_published(arrays, where):
 
 
 def to_published(tree):
-    """The inverse of `from_published`, without the filters: {published name: numpy array}."""
+    """Inverts `from_published`, without the filters: {published name: numpy array}."""
     theirs = {}
     for name, array in trees.flatten(tree).items():
         layer, _, kind = name.rpartition("/")

@@ -49,19 +49,19 @@ ALIASES = {
 
 
 def find(path):
-    """The newest checkpoint of this format at `path`, itself one or a folder of some; else None."""
+    """Finds the newest checkpoint of this format at `path` or in its folder, or None."""
     path = Path(path)
     if (path / "manifest.ocdbt").is_file() and NAME.search(path.name):
         return path
     if not path.is_dir():
         return None
-    found = {NAME.match(child.name): child for child in path.glob("checkpoint_*/")}
-    found = {
+    children = {NAME.match(child.name): child for child in path.glob("checkpoint_*/")}
+    checkpoints = {
         int(match[1]): child
-        for match, child in found.items()
+        for match, child in children.items()
         if match and (child / "manifest.ocdbt").is_file()
     }
-    return found[max(found)] if found else None
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def load(path, optimizer=True):
@@ -174,7 +174,7 @@ def export(params, ema_params, step, folder, opt_state=None):
 
 
 class Size(NamedTuple):
-    """What the shapes of a network follow from."""
+    """The numbers that the shapes of a network follow from."""
 
     patch: tuple[int, ...]  # shape of the patch embedding's kernel, (p, p, c, D)
     labels: int  # rows of the label table
@@ -183,7 +183,7 @@ class Size(NamedTuple):
 
 
 def _layout(size):
-    """{our parameter: (published parameters, their shape)}; "{}" stands for the block.
+    """Maps our parameters to (published parameters, their shape); "{}" stands for the block.
 
     Several published parameters are joined along their last axis.
     """
@@ -225,7 +225,7 @@ def _layout(size):
 
 
 def _size(arrays, patch, labels, head, depths, where):
-    """The `Size` of {name: array}; patch, labels, head: the names of entries that tell it."""
+    """Returns the `Size` of {name: array}; patch, labels, head: names of arrays that tell it."""
     shapes = [np.shape(arrays.get(name)) for name in (patch, labels, head)]
     absent = [
         name
@@ -238,7 +238,7 @@ def _size(arrays, patch, labels, head, depths, where):
 
 
 def from_published(tree, where):
-    """Published tree -> ours."""
+    """Turns a published tree into ours."""
     trees.raise_problems(where, left_over=sorted(tree.keys() - {"net"}))
     theirs = _today(trees.flatten(tree.get("net")), where)
     depths = {}
@@ -273,7 +273,7 @@ def from_published(tree, where):
 
 
 def to_published(tree, where):
-    """Our tree -> published tree."""
+    """Turns our tree into a published one."""
     ours = trees.flatten(tree)
     depths = {stack: len(ours.get(f"{stack}/norm1", ())) for stack in STACKS}
     names = ("embedding/x_embedder/kernel", "embedding/y_embedder/embedding")
@@ -298,7 +298,7 @@ def _stacked(name):
 
 
 def _sources(name, templates, size):
-    """The published names that one of ours gathers: by block a list."""
+    """Lists the published names that one of ours gathers: by block a list."""
     if not _stacked(name):
         return [templates]
     depth = size.depths[name.partition("/")[0]]
@@ -306,7 +306,7 @@ def _sources(name, templates, size):
 
 
 def _today(arrays, where):
-    """{name: array} under the names of today.
+    """Brings {name: array} under the names of today.
 
     Raises:
       ValueError: a parameter is there under two names.
@@ -323,7 +323,7 @@ def _today(arrays, where):
 
 
 def _read_adam(opt_state, where):
-    """State of optax.adamw -> our dict, or None."""
+    """Turns the state of optax.adamw into our dict, or None."""
     if not opt_state:
         return None
     adam, *others = opt_state

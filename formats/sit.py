@@ -30,7 +30,7 @@ CONVENTIONS = ("sit", "repa", "dit")
 
 
 def recognises(path):
-    """Whether a path is named like one of these files."""
+    """Tells whether a path is named like one of these files."""
     return str(path).endswith(".pt")
 
 
@@ -80,7 +80,7 @@ def load(path, weights, convention):
 
 
 def _layers(D, p, C, out):
-    """{our layer: (their layer, shape of its torch weight)}; "{}" stands for the block."""
+    """Maps our layers to (their layer, shape of its torch weight); "{}" stands for the block."""
     block = "blocks.{}"
     return {
         "x_embedder": ("x_embedder.proj", (D, C, p, p)),
@@ -97,7 +97,7 @@ def _layers(D, p, C, out):
 
 
 def _arrays(state, where):
-    """A state dict without its positions -> ({our name: float32 array}, whether sigma was cut)."""
+    """Turns a state dict without positions into {our name: float32 array}; and: had it sigma?"""
     patch = np.shape(state.get("x_embedder.proj.weight"))
     table = np.shape(state.get("y_embedder.embedding_table.weight"))
     last = np.shape(state.get("final_layer.linear.weight"))
@@ -154,7 +154,7 @@ def _turn(arrays):
 
 
 def state_of(arrays, constants, positions, convention="sit"):
-    """Our parameters under SiT's names, with the conditions that are constant folded in.
+    """Brings our parameters under SiT's names, with the conditions that are constant folded in.
 
     Args:
       arrays: {our name: float32 array} of a network of models/dit.py.
@@ -204,7 +204,7 @@ def _embed(value, kernel1, bias1, kernel2, bias2):
 
 
 def _state_dict(arrays):
-    """The inverse of `_arrays`, with a half for sigma, which is zero."""
+    """Inverts `_arrays`, with a half for sigma, which is zero."""
     p, _, C, D = arrays["x_embedder/kernel"].shape
     layers = _layers(D, p, C, p * p * C)
     expected = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")}

@@ -23,15 +23,15 @@ class Start(NamedTuple):
     entry: str = ""  # of the file, that the arrays are
 
 
-def merge(fresh, found, label_table, where):
-    """Parameters to begin with.
+def merge(fresh, file, label_table, where):
+    """Merges the arrays of a file into fresh parameters.
 
     A label table of another number of classes is new but for its last row, which stands for no
     label in all of them.
 
     Args:
       fresh: freshly initialised parameters, a nested dict of numpy arrays.
-      found: `Start`.
+      file: `Start`.
       label_table: name of the table (K + 1, D) in `fresh`.
       where: opens the lines.
 
@@ -41,32 +41,32 @@ def merge(fresh, found, label_table, where):
     Raises:
       ValueError: parameters that are missing, left over or of another shape, all of them by name.
     """
-    new, taken, missing, misfits, begun = {}, [], [], [], []
+    params, taken, missing, misfits, begun = {}, [], [], [], []
     ours = trees.flatten(fresh)
     for name, array in ours.items():
-        has = found.arrays.get(name)
+        has = file.arrays.get(name)
         if has is not None and has.shape == array.shape:
-            new[name] = has
+            params[name] = has
             taken.append(name)
         elif has is not None and name == label_table and has.shape[1:] == array.shape[1:]:
-            new[name] = np.concatenate([array[:-1], has[-1:]])
+            params[name] = np.concatenate([array[:-1], has[-1:]])
             begun.append(f"{name} of {len(array) - 1} classes but for the row of none")
         elif has is not None:
             misfits.append(f"{name} {has.shape} instead of {array.shape}")
-        elif name.startswith(tuple(found.zero)):
-            new[name] = np.zeros_like(array)
+        elif name.startswith(tuple(file.zero)):
+            params[name] = np.zeros_like(array)
             begun.append(f"{name} (zero)")
-        elif name.startswith(tuple(found.fresh)):
-            new[name] = array
+        elif name.startswith(tuple(file.fresh)):
+            params[name] = array
             begun.append(name)
         else:
             missing.append(name)
-    left_over = sorted(found.arrays.keys() - ours.keys())
+    left_over = sorted(file.arrays.keys() - ours.keys())
     trees.raise_problems(
         f"{where}: not the weights of the configured model", missing, left_over, misfits
     )
-    source = f" from its entry {found.entry}" if found.entry else ""
+    source = f" from its entry {file.entry}" if file.entry else ""
     parts = [f"{len(taken)} of {len(ours)} parameters taken{source}"]
     parts += [f"new: {', '.join(begun)}"] if begun else []
-    parts += [f"left over: {', '.join(found.dropped)}"] if found.dropped else []
-    return trees.unflatten(new), f"{where}: {'; '.join(parts)}"
+    parts += [f"left over: {', '.join(file.dropped)}"] if file.dropped else []
+    return trees.unflatten(params), f"{where}: {'; '.join(parts)}"

@@ -49,7 +49,7 @@ def find(content, path, average=True):
 
 
 def _entry(content, where, average):
-    """The name of the entry that holds the weights; None where `content` is a state dict."""
+    """Names the entry that holds the weights; None where `content` is a state dict."""
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{where}: holds {_kind(content)}, not weights by name")
     inner = [str(name) for name, value in content.items() if isinstance(value, dict) and value]

@@ -40,7 +40,7 @@ _DAMAGE = (
 
 
 def load(path):
-    """What `torch.save` stored, as nested dict, list, tuple and numpy arrays.
+    """Reads what `torch.save` stored, as nested dict, list, tuple and numpy arrays.
 
     Arrays have the shape and the strides of their tensors, in native byte order, and may be
     read-only views that share memory; bfloat16 and float8 have the dtypes of `ml_dtypes`.
@@ -63,7 +63,7 @@ def read(file, path, size):
 
 
 def load_pickle(path):
-    """The content of a plain pickle made of numpy arrays, scalars, strings, dict, list and tuple.
+    """Reads a plain pickle made of numpy arrays, scalars, strings, dict, list and tuple.
 
     Raises as `load` does.
     """
@@ -72,7 +72,7 @@ def load_pickle(path):
 
 
 def read_pickle(file, path):
-    """The same of an open file, whose name in errors is `path`."""
+    """Reads a plain pickle from an open file, whose name in errors is `path`."""
     try:
         return pickles.plain(pickles.Unpickler(file, path).load(), None)
     except pickles.RefusedError:
