@@ -282,7 +282,7 @@ def train(config, workdir):
             f"{when.total}: raise training.num_epochs or training.num_steps"
         )
     observer.begin(step)
-    with Saver(workdir, config, identity, when.snapshot, step) as saver:
+    with Saver(workdir, config.to_dict(), identity, when.snapshot, step) as saver:
         if place is not None and (result := observer.catch_up(step, state)):
             saver.keep_best(result)
         batches = open_batches(data, training, records, step, place)

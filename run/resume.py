@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from configs.default import OPTIONS
-from configs.saved import flat, of_run
+from configs.saved import of_run
 from run import checkpoint, layout, weights
 from utils import averages, environment, processes, sharding, train_metrics
 from utils import identity as identities
@@ -63,12 +63,13 @@ def start(config, workdir, mesh, module, init, identity):
     shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
     targets = sharding.with_shardings(shapes, shardings)
-    if begin := restore(config, workdir, targets, identity):
+    options = config.to_dict()
+    if begin := restore(options, workdir, targets, identity):
         return begin
     state = jax.jit(init, out_shardings=shardings)(key)
     if config.load_from:
         found = weights.load(config.load_from, shapes.params, config.dataset, optimizer=True)
-        check_network(found.config, config)
+        check_network(found.config or options, options, config.load_from)
         theirs, ours = found.identity.get("records", {}), identity.get("records", {})
         for line in identities.differences(theirs, ours, ["encoder"]).values():
             logging.warning("load_from %s learned other latents: %s", config.load_from, line)
@@ -77,7 +78,9 @@ def start(config, workdir, mesh, module, init, identity):
     if config.init_from:
         # All of it on each host, whatever the sharding, to be joined with what a file holds.
         fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
-        params, line = weights.begin(config, module, fresh)
+        params, line = weights.begin(
+            config.init_from, config.dataset, module, fresh, config.init_weights, config.init_format
+        )
         state = from_weights(state, weights.Weights(0, params, {"ema": params}, "ema"), shardings)
         logging.info("%s", line)
     return Begin(state, None, identity)
@@ -129,10 +132,17 @@ def from_weights(state, found, shardings):
 # Checkpoints ----------------------------------------------------------------------------------
 
 
-def save(checkpointer, state, place, config):
-    """Starts to write a checkpoint; refuses one with numbers that are not finite."""
+def save(checkpointer, state, place, options):
+    """Starts to write a checkpoint; refuses one with numbers that are not finite.
+
+    Args:
+      checkpointer: `checkpoint.Checkpointer`.
+      state: `train.TrainState`.
+      place: in the data.
+      options: those of the run, nested.
+    """
     train_metrics.check_finite(jax.device_get(state.sums))
-    checkpointer.save(int(state.step), **_items(state), data=place, config=config.to_dict())
+    checkpointer.save(int(state.step), **_items(state), data=place, config=options)
 
 
 def _items(state):
@@ -141,13 +151,15 @@ def _items(state):
     return {"params": state.params, "ema_params": state.ema_params, "progress": progress}
 
 
-def restore(config, workdir, targets, identity):
+def restore(options, workdir, targets, identity):
     """Returns the `Begin` from the newest checkpoint that is whole; None where there is none yet.
 
     Damaged ones are renamed, but only where an older one is whole: a file system that fails for
     a moment must not cost a run.
 
     Args:
+      options: those of now, nested.
+      workdir: folder of the run.
       targets: the state as `ShapeDtypeStruct` with shardings.
       identity: see `start`.
     """
@@ -155,7 +167,7 @@ def restore(config, workdir, targets, identity):
     damaged = {}
     for step in reversed(available):
         try:
-            begin = _read(config, workdir, step, targets, identity)
+            begin = _read(options, workdir, step, targets, identity)
             break
         except checkpoint.DamagedError as error:
             damaged[step] = error
@@ -174,13 +186,13 @@ def restore(config, workdir, targets, identity):
     return begin
 
 
-def _read(config, workdir, step, targets, identity):
+def _read(options, workdir, step, targets, identity):
     """Reads the `Begin` in one checkpoint; raises DamagedError, in all processes together."""
     plain = _in_all(checkpoint.read_plain, workdir, step)
-    check_options(plain["config"], config, workdir)
+    check_options(plain["config"], options, workdir)
     where = f"{workdir}: checkpoint {step}"
     more = identities.check_run(plain["identity"], identity, where)
-    names = averages.of_options(config.training)
+    names = averages.of_options(options["training"])
     arrays = _in_all(checkpoint.read_arrays, workdir, step, _items(targets), names)
     _in_all(checkpoint.verify, workdir, step, arrays, plain)
     progress = arrays.pop("progress")
@@ -205,16 +217,18 @@ def _in_all(read, workdir, step, *args):
 # Options --------------------------------------------------------------------------------------
 
 
-def check_options(saved, config, workdir):
+def check_options(saved, options, workdir):
     """Compares the options of a checkpoint with those of now; says what changed.
 
     Args:
       saved: the options as a nested dict; one that is missing had its default.
+      options: those of now, nested.
+      workdir: folder of the run.
 
     Raises:
       ValueError: an option changed that makes it another run; names all of them.
     """
-    now, before = flat(config), of_run(saved)
+    now, before = of_run(options), of_run(saved)
     changes = [name for name in now if now[name] != before[name]]
     described = {name: f"{name} {before[name]} -> {now[name]}" for name in changes}
     refused = [described[name] for name in changes if not OPTIONS[name].may_change]
@@ -225,34 +239,36 @@ def check_options(saved, config, workdir):
             f"--config.load_from={workdir}"
         )
     for name in changes:
-        logging.info("changed: %s%s", described[name], _consequence(name, config))
+        logging.info("changed: %s%s", described[name], _consequence(name, now))
 
 
-def check_network(saved, config):
+def check_network(saved, options, where):
     """Raises ValueError where the weights of `load_from` belong to another network.
 
     Args:
-      saved: the options they were trained with, nested; None where they do not tell.
+      saved: the options they were trained with, nested.
+      options: those of now, nested.
+      where: their path.
     """
-    before, now = of_run(saved or config.to_dict()), flat(config)
+    before, now = of_run(saved), of_run(options)
     refused = [
         f"{name} {before[name]}, not {now[name]}"
         for name in now
         if name.startswith("model.") and not OPTIONS[name].may_change and before[name] != now[name]
     ]
     if refused:
-        raise ValueError(f"the weights of {config.load_from} belong to {', '.join(refused)}")
+        raise ValueError(f"the weights of {where} belong to {', '.join(refused)}")
 
 
-def _consequence(name, config):
+def _consequence(name, now):
     if name == "training.batch_size":
         return (
             ": steps done keep their number and the data goes on at its place; lengths in epochs "
             "count the records seen; the learning rate goes on from where it was"
         )
     if name in ("training.num_epochs", "training.num_steps"):
-        if config.training.lr_schedule == "cosine":
+        if now["training.lr_schedule"] == "cosine":
             return ": the learning rate falls towards the new end from here on"
-        if not config.method.alpha_end:
+        if not now["method.alpha_end"]:
             return ": a schedule of alpha that lasts as long as the run goes by the new end"
     return ""

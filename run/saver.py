@@ -15,24 +15,24 @@ class Saver(contextlib.ExitStack):
 
     Args:
       workdir: the folder.
-      config: the whole config, which goes into every checkpoint.
+      options: those of the run, nested, which go into every checkpoint.
       identity: what the run is made from, see run/checkpoint.py.
       cadence: of the snapshots, `run.cadence.Cadence`.
       step: where the run begins or goes on.
     """
 
-    def __init__(self, workdir, config, identity, cadence, step):
+    def __init__(self, workdir, options, identity, cadence, step):
         super().__init__()
-        self.workdir, self.config, self.cadence = workdir, config, cadence
+        self.workdir, self.options, self.cadence = workdir, options, cadence
         self.checkpoints = self.enter_context(checkpoint.Checkpointer(workdir, identity=identity))
         self.snapshots = None
         if cadence.on:
-            writer = snapshots.Writer(workdir, config.training.ema_sigma, step)
+            writer = snapshots.Writer(workdir, options["training"]["ema_sigma"], step)
             self.snapshots = self.enter_context(writer)
 
     def save(self, state, place):
         """Starts to write a checkpoint of a state and its place in the data."""
-        resume.save(self.checkpoints, state, place, self.config)
+        resume.save(self.checkpoints, state, place, self.options)
 
     def check(self, step, state):
         """Starts to write a snapshot where one is due, never twice; never waits.
@@ -47,7 +47,7 @@ class Saver(contextlib.ExitStack):
 
     def keep_best(self, result):
         """Keeps the checkpoint of an evaluation, where this is the best by `training.keep_best`."""
-        if metric := self.config.training.keep_best:
+        if metric := self.options["training"]["keep_best"]:
             self.checkpoints.wait()
             if processes.is_writer():
                 higher = metric in evaluators.HIGHER_IS_BETTER

@@ -229,13 +229,15 @@ def check_latents(path, latents, data):
         )
 
 
-def begin(config, module, fresh):
-    """Parameters to begin a run with, from the weights of another one.
+def begin(path, data, module, fresh, name="ema", kind=""):
+    """Reads parameters to begin a run with, from the weights of another one.
 
     Args:
-      config: the whole config, of which `init_from`, `init_weights` and `init_format` count.
+      path: of the weights, the option `init_from`.
+      data: the options `dataset`.
       module: `models.network.Network`.
       fresh: its fresh parameters, a nested dict of numpy arrays.
+      name, kind: the options `init_weights` and `init_format`.
 
     Returns:
       The parameters, and a line that says what was taken, what is new and what was left over.
@@ -243,7 +245,7 @@ def begin(config, module, fresh):
     Raises:
       FileNotFoundError, ValueError: nothing there, or weights that do not fit, each by name.
     """
-    path, name, kind = _here(config.init_from), config.init_weights, config.init_format
+    path = _here(path)
     if sit.recognises(path) or (kind and files.path(path).is_file()):
         found, latents = sit.load(path, name, kind), SD_FACTOR
         _check_positions(found.positions, path)
@@ -254,7 +256,7 @@ def begin(config, module, fresh):
         latents, chosen = weights.latents, choose(weights, name, "init_weights")
         arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
         found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
-    check_latents(path, latents, config.dataset)
+    check_latents(path, latents, data)
     return start.merge(fresh, found, module.label_table, f"init_from {path}")
 
 

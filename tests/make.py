@@ -9,7 +9,7 @@ import numpy as np
 import parts
 from configs import default, load_config
 from models import attention, hardware, network
-from run import checkpoint
+from run import checkpoint, weights
 from utils import averages
 
 PIXELS = ["dataset.image_size=4", "dataset.image_channels=1", "dataset.num_classes=3"]
@@ -81,6 +81,12 @@ def run(workdir, *words, steps=(20,)):
                 config=options.to_dict(),
             )
     return options, weights
+
+
+def begin(config, module, fresh):
+    """What a run of a config begins with, by `weights.begin`."""
+    how = config.init_weights, config.init_format
+    return weights.begin(config.init_from, config.dataset, module, fresh, *how)
 
 
 class State(NamedTuple):

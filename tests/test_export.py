@@ -113,7 +113,7 @@ def test_jobs_take_it(run, exported):
     with adopted.unlocked():
         adopted.init_from = str(exported)
     fresh = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), model.param_shapes())
-    begun, line = weights.begin(adopted, model.module, fresh)
+    begun, line = make.begin(adopted, model.module, fresh)
     assert_equal(begun, weights.choose(found, "ema"))
     state = make.State(0, fresh, {"ema_0.5": fresh}, ())
     shardings = jax.tree.map(

@@ -135,10 +135,10 @@ def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
 
     config = make.config("training.half_precision=true", name="digits")
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
-        resume.save(checkpointer, state, {"position": 2}, config)
+        resume.save(checkpointer, state, {"position": 2}, config.to_dict())
     shapes = jax.eval_shape(lambda: state)
     targets = sharding.with_shardings(shapes, sharding.by_parameter(sharding.make_mesh(1), shapes))
-    again, place, _ = resume.restore(config, tmp_path, targets, {})
+    again, place, _ = resume.restore(config.to_dict(), tmp_path, targets, {})
     assert place == {"position": 2}
     for batch in batches[2:]:
         state, again = step(state, batch), step(again, batch)

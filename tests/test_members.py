@@ -291,7 +291,7 @@ def test_another_number_of_classes_keeps_the_row_of_none(records, finished):
     config = config_of(records, **{"init_from": folder, "init_weights": "params"})
     module = parts.make(config).module.clone(num_classes=5)
     fresh = jax.device_get(network.init_params(module, jax.random.key(9), (4, 4, 1)))
-    found, line = weights.begin(config, module, fresh)
+    found, line = make.begin(config, module, fresh)
     table = found["y_embedder"]["embedding"]
     np.testing.assert_array_equal(table[-1], state.params["y_embedder"]["embedding"][-1])
     np.testing.assert_array_equal(table[:-1], fresh["y_embedder"]["embedding"][:-1])
@@ -304,7 +304,7 @@ def test_beginning_with_a_published_checkpoint(records, golden):
     config = config_of(records, **{"init_from": path})
     fresh = jax.tree.map(np.zeros_like, expected)
     module = parts.make(config).module  # of which only the name of its label table counts
-    found, _ = weights.begin(config, module, fresh)
+    found, _ = make.begin(config, module, fresh)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -326,7 +326,7 @@ def test_weights_that_do_not_fit_are_refused(records, finished, words, line):
     module = parts.make(config).module
     fresh = jax.eval_shape(lambda: network.init_params(module, jax.random.key(9), (4, 4, 1)))
     with pytest.raises((ValueError, OSError), match=line):
-        weights.begin(config, module, jax.tree.map(lambda a: np.zeros(a.shape), fresh))
+        make.begin(config, module, jax.tree.map(lambda a: np.zeros(a.shape), fresh))
 
 
 def test_the_number_of_classes_can_be_left_to_the_records(records):

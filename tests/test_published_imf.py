@@ -191,7 +191,7 @@ def test_a_run_begins_with_a_published_checkpoint(folder, states, form):
     model = parts.make(config)
     shapes = network.param_shapes(model.module, model.image_shape)
     fresh = jax.tree.map(lambda a: np.full(a.shape, 7, a.dtype), shapes)
-    found, line = weights.begin(config, model.module, fresh)
+    found, line = make.begin(config, model.module, fresh)
     expected = states[form]["ema_params"]
     missing = fresh.keys() - expected.keys()
     assert missing == (set(model.module.only_for_training) if form == "inference" else set())
@@ -202,7 +202,7 @@ def test_a_run_begins_with_a_published_checkpoint(folder, states, form):
     fresh = jax.tree.map(
         lambda a: np.full(a.shape, 7, a.dtype), network.param_shapes(more, model.image_shape)
     )
-    found, line = weights.begin(config, more, fresh)
+    found, line = make.begin(config, more, fresh)
     table = trees.flatten(found)[more.label_table]
     np.testing.assert_array_equal(table[-1], trees.flatten(expected)[more.label_table][-1])
     assert np.all(table[:-1] == 7) and "but for the row of none" in line

@@ -56,7 +56,7 @@ def workdir(tmp_path):
     """A run with checkpoints of steps 10, 20 and 30."""
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
         for step in (10, 20, 30):
-            resume.save(checkpointer, state_of(step), {"position": step}, config_of())
+            resume.save(checkpointer, state_of(step), {"position": step}, config_of().to_dict())
     return tmp_path
 
 
@@ -64,7 +64,7 @@ def restored(workdir, config=None):
     shapes = jax.eval_shape(lambda: state_of(0))
     shardings = sharding.by_parameter(sharding.make_mesh(1), shapes)
     targets = sharding.with_shardings(shapes, shardings)
-    return resume.restore(config or config_of(), workdir, targets, {})
+    return resume.restore((config or config_of()).to_dict(), workdir, targets, {})
 
 
 def assert_is_step(found, step):
@@ -82,7 +82,7 @@ def test_the_newest_comes_back_as_it_was(workdir):
     assert restored(workdir / "elsewhere") is None
     made = {"autoencoder": {"name": "a"}}
     with checkpoint.Checkpointer(workdir, identity=made) as checkpointer:
-        resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
+        resume.save(checkpointer, state_of(40), {"position": 40}, config_of().to_dict())
     assert layout.steps(workdir) == [20, 30, 40]
     assert restored(workdir).identity == made  # which only the checkpoint knows
 
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, kind, cap
     assert "checkpoints/30" in warning and "set aside as damaged-30" in warning
     assert len(warning.splitlines()) == 1 and "Traceback" not in capfd.readouterr().err
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        resume.save(checkpointer, state_of(30), {"position": 30}, config_of())
+        resume.save(checkpointer, state_of(30), {"position": 30}, config_of().to_dict())
     assert_is_step(restored(workdir), 30)
     flip_a_bit(data_file(workdir / "checkpoints" / "30" / "params"))
     assert_is_step(restored(workdir), 20)
@@ -170,7 +170,7 @@ def test_what_a_killed_job_left_half_written_is_no_checkpoint(workdir):
     assert layout.steps(workdir) == [10, 20, 30]
     assert_is_step(restored(workdir), 30)
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        resume.save(checkpointer, state_of(40), {"position": 40}, config_of())
+        resume.save(checkpointer, state_of(40), {"position": 40}, config_of().to_dict())
     assert layout.steps(workdir) == [20, 30, 40] and not unfinished.exists()
 
 
@@ -234,9 +234,9 @@ def test_an_option_that_is_newer_than_the_checkpoint_had_its_default(workdir):
     saved = json.loads(json.dumps(config_of().to_dict()))
     del saved["method"]["norm_p"], saved["load_from"]
     saved["method"]["of_old"] = 3
-    resume.check_options(saved, config_of(), workdir)
+    resume.check_options(saved, config_of().to_dict(), workdir)
     with pytest.raises(ValueError, match=r"norm_p 1\.0 -> 0\.5"):
-        resume.check_options(saved, config_of("method.norm_p=0.5"), workdir)
+        resume.check_options(saved, config_of("method.norm_p=0.5").to_dict(), workdir)
 
 
 # From other weights ---------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_averages_that_were_written_as_a_list_have_names(tmp_path):
     state = state_of(10)._replace(ema_params=listed)
     for workdir in (tmp_path / "old", tmp_path / "new"):
         with checkpoint.Checkpointer(workdir) as checkpointer:
-            resume.save(checkpointer, state, {"position": 10}, config)
+            resume.save(checkpointer, state, {"position": 10}, config.to_dict())
         state = state._replace(ema_params=dict(zip(names, listed, strict=True)))
         weights = weights_of.of_run(workdir)
         assert weights.ema == "ema_0.99"
@@ -330,7 +330,7 @@ def test_averages_that_were_written_as_a_list_have_names(tmp_path):
         shapes = jax.eval_shape(lambda state=state: state)
         shardings = sharding.by_parameter(sharding.make_mesh(1), shapes)
         targets = sharding.with_shardings(shapes, shardings)
-        found = resume.restore(config, workdir, targets, {}).state
+        found = resume.restore(config.to_dict(), workdir, targets, {}).state
         jax.tree.map(np.testing.assert_array_equal, found, state)
 
 

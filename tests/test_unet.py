@@ -293,7 +293,7 @@ def test_a_run_begins_with_a_published_checkpoint(tmp_path):
     nets = write_checkpoint(tmp_path / "checkpoint-last.pth")
     config = load_config.get_config("cifar10_unet")
     config.init_from = str(tmp_path / "checkpoint-last.pth")
-    params, line = weights.begin(config, make(), perturbed(make(), 9))
+    params, line = weights.begin(config.init_from, config.dataset, make(), perturbed(make(), 9))
     jax.tree.map(np.testing.assert_array_equal, params, nets["net_ema1"])
     count = len(jax.tree.leaves(params))
     assert f"{count} of {count} parameters taken" in line
