@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,63 +10,79 @@ import jax.numpy as jnp
 import evaluate
 import grids
 import sample
-from configs import load_config, saved
+from configs import saved
 from metrics import evaluators
 from parts import load_autoencoder
-from run import layout, metric_writer, report, results
+from run import layout, metric_writer, results
 from run import weights as weights_of
 from utils import averages, chips, files, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
 
-class Observer:
-    """Shows the state after each step, and changes neither it nor the course of the run.
+class Views(NamedTuple):
+    """What shows a run beside its metrics; None where that is switched off."""
+
+    grids: grids.Grids | None
+    evaluation: evaluate.Evaluation | None
+    autoencoder: dict  # its identity; {} where none is loaded
+    score: str  # the name of its main score in the log
+
+
+def open_views(config, workdir, parts, records, when):
+    """Makes the `Views` of a run.
 
     Whatever sampling and evaluation need (weights of the autoencoder, reference statistics) is
-    asked for here, before the first step.
+    asked for here, before the first step, not after hours.
 
     Args:
       config: the whole config.
       workdir: folder of the run.
       parts: `parts.Parts`.
       records: the training records.
-      schedule: function step -> learning rate.
       when: `run.cadence.Cadences`.
     """
+    data, fid, sampling, drawn, evaluation = config.dataset, config.fid, config.sampling, None, None
+    autoencoder = None
+    if when.grid.on or when.evaluation.on:
+        autoencoder = load_autoencoder(data, sampling.vae_dtype)
+        identity.check_autoencoder(records.identity, autoencoder.identity, data.root)
+    if when.grid.on:
+        renderer = sample.Renderer(parts, autoencoder, sampling.seed, fid.device_batch_size)
+        steps = config.training.sample_steps
+        drawn = grids.Grids(sampling, steps, workdir, parts, renderer, records)
+    if when.evaluation.on:
+        described = evaluate.describe(config.training, saved.flat(config))
+        evaluation = evaluate.Evaluation(fid, sampling, parts, autoencoder, records, described)
+    about = {"weights": fid.weights[0], "num_steps": len(sample.times_of(sampling)[0]) - 1}
+    score = f"{evaluators.tag('fid', fid.num_samples)}/{results.metric_name(about)}"
+    return Views(drawn, evaluation, dict(autoencoder.identity) if autoencoder else {}, score)
 
-    def __init__(self, config, workdir, parts, records, schedule, when):
-        self.config, self.workdir, self.schedule, self.when = config, workdir, schedule, when
-        self.average = averages.of_options(config.training)[0]
-        self.grids = self.evaluation = self.writer = None
-        self.autoencoder = {}  # its identity, where one is loaded
-        if when.grid.on or when.evaluation.on:
-            autoencoder = load_autoencoder(config.dataset, config.sampling.vae_dtype)
-            self.autoencoder = dict(autoencoder.identity)
-            identity.check_autoencoder(records.identity, self.autoencoder, config.dataset.root)
-        if when.grid.on:
-            size, steps = config.fid.device_batch_size, config.training.sample_steps
-            renderer = sample.Renderer(parts, autoencoder, config.sampling.seed, size)
-            self.grids = grids.Grids(config.sampling, steps, workdir, parts, renderer, records)
-        if when.evaluation.on:
-            described = evaluate.describe(config.training, saved.flat(config))
-            self.evaluation = evaluate.Evaluation(
-                config.fid, config.sampling, parts, autoencoder, records, described
-            )
-        self.parts, self.records = parts, records
+
+class Observer:
+    """Shows the state after each step, and changes neither it nor the course of the run.
+
+    Args:
+      training: the options `training`.
+      workdir: folder of the run.
+      parts: `parts.Parts`.
+      schedule: function step -> learning rate.
+      when: `run.cadence.Cadences`.
+      views: `Views`.
+    """
+
+    def __init__(self, training, workdir, parts, schedule, when, views):
+        self.training, self.workdir, self.parts = training, workdir, parts
+        self.schedule, self.when = schedule, when
+        self.grids, self.evaluation, self.score = views.grids, views.evaluation, views.score
+        self.average = averages.of_options(training)[0]
+        self.writer = None
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
         self._told = set()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
         self._last_result = None
-
-    def introduce(self):
-        """Says what the run will be, before anything is compiled."""
-        training, cls = self.config.training, self.config.model.cls
-        rows = report.training(cls, self.parts, self.records, training, self.when)
-        pictures = [("pictures", self.grids.describe())] if self.grids else []
-        report.tell(rows + pictures)
 
     def go_by(self, when, schedule):
         """Takes other lengths and another learning rate: those of a changed batch size."""
@@ -78,30 +95,24 @@ class Observer:
             logging.info("compiling the train step ...")
         self._waiting = time.perf_counter()
 
-    def begin(self, step):
-        """Opens the logs of a run that has done `step` steps, and notes what it is made with."""
-        if processes.is_writer():
-            report.note(self.workdir, load_config.text(self.config))
+    def begin(self, step, options):
+        """Opens the logs of a run that has done `step` steps, with its `options` by name."""
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,
             enabled=processes.is_writer(),
-            wandb_project=self.config.training.wandb,
+            wandb_project=self.training.wandb,
         )
-        options = load_config.options(self.config)
         self.writer.text("config", "\n".join(f"{name}: {options[name]}" for name in options))
-        steps = len(sample.times_of(self.config.sampling)[0]) - 1
-        about = {"weights": self.config.fid.weights[0], "num_steps": steps}
-        fid = evaluators.tag("fid", self.config.fid.num_samples)
-        self.writer.hparams(options, ["raw_loss/all", f"{fid}/{results.metric_name(about)}"])
+        self.writer.hparams(options, ["raw_loss/all", self.score])
         if self.grids and self.grids.draw_real(step, self.writer):
             self._tell_first("picture, real images", self.grids.folder / layout.REAL)
 
     def log(self, step, state):
         """Keeps the metrics of a step where it is time to, and writes those of earlier steps."""
-        training = self.config.training
-        if training.profile_steps and processes.is_writer():  # one trace, and one folder for it
-            self._profile(step, state, *training.profile_steps)
+        profiled = self.training.profile_steps
+        if profiled and processes.is_writer():  # one trace, and one folder for it
+            self._profile(step, state, *profiled)
         if self._clock is None:  # the first step compiles, and does not count
             jax.block_until_ready(state)
             self._clock = (step, time.perf_counter())
@@ -157,9 +168,9 @@ class Observer:
             "epoch": self.when.epoch(step),
         }
         if step > last_step:
-            metrics["images_per_second"] = steps_per_second * self.config.training.batch_size
+            batch_size = self.training.batch_size
+            metrics["images_per_second"] = steps_per_second * batch_size
             method = self.parts.method.phase(step - 1, self.when.total)
-            batch_size = self.config.training.batch_size
             if peak := peak_rate(self.parts._replace(method=method), batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak
         metrics |= device_memory()

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import observe
+from configs import load_config
 from methods import objective
 from models import codec, hardware, network
 from optimizer import at_step, make_optimizer
@@ -265,11 +266,12 @@ def train(config, workdir):
     sharding.check_batch("training.batch_size", training.batch_size, parts.mesh)
     planned = partial(plan, training, config.fid.on_training, parts, records)
     when, recipe, schedule = planned()
-    # Whatever sampling and evaluation need is asked for before the first step, not after hours.
-    observer = observe.Observer(config, workdir, parts, records, schedule, when)
-    observer.introduce()
+    views = observe.open_views(config, workdir, parts, records, when)
+    observer = observe.Observer(training, workdir, parts, schedule, when, views)
+    rows = report.training(config.model.cls, parts, records, training, when)
+    report.tell(rows + ([("pictures", views.grids.describe())] if views.grids else []))
     init = partial(init_state, recipe, parts.module, parts.image_shape)
-    identity = resume.made_from(records, observer.autoencoder)
+    identity = resume.made_from(records, views.autoencoder)
     state, place, identity = resume.start(config, workdir, parts.mesh, parts.module, init, identity)
     step = int(state.step)
     resume.check_moments(state.opt_state)
@@ -281,7 +283,9 @@ def train(config, workdir):
             f"load_from {config.load_from} has done {step} steps, and the run ends at "
             f"{when.total}: raise training.num_epochs or training.num_steps"
         )
-    observer.begin(step)
+    if processes.is_writer():
+        report.note(workdir, load_config.text(config))
+    observer.begin(step, load_config.options(config))
     with Saver(workdir, config.to_dict(), identity, when.snapshot, step) as saver:
         if place is not None and (result := observer.catch_up(step, state)):
             saver.keep_best(result)

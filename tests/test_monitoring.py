@@ -266,7 +266,7 @@ def test_one_process_takes_the_profile(monkeypatch, writer):
     """Several would write into one folder, and jax refuses one with two traces."""
     observer, calls = observe.Observer.__new__(observe.Observer), []
     training = make.config("training.profile_steps=2,3", "training.num_steps=9").training
-    observer.config = types.SimpleNamespace(training=training)
+    observer.training = training
     observer.when = cadence.of_run(training, False, 9 * training.batch_size)
     observer._pending, observer._clock = [], (0, 0.0)
     observer._profile = lambda *_: calls.append("profile")
