@@ -228,7 +228,7 @@ def test_the_search_for_unread_options_finds_one():
     ]
 
 
-MOST_WITH_CONFIG = 28  # may only fall
+MOST_WITH_CONFIG = 18  # may only fall
 
 
 def test_few_functions_are_handed_the_whole_config():
