@@ -304,14 +304,7 @@ def train(config, workdir):
 
 
 def open_batches(data, training, records, step, place):
-    """Opens the iterator over this process's rows of a run.
-
-    Args:
-      data, training: the options `dataset` and `training`.
-      records: the training records.
-      step: steps done.
-      place: in the data; None: where `step` steps lead.
-    """
+    """Opens the iterator over this process's rows, at its place (None: where `step` steps lead)."""
     size, seed = training.batch_size, training.seed
     batches = iterator.RecordIterator(
         records, size, seed, jax.process_index(), jax.process_count(),
