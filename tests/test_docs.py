@@ -168,7 +168,8 @@ def test_the_options_of_every_job_parse(command, tmp_path, monkeypatch):
     """Its config exists, its options too, and they fit together."""
     monkeypatch.setenv("DATA_ROOT", "/records")
     monkeypatch.setenv("USER", "me")
-    words = shlex.split(re.split(r"[|<&]", command.split("scripts/launch.sh ")[1])[0])
+    text = re.split(r"[|<&]", command.split("scripts/launch.sh ")[1])[0]
+    words = shlex.split(text.removesuffix("'") if text.count("'") % 2 else text)  # --command='...'
     config = words[1] if len(words) > 1 and not words[1].startswith("-") else "run_b4"
     options = [word for word in words if word.startswith("--config.") and "=" in word]
     if config in ("[CONFIG]", "CONFIG", "NAME"):

@@ -19,7 +19,7 @@ METHOD = make.method(num_classes=10)
 
 def make_recipe(dtype, **options):
     net = dit.DiT(2, 64, num_heads=2, patch_size=2, num_classes=10, dtype=dtype, **options)
-    optimizer = optax.adamw(2e-3, b2=0.95)
+    optimizer = optax.adamw(optax.constant_schedule(2e-3), b2=0.95)
     return net, train.Recipe(
         network.function(net), METHOD, codec.Codec(), optimizer, (0.9,), gather=net.cast
     )
@@ -121,7 +121,7 @@ def test_nothing_stands_between_a_product_and_its_gelu_on_a_card(trained, as_on_
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
     """Two steps, and two more from their checkpoint, are the four of a run without a stop."""
     net = dit.DiT(1, 32, 1, 2, num_classes=10, dtype=jnp.bfloat16, half_residual=True)
-    optimizer = optax.adamw(2e-3, b2=0.95)
+    optimizer = optax.adamw(optax.constant_schedule(2e-3), b2=0.95)
     method = make.method(num_classes=10, guidance_eq="none")
     recipe = train.Recipe(
         network.function(net), method, codec.Codec(), optimizer, (0.9,), gather=net.cast
