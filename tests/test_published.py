@@ -137,7 +137,9 @@ def test_a_run_of_ours_is_not_taken_for_a_published_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "100" / "params").mkdir(parents=True)
     for path in (tmp_path, tmp_path / "checkpoints" / "100", tmp_path / "nowhere"):
         assert not published.is_published(path)
-    with pytest.raises(FileNotFoundError, match="no published checkpoint, that is .*checkpoint_STEP"):
+    with pytest.raises(
+        FileNotFoundError, match="no published checkpoint, that is .*checkpoint_STEP"
+    ):
         published.load(tmp_path)
 
 
