@@ -46,6 +46,7 @@ def measure(result, metric):
         (result.get("evaluator", "evaluator not known"), ""),
         (f"{result['num_samples']:,}", " samples"),
         (result.get("labels"), " labels"),
+        (str(result.get("label_counts") or "")[:8], " counts of them"),
         (result.get("rounding"), " values"),
         (result.get(network), ""),
         (str(result.get(weights) or "")[:8], " weights"),

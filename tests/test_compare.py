@@ -92,6 +92,7 @@ def test_the_table(two, capsys):
         {"evaluator": "adm"},
         {"num_samples": 501},
         {"labels": "data"},
+        {"label_counts": "ab"},
         {"features": "pixels"},
         {"feature_weights_sha256": "ab"},
         {"reference_content": "9876543210"},
