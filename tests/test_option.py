@@ -27,8 +27,8 @@ def test_a_default_is_a_value_that_its_own_line_takes(path):
         (Role.PLACE, "dataset.name dataset.root dataset.vae"),
         (
             Role.PREFERENCE,
-            "sampling.channels sampling.omega sampling.t_max sampling.t_min training.ema_val "
-            "training.half_precision",
+            "sampling.channels sampling.omega sampling.t_max sampling.t_min "
+            "training.ema_half_life training.ema_val training.half_precision",
         ),
         (Role.FROM_RECORDS, "dataset.num_classes"),
         (Role.UNSIGNED, "sampling.seed training.seed"),
