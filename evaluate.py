@@ -48,7 +48,7 @@ class Evaluator:
 
     @functools.cached_property
     def vae_params(self):
-        """The parameters of the autoencoder, on every device."""
+        """Places the parameters of the autoencoder on every device."""
         return sharding.place_everywhere(self.parts.mesh, self.autoencoder.params)
 
     def index(self, start):
@@ -122,7 +122,7 @@ class Evaluation:
         }
 
     def run(self, weights, workdir):
-        """The evaluation job: every set of weights in every `sample.Setting`.
+        """Measures every set of weights in every `sample.Setting`.
 
         What results.json holds of the very same settings is not measured again, so that an
         interrupted job goes on with what is missing.
@@ -134,7 +134,7 @@ class Evaluation:
         Returns:
           The results, a list of dicts.
         """
-        found = []
+        entries = []
         for name in self.fid.weights:
             params = weights_of.choose(weights, name)
             about = {
@@ -143,17 +143,17 @@ class Evaluation:
                 "checkpoint_step": weights.step,
             }
             for setting in sample.settings(self.sampling):
-                found.append(self.measure(params, about, setting, workdir))
-                logging.info("%s", results.report(found[-1]))
-        if len(found) > 1:
-            logging.info("%s", results.table(found))
-            if processes.is_writer() and results.plot(found, path := workdir / layout.PLOT):
+                entries.append(self.measure(params, about, setting, workdir))
+                logging.info("%s", results.report(entries[-1]))
+        if len(entries) > 1:
+            logging.info("%s", results.table(entries))
+            if processes.is_writer() and results.plot(entries, path := workdir / layout.PLOT):
                 logging.info("plot: %s", path)
-            logging.info("best: %s", results.report(results.by_first_metric(found)[0]))
-        return found
+            logging.info("best: %s", results.report(results.by_first_metric(entries)[0]))
+        return entries
 
     def measure(self, params, about, setting, workdir):
-        """One entry of results.json: the metrics and all that they depend on."""
+        """Returns an entry of results.json: the metrics and all that they depend on."""
         described = {
             **self.described,
             **about,
@@ -167,8 +167,8 @@ class Evaluation:
         known = results.find(workdir, described, names)
         if known is None:
             self.reference.statistics()  # before hours of images
-            found = self.evaluator(params, setting)
-            known = self.reference.compare(*found, self.fid.num_samples) | described
+            statistics = self.evaluator(params, setting)
+            known = self.reference.compare(*statistics, self.fid.num_samples) | described
             results.save(workdir, known)  # one that is stopped keeps what it has measured
         return known
 
@@ -228,7 +228,7 @@ def evaluate_job(config, workdir):
     origin, root = report.origin(weights.step, where), config.dataset.root
     report.tell(report.network(config.model.cls, parts))
     report.tell(report.evaluating(origin, config.fid, root, settings, folder))
-    found = evaluation.run(weights, folder)
+    entries = evaluation.run(weights, folder)
     # Beside the log of a run in the same folder, which is not to be added to.
     writer = metric_writer.MetricWriter(
         folder / layout.EVALUATION,
@@ -236,7 +236,7 @@ def evaluate_job(config, workdir):
         wandb_project=config.training.wandb,
     )
     with contextlib.closing(writer):
-        writer.scalars(weights.step, results.scalars(found))
+        writer.scalars(weights.step, results.scalars(entries))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Grids:
         ]
 
     def describe(self):
-        """What is drawn, in a line for people."""
+        """Says in a line what is drawn."""
         rows = ["by class"]
         if self.steps:
             rows.append(f"of the same noise by steps {', '.join(map(str, self.steps))}")
@@ -59,7 +59,7 @@ class Grids:
         return f"rows {'; '.join(rows)}: {self.folder}"
 
     def path(self, step, name="grid", suffix=""):
-        """The file of a picture."""
+        """Returns the path of a picture."""
         return self.folder / f"{name}_{step:08d}{suffix}.png"
 
     def draw(self, step, params, writer):
@@ -84,11 +84,11 @@ class Grids:
         file = self.folder / layout.REAL
         if processes.from_writer(file.exists()):
             return False
-        batch, found = of_classes(self.records, self.labels, bool(self.parts.num_classes))
+        batch, filled = of_classes(self.records, self.labels, bool(self.parts.num_classes))
         codec = self.parts.codec._replace(flip=False, augment_prob=0.0)
         x, _ = jax.jit(codec.encode)(batch, jax.random.key(0))
         images = self.renderer.decode(np.asarray(x))
-        images[~found] = 0
+        images[~filled] = 0
         picture = sample.picture(images, sample.GRID_COLUMNS)
         writer.image(step, "real", picture)
         self._write(file, picture)
@@ -111,8 +111,10 @@ class Grids:
 
 
 def scales(method):
-    """Guidance scales from 1 to the largest that is trained, each by the same factor above the
-    last; () where guidance is no input of the network, or there is but one."""
+    """Returns guidance scales from 1 to the largest that is trained, at equal ratios.
+
+    () where guidance is no input of the network, or there is one scale alone.
+    """
     largest = getattr(method, "omega_max", 1) if "omega" in method.conditions else 1
     return tuple(largest ** (i / (SCALES - 1)) for i in range(SCALES)) if largest > 1 else ()
 
@@ -130,7 +132,7 @@ def padded(times, steps, sampler):
 
 
 def of_classes(records, labels, labelled=True):
-    """Records of given classes: a raw batch, and which of its rows are of their class.
+    """Reads records of these classes: a raw batch, and which of its rows are of their class.
 
     Args:
       records: from `utils.dataset.open_records`.
@@ -138,13 +140,13 @@ def of_classes(records, labels, labelled=True):
       labelled: whether classes matter; else the first records are taken.
 
     Returns:
-      ({key: (N, ...), "label": int32 (N,)}, bool (N,)); zeros where none was found in the part
-      of the records that is read, which is spread over all of them.
+      ({key: (N, ...), "label": int32 (N,)}, bool (N,)); zeros where none is in the part of
+      the records that is read, which is spread over all of them.
     """
     size = int(np.prod(records.shape)) * records.dtype.itemsize
     most = min(records.num_records, SEARCHED, max(SEARCHED_BYTES // size, CHUNK))
     places = order.spread(records.num_records, most)
-    found = np.zeros(len(labels), bool)
+    filled = np.zeros(len(labels), bool)
     batch = {
         records.key: np.zeros((len(labels), *records.shape), records.dtype),
         "label": np.asarray(labels, np.int32),
@@ -152,9 +154,9 @@ def of_classes(records, labels, labelled=True):
     for start in range(0, most, CHUNK):
         read = records.read(places[start : start + CHUNK], flipped=False)
         for image, label in zip(read[records.key], read["label"], strict=True):
-            free = np.flatnonzero(~found & ((labels == label) | (not labelled)))
+            free = np.flatnonzero(~filled & ((labels == label) | (not labelled)))
             if free.size:
-                batch[records.key][free[0]], found[free[0]] = image, True
-        if found.all():
+                batch[records.key][free[0]], filled[free[0]] = image, True
+        if filled.all():
             break
-    return batch, found
+    return batch, filled

@@ -207,9 +207,9 @@ class Observer:
         weights = weights_of.Weights(
             step, state.params, state.ema_params, self.average, workdir=self.workdir
         )
-        found = self.evaluation.run(weights, self.workdir)
-        self.writer.scalars(step, results.scalars(found))
-        self._last_result = found[0]
+        entries = self.evaluation.run(weights, self.workdir)
+        self.writer.scalars(step, results.scalars(entries))
+        self._last_result = entries[0]
 
     def end(self, step):
         """Says what came out and where everything lies."""

@@ -20,7 +20,8 @@ from methods import objective
 from methods.sampler import integrate, sample_times
 from parts import load_autoencoder
 from parts import make as make_parts
-from run import inherit, layout, report, weights
+from run import inherit, layout, report
+from run import weights as weights_of
 from utils import files, processes, sharding
 from utils import images as image_utils
 
@@ -32,13 +33,13 @@ GRID_WIDEST = 16  # columns and rows of the grid of a sampling job
 
 
 def draw_noise(seed, index, shape):
-    """z_1 of images number `index` (N,): standard normal float32 (N, *shape)."""
+    """Draws z_1 of images number `index` (N,): standard normal float32 (N, *shape)."""
     key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 0)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
 def draw_fresh(seed, index, shape, k):
-    """The noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
+    """Draws the noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
     key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 2)
 
     def draw(i):
@@ -243,25 +244,25 @@ def sample_job(config, workdir):
     """
     parts, options = make_parts(config), config.sampling
     where = config.load_from or workdir
-    found = weights.load(
+    weights = weights_of.load(
         where, parts.param_shapes(), config.dataset, may_lack=parts.module.only_for_training
     )
-    inherit.check(saved.flat(config), found, where)
-    found = weights.place(found, parts.mesh)
+    inherit.check(saved.flat(config), weights, where)
+    weights = weights_of.place(weights, parts.mesh)
     autoencoder = load_autoencoder(config.dataset, options.vae_dtype)
-    inherit.check_autoencoder(found.identity, autoencoder, where)
+    inherit.check_autoencoder(weights.identity, autoencoder, where)
     renderer = Renderer(parts, autoencoder, options.seed, config.fid.device_batch_size)
     report.tell(report.network(config.model.cls, parts))
-    report.tell(report.sampling(report.origin(found.step, where), options, files.path(workdir)))
+    report.tell(report.sampling(report.origin(weights.step, where), options, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)
-    params, classes = weights.choose(found, "ema"), config.dataset.num_classes
+    params, classes = weights_of.choose(weights, "ema"), config.dataset.num_classes
     for guidance in asked:
-        name = f"step_{found.step}"
+        name = f"step_{weights.step}"
         if len(asked) > 1:
             name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
         output = files.path(workdir) / layout.SAMPLES / name
         run(renderer, params, options, classes, output, first.replace(guidance=guidance))
-        logging.info("%d images of step %d: %s", options.num_images, found.step, output)
+        logging.info("%d images of step %d: %s", options.num_images, weights.step, output)
 
 
 if __name__ == "__main__":

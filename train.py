@@ -64,17 +64,17 @@ class Recipe:
 
     @property
     def averages(self):
-        """The names of the averages; the first one is evaluated and held against the weights."""
+        """The names of the averages as a tuple; the first is the one objectives are given."""
         return averages.names(self.ema_vals, self.ema_sigmas, self.ema_half_lives)
 
 
 def init_state(recipe, module, image_shape, key):
-    """A fresh state of fresh weights. Pure, for `jit`."""
+    """Makes the `TrainState` of fresh weights. Pure, for `jit`."""
     return fresh_state(recipe, network.init_params(module, key, image_shape))
 
 
 def fresh_state(recipe, params):
-    """The state of a run that begins with these weights; the averages begin as their copies."""
+    """Makes the `TrainState` of a run that begins with `params`; the averages are copies of it."""
     ema_params = {name: jax.tree.map(jnp.copy, params) for name in recipe.averages}
     opt_state = recipe.optimizer.init(params)
     sums = train_metrics.zero_sums(recipe.method.rows)
@@ -82,7 +82,7 @@ def fresh_state(recipe, params):
 
 
 def gradients(recipe, params, x, given, draws, held, key):
-    """Loss, values by row and gradient of a batch, in `grad_accum_steps` parts of equal layout."""
+    """Computes ((loss, values by row), gradient) of a batch in `grad_accum_steps` equal parts."""
 
     @partial(jax.value_and_grad, argnums=0, has_aux=True)
     def loss(params, x, given, draws, key):
@@ -113,7 +113,7 @@ def gradients(recipe, params, x, given, draws, held, key):
 
 
 def train_step(recipe, key, state, batch, frozen=None):
-    """One step. Pure.
+    """Takes one step. Pure.
 
     Args:
       recipe: `Recipe`.
@@ -164,7 +164,7 @@ def make_steps(recipe, key, mesh, shardings, total):
 
 
 def update(recipe, state, x, given, draws, key, frozen=None):
-    """The part of a step that is given its draws: x (B, h, w, c) -> the next `TrainState`.
+    """Takes the step of a batch x (B, h, w, c) with its draws; returns the next `TrainState`.
 
     Args:
       given: what comes with x, see `methods.objective.Objective.loss`.
@@ -181,6 +181,21 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
         recipe.ema_sigmas, recipe.ema_half_lives, images=len(x),
     )  # fmt: skip
+    scalars, finite = measure(state, params, ema_params, grads, loss)
+    after = (params, ema_params, opt_state)
+    if recipe.skip_nonfinite:
+        before = (state.params, state.ema_params, state.opt_state)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    fresh = state.step % recipe.log_per_step == 0
+    sums = train_metrics.begin_period(state.sums, fresh, recipe.method.rows)
+    sums = train_metrics.add(
+        sums, state.step, scalars, rows, draws.t, draws.r, finite, recipe.skip_nonfinite
+    )
+    return TrainState(state.step + 1, *after, sums)
+
+
+def measure(state, params, ema_params, grads, loss):
+    """Computes what the log shows of a step, {name: float32 ()}, and whether it is finite."""
     distances = [
         optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
     ]
@@ -192,19 +207,7 @@ def update(recipe, state, x, given, draws, key, frozen=None):
     }
     # Asked for the distances, XLA makes weights and averages in one pass (TPU).
     finite = jnp.isfinite(loss + norms["grad_norm"] + norms["param_norm"] + sum(distances))
-    changed = (params, ema_params, opt_state)
-    if recipe.skip_nonfinite:
-        kept = (state.params, state.ema_params, state.opt_state)
-        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-
-    fresh = state.step % recipe.log_per_step == 0
-    zero = train_metrics.zero_sums(recipe.method.rows)
-    sums = jax.tree.map(lambda zero, s: jnp.where(fresh, zero, s), zero, state.sums)
-    sums = train_metrics.add(
-        sums, state.step, {"loss": loss, **norms}, rows, draws.t, draws.r, finite,
-        recipe.skip_nonfinite,
-    )  # fmt: skip
-    return TrainState(state.step + 1, *changed, sums)
+    return {"loss": loss, **norms}, finite
 
 
 # A run ----------------------------------------------------------------------------------------

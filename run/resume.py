@@ -1,4 +1,4 @@
-"""Where a run begins and what it leaves behind: fresh weights, `load_from`, or its own checkpoint.
+"""Where a run begins: its own newest checkpoint, `load_from`, `init_from` or fresh weights.
 
 The state is known here only as a named tuple with the fields of `train.TrainState`.
 """
@@ -14,13 +14,14 @@ import optax
 
 from configs.default import OPTIONS
 from configs.saved import of_run
-from run import checkpoint, layout, weights
+from run import checkpoint, layout
+from run import weights as weights_of
 from utils import averages, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
 
 def made_from(records, autoencoder):
-    """What a run is made from, as `checkpoint.Checkpointer` takes it; the same in all processes.
+    """Returns what a run is made from, for `checkpoint.Checkpointer`; equal in all processes.
 
     Args:
       records: the training records.
@@ -45,12 +46,11 @@ class Begin(NamedTuple):
 
 
 def start(config, workdir, mesh, module, init, identity):
-    """Returns the `Begin` of a run.
+    """Goes on from the newest whole checkpoint of a run, or begins it; returns `Begin`.
 
     Args:
       config: the whole config.
-      workdir: folder of the run. Its newest whole checkpoint comes first, then `load_from` with
-        its step, then `init_from` at step 0.
+      workdir: folder of the run.
       mesh: devices.
       module: `models.network.Network`.
       init: pure function key -> a fresh state.
@@ -59,31 +59,35 @@ def start(config, workdir, mesh, module, init, identity):
     Raises:
       ValueError: the run was made with other options, or none of its checkpoints is whole.
     """
-    key = jax.random.key(config.training.seed)
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, jax.random.key(config.training.seed))
     shardings = sharding.by_parameter(mesh, shapes)
     targets = sharding.with_shardings(shapes, shardings)
-    options = config.to_dict()
-    if begin := restore(options, workdir, targets, identity):
-        return begin
+    begin = restore(config.to_dict(), workdir, targets, identity)
+    return begin or Begin(fresh(config, module, init, shardings, identity), None, identity)
+
+
+def fresh(config, module, init, shardings, identity):
+    """Makes the first state of a run, from `load_from` with its step, `init_from` or the seed."""
+    key, data = jax.random.key(config.training.seed), config.dataset
     state = jax.jit(init, out_shardings=shardings)(key)
-    if config.load_from:
-        found = weights.load(config.load_from, shapes.params, config.dataset, optimizer=True)
-        check_network(found.config or options, options, config.load_from)
-        theirs, ours = found.identity.get("records", {}), identity.get("records", {})
+    if where := config.load_from:
+        weights, options = weights_of.load(where, state.params, data, True), config.to_dict()
+        check_network(weights.config or options, options, where)
+        theirs, ours = weights.identity.get("records", {}), identity.get("records", {})
         for line in identities.differences(theirs, ours, ["encoder"]).values():
-            logging.warning("load_from %s learned other latents: %s", config.load_from, line)
-        state = from_weights(state, found, shardings)
-        logging.info("starting from %s, step %d", config.load_from, found.step)
+            logging.warning("load_from %s learned other latents: %s", where, line)
+        state = from_weights(state, weights, shardings)
+        logging.info("starting from %s, step %d", where, weights.step)
     if config.init_from:
         # All of it on each host, whatever the sharding, to be joined with what a file holds.
-        fresh = jax.device_get(jax.jit(lambda key: init(key).params)(key))
-        params, line = weights.begin(
-            config.init_from, config.dataset, module, fresh, config.init_weights, config.init_format
+        params = jax.device_get(jax.jit(lambda key: init(key).params)(key))
+        params, line = weights_of.begin(
+            config.init_from, data, module, params, config.init_weights, config.init_format
         )
-        state = from_weights(state, weights.Weights(0, params, {"ema": params}, "ema"), shardings)
+        weights = weights_of.Weights(0, params, {"ema": params}, "ema")
+        state = from_weights(state, weights, shardings)
         logging.info("%s", line)
-    return Begin(state, None, identity)
+    return state
 
 
 def check_moments(opt_state):
@@ -106,23 +110,23 @@ def _not_finite(tree):
     return sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def from_weights(state, found, shardings):
+def from_weights(state, weights, shardings):
     """Returns a fresh state with the parameters, the step and the moments of Adam of `Weights`.
 
     A decay that is not stored starts from the first stored average, a profile from the weights.
     Where an average is all there is, the weights are that.
     """
-    ema = found.ema_params[found.ema]
-    params = ema if found.params is None else found.params
+    ema = weights.ema_params[weights.ema]
+    params = ema if weights.params is None else weights.params
     ema_params = {
-        name: found.ema_params.get(name, ema if averages.sigma_of(name) is None else params)
+        name: weights.ema_params.get(name, ema if averages.sigma_of(name) is None else params)
         for name in state.ema_params
     }
     opt_state = state.opt_state
-    if found.opt_state:
-        opt_state = optax.tree.set(opt_state, **found.opt_state)
+    if weights.opt_state:
+        opt_state = optax.tree.set(opt_state, **weights.opt_state)
     new = state._replace(
-        step=np.int32(found.step), params=params, ema_params=ema_params, opt_state=opt_state
+        step=np.int32(weights.step), params=params, ema_params=ema_params, opt_state=opt_state
     )
     return jax.tree.map(
         lambda x, s: x if isinstance(x, jax.Array) else sharding.place(x, s), new, shardings

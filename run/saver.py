@@ -35,7 +35,7 @@ class Saver(contextlib.ExitStack):
         resume.save(self.checkpoints, state, place, self.options)
 
     def check(self, step, state):
-        """Starts to write a snapshot where one is due, never twice; never waits.
+        """Starts to write a snapshot where one is due, never twice.
 
         Raises:
           OSError: what is being written could not be, in one line.

@@ -51,7 +51,7 @@ class Writer(checkpoint.Checkpointer):
 
 
 def reconstruct(workdir, step, tracked, sigma):
-    """The average of the profile `sigma` at a step of a run, a tree float32 on the devices.
+    """Reconstructs the average of the profile `sigma` at a step of a run, a tree on the devices.
 
     Args:
       workdir: of the run, whose snapshots before `step` are used.
@@ -65,15 +65,15 @@ def reconstruct(workdir, step, tracked, sigma):
     known = [time for time in layout.steps(root) if 0 < time < step]
     inputs = [(time, s) for time in known for s in _sigmas(root, time)]
     inputs += [(step, s) for s in tracked]
-    found = averages.coefficients(*zip(*inputs, strict=True), step, sigma)
+    factors = averages.coefficients(*zip(*inputs, strict=True), step, sigma)
     logging.info(
         "sigma_rel %g from %d snapshots of %s: sum of the absolute coefficients %.1f",
-        sigma, len(inputs), sorted({s for _, s in inputs}), abs(found).sum(),
+        sigma, len(inputs), sorted({s for _, s in inputs}), abs(factors).sum(),
     )  # fmt: skip
     total, place, now = None, 0, list(tracked.values())
     for time in [*known, step]:
         trees = now if time == step else _read(root, time, now[0])
-        weights = jnp.array(found[place : place + len(trees)], jnp.float32)
+        weights = jnp.array(factors[place : place + len(trees)], jnp.float32)
         total = _add(total, weights, tuple(trees))
         place += len(trees)
     return total

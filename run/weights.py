@@ -98,20 +98,20 @@ def _latents(saved):
 
 
 def _exported(path, optimizer):
-    found = hugging_face.load(hugging_face.find(path))
-    options, name = found["options"], found["weights"]
+    content = hugging_face.load(hugging_face.find(path))
+    options, name, tree = content["options"], content["weights"], content["tree"]
     names = averages.of_options(options.get("training", {})) if name == "ema" else ()
     ema = (*names, "ema")[0]
     return Weights(
-        found["step"], found["tree"] if name == "params" else None, {ema: found["tree"]}, ema,
-        config=options, identity=found["identity"], latents=_latents(options),
+        content["step"], tree if name == "params" else None, {ema: tree}, ema,
+        config=options, identity=content["identity"], latents=_latents(options),
     )  # fmt: skip
 
 
 def _improved(path, optimizer):
-    found = published_imf.load(published_imf.find(path), optimizer)
+    content = published_imf.load(published_imf.find(path), optimizer)
     latents = [published_imf.LATENT_MEAN, published_imf.LATENT_STD]
-    return _published(found, latents=latents, configs=("imf_b2", "imf_m2", "imf_l2", "imf_xl2"))
+    return _published(content, latents=latents, configs=("imf_b2", "imf_m2", "imf_l2", "imf_xl2"))
 
 
 def _pixel(path, optimizer):
@@ -128,16 +128,16 @@ def _meanflow(path, optimizer):
 
 
 def _cifar(path, optimizer):
-    found = published_cifar.load(path)
+    content = published_cifar.load(path)
     names = averages.names(published_cifar.AVERAGES.values())
-    ema_params = dict(zip(names, found["ema_params"], strict=True))
+    ema_params = dict(zip(names, content["ema_params"], strict=True))
     configs = ("cifar10_unet",)
-    return Weights(found["step"], found["params"], ema_params, names[0], configs=configs)
+    return Weights(content["step"], content["params"], ema_params, names[0], configs=configs)
 
 
-def _published(found, **more):
+def _published(content, **more):
     """Returns the `Weights` of a published checkpoint, whose one average has an unknown decay."""
-    return Weights(**found | {"ema_params": {"ema": found["ema_params"]}}, ema="ema", **more)
+    return Weights(**content | {"ema_params": {"ema": content["ema_params"]}}, ema="ema", **more)
 
 
 # (recognises(path), read(path, optimizer) -> `Weights`), tried in order; the last one raises the
@@ -162,7 +162,7 @@ def read(path, optimizer=False, step=None):
 
 
 def _here(path):
-    """A copy of weights in a bucket on this machine; runs are read from where they are."""
+    """Copies weights in a bucket to this machine; runs are read from where they are."""
     return files.local(path) if files.is_remote(path) and not layout.steps(path) else path
 
 
@@ -230,7 +230,7 @@ def check_latents(path, latents, data):
 
 
 def begin(path, data, module, fresh, name="ema", kind=""):
-    """Reads parameters to begin a run with, from the weights of another one.
+    """Reads the parameters that a run begins with from the weights of another one.
 
     Args:
       path: of the weights, the option `init_from`.
@@ -312,8 +312,8 @@ def _sets(weights):
 
 def profiles(weights):
     """Returns the power-function averages that were tracked: sigma_rel -> tree."""
-    found = {averages.sigma_of(name): tree for name, tree in weights.ema_params.items()}
-    return {sigma: tree for sigma, tree in found.items() if sigma is not None}
+    by_sigma = {averages.sigma_of(name): tree for name, tree in weights.ema_params.items()}
+    return {sigma: tree for sigma, tree in by_sigma.items() if sigma is not None}
 
 
 def place(weights, mesh):

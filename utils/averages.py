@@ -66,7 +66,7 @@ def after_step(averages, params, step, decays, period, sigmas, half_lives=(), im
 
 
 def by_decay(decay, period, step, average, value):
-    """An average after step number `step`: changed at every `period`-th step alone.
+    """Returns an average after step number `step`: changed at every `period`-th step alone.
 
     Then by decay ** period, which is nearly, not exactly, the average of every step.
     """
@@ -94,7 +94,7 @@ def check(name, sigma):
 
 
 def sigma_to_gamma(sigma):
-    """The exponent of a profile from its sigma_rel, 0 < sigma < 0.2887, in float64.
+    """Returns the exponent of a profile by its sigma_rel, 0 < sigma < 0.2887, in float64.
 
     Raises ValueError for another.
     """
@@ -105,7 +105,7 @@ def sigma_to_gamma(sigma):
 
 
 def update_weight(step, gamma):
-    """What the newest weights count in the average after step number `step` (1, 2, ...): ().
+    """Computes the share of the newest weights in the average after step `step` (1, 2, ...): ().
 
     1 - (1 - 1 / step)^(gamma + 1), in a form that keeps its digits in float32. The first step
     counts fully. Pure, for `jit`.
@@ -114,7 +114,7 @@ def update_weight(step, gamma):
 
 
 def update(average, value, weight):
-    """An average after a step: `weight` of it is the new value. Pure, for `jit`.
+    """Returns an average after a step: `weight` of it is the new value. Pure, for `jit`.
 
     Not as beta average + (1 - beta) value: near 1, beta keeps so few digits of 1 - beta in float32
     that the average would grow or shrink over many steps.
@@ -123,7 +123,7 @@ def update(average, value, weight):
 
 
 def coefficients(times, sigmas, time, sigma):
-    """What to multiply snapshots by for the profile `sigma` at `time`: float64 (N,), of sum 1.
+    """Computes the factors of snapshots for the profile `sigma` at `time`: float64 (N,), sum 1.
 
     Args:
       times, sigmas: of the snapshots, (N,), 0 < times <= time, none of them twice.
@@ -142,6 +142,6 @@ def coefficients(times, sigmas, time, sigma):
 
 
 def _inner_product(t_a, g_a, t_b, g_b):
-    """Integral over [0, min(t_a, t_b)] of the product of two profiles."""
+    """Integrates the product of two profiles over [0, min(t_a, t_b)]."""
     ratio = np.where(t_a < t_b, (t_a / t_b) ** g_b, (t_b / t_a) ** g_a)
     return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * ratio / np.maximum(t_a, t_b)

@@ -40,6 +40,12 @@ def zero_sums(rows):
     }
 
 
+def begin_period(sums, fresh, rows):
+    """Returns the sums, or where `fresh`, bool (), those that a log period begins with. Pure."""
+    zero = zero_sums(rows)
+    return jax.tree.map(lambda zero, s: jnp.where(fresh, zero, s), zero, sums)
+
+
 def add(sums, step, scalars, rows, t, r, finite, skip_nonfinite):
     """Adds one step. Pure.
 
