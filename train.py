@@ -82,17 +82,21 @@ def fresh_state(recipe, params):
 
 
 def gradients(recipe, params, x, given, draws, held, key):
-    """Computes ((loss, values by row), gradient) of a batch in `grad_accum_steps` equal parts."""
+    """Computes ((loss, values by row), gradient) of a batch."""
 
     @partial(jax.value_and_grad, argnums=0, has_aux=True)
     def loss(params, x, given, draws, key):
         params = recipe.gather(params)
         return recipe.method.loss(partial(recipe.net, key=key), params, x, given, draws, held)
 
-    count = recipe.grad_accum_steps
-    if count == 1:
+    if recipe.grad_accum_steps == 1:
         return loss(params, x, given, draws, key)
-    groups = recipe.method.groups(len(x))
+    return accumulated(loss, recipe, params, x, given, draws, key)
+
+
+def accumulated(loss, recipe, params, x, given, draws, key):
+    """Computes what `gradients` does in `grad_accum_steps` parts of the batch of equal layout."""
+    count, groups = recipe.grad_accum_steps, recipe.method.groups(len(x))
 
     def split(a):  # group g of the batch goes to part g mod count
         a = a.reshape(groups // count, count, -1, *a.shape[1:])
