@@ -185,7 +185,7 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
         recipe.ema_sigmas, recipe.ema_half_lives, images=len(x),
     )  # fmt: skip
-    scalars, finite = measure(state, params, ema_params, grads, loss)
+    scalars, finite = train_metrics.measure(loss, grads, state.params, params, ema_params)
     after = (params, ema_params, opt_state)
     if recipe.skip_nonfinite:
         before = (state.params, state.ema_params, state.opt_state)
@@ -196,22 +196,6 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         sums, state.step, scalars, rows, draws.t, draws.r, finite, recipe.skip_nonfinite
     )
     return TrainState(state.step + 1, *after, sums)
-
-
-def measure(state, params, ema_params, grads, loss):
-    """Computes what the log shows of a step, {name: float32 ()}, and whether it is finite."""
-    distances = [
-        optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
-    ]
-    norms = {
-        "grad_norm": optax.tree.norm(grads),
-        # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
-        "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
-        "param_norm": optax.tree.norm(params),
-    }
-    # Asked for the distances, XLA makes weights and averages in one pass (TPU).
-    finite = jnp.isfinite(loss + norms["grad_norm"] + norms["param_norm"] + sum(distances))
-    return {"loss": loss, **norms}, finite
 
 
 # A run ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ rows called `error` or `error_...` are shown by kind of row and by time, others 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 TIME_BUCKETS = 4  # equal parts of [0, 1] by which errors are logged
 NORMS = ("grad_norm", "update_norm", "param_norm")
@@ -38,6 +39,26 @@ def zero_sums(rows):
         **{name: jnp.zeros(TIME_BUCKETS) for name in by_time},
         "nonfinite_step": jnp.full((), -1, jnp.int32),  # the first one, or -1
     }
+
+
+def measure(loss, grads, before, params, ema_params):
+    """Computes the loss and the norms of a step, {name: float32 ()}, and whether it is finite.
+
+    Args:
+      before, params: the weights before and after it; ema_params: their averages by name.
+    """
+    distances = [
+        optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
+    ]
+    norms = {
+        "grad_norm": optax.tree.norm(grads),
+        # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
+        "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, before)),
+        "param_norm": optax.tree.norm(params),
+    }
+    # Asked for the distances, XLA makes weights and averages in one pass (TPU).
+    finite = jnp.isfinite(loss + norms["grad_norm"] + norms["param_norm"] + sum(distances))
+    return {"loss": loss, **norms}, finite
 
 
 def begin_period(sums, fresh, rows):
