@@ -59,41 +59,37 @@ def start(config, workdir, mesh, module, init, identity):
     Raises:
       ValueError: the run was made with other options, or none of its checkpoints is whole.
     """
-    shapes = jax.eval_shape(init, jax.random.key(config.training.seed))
+    key, options, data = jax.random.key(config.training.seed), config.to_dict(), config.dataset
+    shapes = jax.eval_shape(init, key)
     shardings = sharding.by_parameter(mesh, shapes)
     targets = sharding.with_shardings(shapes, shardings)
-    options = config.to_dict()
     if begin := restore(options, workdir, targets, identity):
         return begin
-    state = fresh(options, config.dataset, module, init, shardings, identity)
-    return Begin(state, None, identity)
-
-
-def fresh(options, data, module, init, shardings, identity):
-    """Makes the first state of a run, from `load_from` with its step, `init_from` or the seed.
-
-    Args:
-      options: of the run, nested; data: the options `dataset`.
-    """
-    key = jax.random.key(options["training"]["seed"])
     state = jax.jit(init, out_shardings=shardings)(key)
-    if where := options["load_from"]:
-        weights = weights_of.load(where, state.params, data, optimizer=True)
-        check_network(weights.config or options, options, where)
-        theirs, ours = weights.identity.get("records", {}), identity.get("records", {})
-        for line in identities.differences(theirs, ours, ["encoder"]).values():
-            logging.warning("load_from %s learned other latents: %s", where, line)
+    if config.load_from:
+        weights = load(config.load_from, data, state.params, options, identity)
         state = from_weights(state, weights, shardings)
-        logging.info("starting from %s, step %d", where, weights.step)
-    if options["init_from"]:
+    if config.init_from:
         # All of it on each host, whatever the sharding, to be joined with what a file holds.
         params = jax.device_get(jax.jit(lambda key: init(key).params)(key))
-        where, *chosen = (options[name] for name in ("init_from", "init_weights", "init_format"))
-        params, line = weights_of.begin(where, data, module, params, *chosen)
+        params, line = weights_of.begin(
+            config.init_from, data, module, params, config.init_weights, config.init_format
+        )
         weights = weights_of.Weights(0, params, {"ema": params}, "ema")
         state = from_weights(state, weights, shardings)
         logging.info("%s", line)
-    return state
+    return Begin(state, None, identity)
+
+
+def load(where, data, shapes, options, identity):
+    """Reads the `Weights` of `load_from`, which a run begins with, and says what differs."""
+    weights = weights_of.load(where, shapes, data, optimizer=True)
+    check_network(weights.config or options, options, where)
+    theirs, ours = weights.identity.get("records", {}), identity.get("records", {})
+    for line in identities.differences(theirs, ours, ["encoder"]).values():
+        logging.warning("load_from %s learned other latents: %s", where, line)
+    logging.info("starting from %s, step %d", where, weights.step)
+    return weights
 
 
 def check_moments(opt_state):
