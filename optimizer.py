@@ -52,12 +52,15 @@ def matrices(axes):
 def at_step(opt_state, step):
     """Sets the counts of schedules in the state of an optimizer to the steps that a run has done.
 
-    Optax counts updates, which are fewer where steps were left out or moments began anew.
+    Optax counts updates, which are fewer where steps were left out or moments began anew. An
+    optimizer of a constant rate has no such count.
     """
 
     def of_schedule(path, _):
         return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
+    if not optax.tree.get_all_with_path(opt_state, "count", of_schedule):
+        return opt_state
     return optax.tree.set(opt_state, of_schedule, count=step)
 
 
