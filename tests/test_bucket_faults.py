@@ -1,0 +1,114 @@
+"""Runs in a bucket that fails, stalls and is slow, and runs that are killed: nothing is lost."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import bucket
+import pytest
+from jobs import STEPS_ALONE, Jobs, checkpoints, metrics, wait
+
+OPTIONS = STEPS_ALONE | {"training.checkpoint_per_step": 3, "training.num_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(jobs):
+    jobs.run_here(jobs.folder / "unbroken", OPTIONS)
+    return jobs.folder / "unbroken"
+
+
+def start(jobs, url, options=OPTIONS, count=1):
+    """Starts a job in the bucket of the server at `url`, its output in a file of this machine."""
+    jobs.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | bucket.environment(url)
+    words = jobs.command(f"gs://{bucket.BUCKET}/run", options)[1:]
+    return jobs.start(jobs.folder / "bucket", count=count, words=words)
+
+
+def copy(url, folder):
+    """The run in the bucket as a folder of this machine."""
+    for name in bucket.names(url, "run/"):
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bucket.get(url, name))
+    return Path(folder, "run")
+
+
+def assert_same(unbroken, run):
+    """The checkpoints of a run are those of the unbroken one, bit for bit, and so is its log."""
+    one, other = checkpoints(unbroken), checkpoints(run)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        same = value == other[key]
+        assert same if isinstance(value, dict) else same.all(), key
+    assert metrics(unbroken) == metrics(run)
+
+
+FAULTS = {
+    "503 and 429 in bursts": lambda n: ("503", "429")[n % 2] if n % 40 < 6 else "",
+    "answers that end half-way": lambda n: "cut" if n % 9 == 0 else "",
+    "20 s of silence": lambda n: "silence" if n in (20, 120) else "",
+    "1 MB/s": lambda n: "slow",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_run_goes_on_over_a_bad_connection(jobs, unbroken, name, tmp_path):
+    with bucket.through(FAULTS[name]) as url:
+        assert wait(start(jobs, url), 400) == [0], (jobs.folder / "bucket.log.0").read_text()[
+            -3000:
+        ]
+        bucket.Proxy.fault = staticmethod(lambda n: "")
+        assert_same(unbroken, copy(url, tmp_path))
+
+
+def torture(jobs, unbroken, kills, seed, count, folder):
+    """Kills a run in a bucket at random moments, then lets it come to its end."""
+    rng, longest = random.Random(seed), 0.0
+    log = jobs.folder / "bucket.log.0"
+    with bucket.started() as url:
+        for _ in range(kills):
+            length, began = log.stat().st_size if log.exists() else 0, time.monotonic()
+            started = start(jobs, url, count=count)
+            if longest and rng.random() < 0.3:
+                time.sleep(rng.uniform(0, longest))
+            else:
+                while "compiling" not in log.read_text()[length:]:
+                    assert started[0].poll() is None, log.read_text()[-2000:]
+                    time.sleep(0.02)
+                longest = time.monotonic() - began
+                time.sleep(rng.uniform(0, 6))
+            for victim in rng.sample(started, rng.randint(1, count)):
+                victim.kill()
+            wait(started, 200)
+        assert wait(start(jobs, url, count=count), 300) == [0] * count, log.read_text()[-3000:]
+        assert_same(unbroken, copy(url, folder))
+
+
+def test_three_kills_in_a_bucket_leave_no_trace(jobs, unbroken, tmp_path):
+    torture(jobs, unbroken, kills=3, seed=0, count=1, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_two_processes_in_a_bucket_leave_no_trace(jobs, tmp_path):
+    jobs.train(tmp_path / "unbroken", OPTIONS, count=2)
+    torture(jobs, tmp_path / "unbroken", kills=20, seed=1, count=2, folder=tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_operations_are_counted(jobs):
+    """How many requests a run makes in all, and each checkpoint: docs/pods.md has the figures."""
+    counts = []
+    for steps in (3, 12):
+        with bucket.through() as url:
+            assert wait(start(jobs, url, OPTIONS | {"training.num_steps": steps}), 300) == [0]
+            counts.append(dict(bucket.Proxy.counts))
+    each = {k: (n - counts[0].get(k, 0)) / 3 for k, n in counts[1].items()}
+    print("start, one checkpoint and end:", counts[0], "each further checkpoint:", each)
+    assert sum(each.values()) < 400
