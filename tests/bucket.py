@@ -182,7 +182,8 @@ class Proxy(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if cut else content)
+        with contextlib.suppress(ConnectionError):  # a client that was killed, or has given up
+            self.wfile.write(content[: len(content) // 2] if cut else content)
         self.close_connection = cut
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass_on

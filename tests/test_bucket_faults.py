@@ -59,11 +59,18 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_run_goes_on_over_a_bad_connection(jobs, unbroken, name, tmp_path):
+def test_a_run_comes_to_its_end_over_a_bad_connection(jobs, unbroken, name, tmp_path):
+    """It goes on, or it stops with a line, and the same command goes on; nothing is lost."""
+    log = jobs.folder / "bucket.log.0"
     with bucket.through(FAULTS[name]) as url:
-        assert wait(start(jobs, url), 400) == [0], (jobs.folder / "bucket.log.0").read_text()[
-            -3000:
-        ]
+        for _ in range(6):
+            statuses = wait(start(jobs, url), 400)
+            if statuses == [0]:
+                break
+            # Such as where an old checkpoint is removed, and the answer to that is lost.
+            (*_, line) = [x for x in log.read_text().splitlines() if x.startswith("error: ")]
+            assert statuses == [1] and "the same command goes on" in line, line
+        assert statuses == [0]
         bucket.Proxy.fault = staticmethod(lambda n: "")
         assert_same(unbroken, copy(url, tmp_path))
 
