@@ -140,6 +140,7 @@ def test_what_grows_is_put_into_the_bucket_and_fetched_again(server, root, monke
         time.sleep(0.05)
     assert bucket.get(server, key(root / "log")) == b"before\nafter\n"
     assert mirror.add(root / "log") == local
+    mirror.finish()
 
 
 def test_an_output_of_another_machine_stays_in_front(server, root, tmp_path):
@@ -150,11 +151,13 @@ def test_an_output_of_another_machine_stays_in_front(server, root, tmp_path):
     mirror.add(root / "output.log", tmp_path / "output.log")
     mirror.put()
     assert bucket.get(server, key(root / "output.log")) == b"first start\nsecond start\n"
+    mirror.finish()
     again = mirrors._Mirror()  # on the same machine the file holds all of it
     (tmp_path / "output.log").write_text("first start\nsecond start\nthird\n")
     again.add(root / "output.log", tmp_path / "output.log")
     again.put()
     assert bucket.get(server, key(root / "output.log")).splitlines()[2:] == [b"third"]
+    again.finish()
 
 
 # Copies ---------------------------------------------------------------------------------------
