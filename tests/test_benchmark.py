@@ -47,11 +47,9 @@ def plain_step(recipe, key, state, batch):
     grads, _ = jax.grad(of_params, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-    averages = tuple(
-        jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, average, params)
-        for decay, average in zip(recipe.ema_vals, state.ema_params, strict=True)
-    )
-    return train.TrainState(state.step + 1, params, averages, opt_state, state.sums)
+    (decay,), ((name, average),) = recipe.ema_vals, state.ema_params.items()
+    average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
+    return train.TrainState(state.step + 1, params, {name: average}, opt_state, state.sums)
 
 
 def count(config, plain):
