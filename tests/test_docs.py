@@ -39,6 +39,7 @@ NOT_RUN = {
     r"JOB_NAME digits --config.sampling.num_steps": "minutes; tests/test_members.py",
     r"digits_0_4|fm_0_4|launch.sh from_nothing": "minutes; tests/test_members.py",
     r"prepare_dataset tfds|cifar10": "needs a download; tests/test_experiments.py",
+    r"quickstart_pmf": "minutes; tests/parity/test_pixel.py has the network and the objective",
     r"quickstart_imf": "minutes; tests/test_imf.py trains, kills and sweeps a smaller one",
     r"my_job my_exp": "needs ImageNet; its file is read below",
     r"scripts/test\.sh": "would run this test",
