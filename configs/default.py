@@ -151,7 +151,7 @@ class Training:
 class Sampling:
     """Sampling."""
 
-    seed: Seed = 0  # of the noise and the labels; sample i depends on the seed and i alone
+    seed: Seed = 0  # of noise and labels; image i depends on it and i alone, but for rounding
     num_steps: SomeSteps = (1,)  # network evaluations per image; several: evaluate each
     method: Texts = ("ode",)  # ode | consistency (average velocity) | euler | heun; several: each
     omega: Preference[Floats] = ()  # guidance scales, if guided in sampling; several: each

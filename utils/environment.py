@@ -15,7 +15,7 @@ import jax
 
 # Setting -> its value here, and what rests on it.
 PINNED = {
-    "jax_default_prng_impl": ("threefry2x32", "an image depends on the seed and its number alone"),
+    "jax_default_prng_impl": ("threefry2x32", "noise depends on the seed and its number alone"),
     "jax_threefry_partitionable": (True, "draws do not depend on the number of devices"),
     "jax_random_seed_offset": (0, "a seed is what the option says"),
     "jax_enable_x64": (False, "parameters and optimizer are float32"),
