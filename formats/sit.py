@@ -153,7 +153,7 @@ def _turn(arrays):
 # The other way ----------------------------------------------------------------------------------
 
 
-def state_of(arrays, constants, positions, convention="sit"):
+def state_of(arrays, constants, positions):
     """Brings our parameters under SiT's names, with the conditions that are constant folded in.
 
     Args:
@@ -161,7 +161,6 @@ def state_of(arrays, constants, positions, convention="sit"):
       constants: {name of an embedder beside t: what it is to embed}; with a `t`, that is constant
         too: where the network embeds none, or where t = 1 is the only time.
       positions: (N, D), the fixed embedding of the patches.
-      convention: `sit` or `repa`, see the module.
 
     Returns:
       {their name: float32 array} as SiT with `learn_sigma`, its default, loads it: the half of the
@@ -186,8 +185,7 @@ def state_of(arrays, constants, positions, convention="sit"):
         arrays.setdefault(f"t_embedder/{part}", np.zeros(shape, np.float32))
     bias = np.float64(arrays["t_embedder/fc2/bias"]) + embedded
     arrays["t_embedder/fc2/bias"] = np.float32(bias)
-    if convention == "sit":
-        _turn(arrays)
+    _turn(arrays)
     state = _state_dict(arrays)
     return state | {"pos_embed": positions[None]}
 

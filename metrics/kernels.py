@@ -125,9 +125,9 @@ def _centred(alpha, p, q, s):
 # ------------------------------------------------------------------------------------------ MIND
 
 
-def directions(dim, count=DIRECTIONS, seed=SEED):
-    """Returns random unit rows, float64 (count, dim)."""
-    rows = np.random.RandomState(seed).standard_normal((count, dim))
+def directions(dim):
+    """Returns random unit rows, float64 (DIRECTIONS, dim)."""
+    rows = np.random.RandomState(SEED).standard_normal((DIRECTIONS, dim))
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
