@@ -188,7 +188,6 @@ def _layout(size):
     Several published parameters are joined along their last axis.
     """
     D, out = size.patch[-1], int(np.prod(size.patch[:-1]))
-    linear = "_flax_linear/kernel"
     layout = {
         "embedding/x_embedder/kernel": (["x_embedder/proj/kernel"], size.patch),
         "embedding/x_embedder/bias": (["x_embedder/proj/bias"], (D,)),
@@ -196,32 +195,39 @@ def _layout(size):
     }
     for name, number in PREFIX.items():
         layout[f"embedding/{name}_tokens"] = ([f"{name}_tokens"], (number, D))
-    for ours, theirs in EMBEDDERS.items():
-        for fc, i, rows in (("fc1", 0, FREQUENCIES), ("fc2", 2, D)):
-            layer = f"{theirs}/mlp/layers_{i}/_flax_linear"
-            layout[f"embedding/{ours}_embedder/{fc}/kernel"] = ([f"{layer}/kernel"], (rows, D))
-            layout[f"embedding/{ours}_embedder/{fc}/bias"] = ([f"{layer}/bias"], (D,))
+    block, ends = common_layout(D, (size.head,), D * 8 // 3, out, size.depths)
+    for stack, depth in size.depths.items():
+        for ours, (theirs, shape) in block.items() if depth else ():
+            layout[f"{stack}/{ours}"] = ([f"{STACKS[stack]}/{name}" for name in theirs], shape)
+    return layout | ends
+
+
+def common_layout(D, head, features, out, depths):
+    """Maps as `_layout` does what pixel MeanFlow has too: a block, and all that is in no stack."""
+    linear, layout = "_flax_linear/kernel", {}
     block = {
         "norm1": (["norm1/kernel"], (D,)),
         "norm2": (["norm2/kernel"], (D,)),
         "attn_scale": (["attn_scale"], (D,)),
         "mlp_scale": (["mlp_scale"], (D,)),
-        "attn/q_norm": (["attn/q_norm/kernel"], (size.head,)),
-        "attn/k_norm": (["attn/k_norm/kernel"], (size.head,)),
+        "attn/q_norm": (["attn/q_norm/kernel"], head),
+        "attn/k_norm": (["attn/k_norm/kernel"], head),
         "attn/qkv/kernel": ([f"attn/{name}_proj/{linear}" for name in "qkv"], (D, D)),
         "attn/proj/kernel": ([f"attn/out_proj/{linear}"], (D, D)),
-        "mlp/w13/kernel": ([f"mlp/{name}/{linear}" for name in ("w1", "w3")], (D, D * 8 // 3)),
-        "mlp/w2/kernel": ([f"mlp/w2/{linear}"], (D * 8 // 3, D)),
+        "mlp/w13/kernel": ([f"mlp/{name}/{linear}" for name in ("w1", "w3")], (D, features)),
+        "mlp/w2/kernel": ([f"mlp/w2/{linear}"], (features, D)),
     }
-    for stack, depth in size.depths.items():
-        for ours, (theirs, shape) in block.items() if depth else ():
-            layout[f"{stack}/{ours}"] = ([f"{STACKS[stack]}/{name}" for name in theirs], shape)
-    for head in "uv" if size.depths["v_blocks"] else "u":
-        layer = f"{head}_final_layer"
+    for ours, theirs in EMBEDDERS.items():
+        for fc, i, rows in (("fc1", 0, FREQUENCIES), ("fc2", 2, D)):
+            layer = f"{theirs}/mlp/layers_{i}/_flax_linear"
+            layout[f"embedding/{ours}_embedder/{fc}/kernel"] = ([f"{layer}/kernel"], (rows, D))
+            layout[f"embedding/{ours}_embedder/{fc}/bias"] = ([f"{layer}/bias"], (D,))
+    for name in "uv" if depths["v_blocks"] else "u":
+        layer = f"{name}_final_layer"
         layout[f"{layer}/norm"] = ([f"{layer}/norm/kernel"], (D,))
         layout[f"{layer}/linear/kernel"] = ([f"{layer}/linear/{linear}"], (D, out))
         layout[f"{layer}/linear/bias"] = ([f"{layer}/linear/_flax_linear/bias"], (out,))
-    return layout
+    return block, layout
 
 
 def _size(arrays, patch, labels, head, depths, where):

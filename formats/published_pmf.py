@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from formats import published_imf
-from formats.published_imf import EMBEDDERS, FREQUENCIES, PREFIX, STACKS
+from formats.published_imf import PREFIX, STACKS
 from utils import trees
 
 MARK = "x_embedder/proj1/kernel"  # a parameter that improved MeanFlow does not have
@@ -59,7 +59,6 @@ def _layout(arrays, depths, where):
     if misshapen:
         raise ValueError(f"{where}: not a pmfDiT: missing or misshapen: {', '.join(misshapen)}")
     patch, (_, labels, D), tokens = known[MARK], known[TABLE], known["pos_embed"][1]
-    features, linear = known[w1][1], "_flax_linear/kernel"
     out, bottleneck = int(np.prod(patch[:-1])), patch[-1]
     layout = {
         "embedding/x_embedder/kernel": ([MARK], patch),
@@ -71,34 +70,13 @@ def _layout(arrays, depths, where):
     }
     for name, number in PREFIX.items():
         layout[f"embedding/{name}_tokens"] = ([f"{name}_tokens"], (1, number, D))
-    for ours, theirs in EMBEDDERS.items():
-        for fc, i, rows in (("fc1", 0, FREQUENCIES), ("fc2", 2, D)):
-            layer = f"{theirs}/mlp/layers_{i}/_flax_linear"
-            layout[f"embedding/{ours}_embedder/{fc}/kernel"] = ([f"{layer}/kernel"], (rows, D))
-            layout[f"embedding/{ours}_embedder/{fc}/bias"] = ([f"{layer}/bias"], (D,))
-    block = {
-        "norm1": (["norm1/kernel"], (D,)),
-        "norm2": (["norm2/kernel"], (D,)),
-        "attn_scale": (["attn_scale"], (D,)),
-        "mlp_scale": (["mlp_scale"], (D,)),
-        "attn/q_norm": (["attn/q_norm/kernel"], known[head]),
-        "attn/k_norm": (["attn/k_norm/kernel"], known[head]),
-        "attn/qkv/kernel": ([f"attn/{name}_proj/{linear}" for name in "qkv"], (D, D)),
-        "attn/proj/kernel": ([f"attn/out_proj/{linear}"], (D, D)),
-        "mlp/w13/kernel": ([f"mlp/{name}/{linear}" for name in ("w1", "w3")], (D, features)),
-        "mlp/w2/kernel": ([f"mlp/w2/{linear}"], (features, D)),
-    }
+    block, ends = published_imf.common_layout(D, known[head], known[w1][1], out, depths)
     for stack, depth in depths.items():
         for i in range(depth):
             for ours, (theirs, shape) in block.items():
                 names = [f"{STACKS[stack].format(i)}/{name}" for name in theirs]
                 layout[f"{stack}/{i}/{ours}"] = (names, shape)
-    for head in "uv" if depths["v_blocks"] else "u":
-        layer = f"{head}_final_layer"
-        layout[f"{layer}/norm"] = ([f"{layer}/norm/kernel"], (D,))
-        layout[f"{layer}/linear/kernel"] = ([f"{layer}/linear/{linear}"], (D, out))
-        layout[f"{layer}/linear/bias"] = ([f"{layer}/linear/_flax_linear/bias"], (out,))
-    return layout
+    return layout | ends
 
 
 def from_published(tree, where):
