@@ -14,6 +14,9 @@
 #   from the bytes behind the header: [1.5, -2.0, 0.25]
 # (kind, type string, what numpy.load gives, what as_strided gives)
 set -euo pipefail
+case ${1:-} in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;
+esac
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
