@@ -6,6 +6,8 @@
 # sliding_window_view refuse float8_e5m2 and take float8_e4m3fn. The bytes of the file are whole:
 # they lie behind the header.
 #
+#   bash findings/float8_e5m2_npy.sh    # installs both into a folder of its own, and fails if it changed
+#
 # numpy 2.4.6, ml_dtypes 0.6.0, Python 3.11 (2026-11-30)
 # seen
 #   float8_e5m2    ('f', '<f1', 'ValueError', 'TypeError')
