@@ -15,16 +15,24 @@ def read(path):
     Raises:
       FileNotFoundError, ValueError: nothing there, damaged, or no weights by name.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":
+    if is_safetensors(path):
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    if start.startswith(b"\x89HDF"):
+    if _start(path).startswith(b"\x89HDF"):
         return _hdf5(path)
     return state_dicts.find(torch_files.load(path), path)[0]
+
+
+def is_safetensors(path):
+    """Tells by its content whether a file is in the form of safetensors."""
+    return _start(path)[8:9] == b"{"
+
+
+def _start(path):
+    with open(path, "rb") as file:
+        return file.read(9)
 
 
 def _hdf5(path):

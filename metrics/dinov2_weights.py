@@ -7,9 +7,8 @@ follow from the file.
 """
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from formats import arrays as named_arrays
 from formats import state_dicts, torch_files, weight_files
 from metrics import dinov2
 from utils import files, trees
@@ -55,14 +54,8 @@ def name(params):
 
 def read(path):
     """Reads a weight file of either form, recognised by its content. Errors as `load`."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":
-        try:
-            arrays = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-        return convert(arrays, path, _from_huggingface)
+    if named_arrays.is_safetensors(path):
+        return convert(named_arrays.read(path), path, _from_huggingface)
     return convert(state_dicts.find(torch_files.load(path), path)[0], path)
 
 

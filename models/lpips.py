@@ -89,7 +89,7 @@ def load():
     ):
         advice = (
             f"no {what} for LPIPS: put {' or '.join(names)} into {files.cache_folder()}, or "
-            f"name a file in {variable} (docs/objectives.md)"
+            f"name a file in {variable} (docs/pixel.md)"
         )
         paths.append(weight_files.find(None, "", variable, names, advice))
     return convert(*map(arrays.read, paths), " and ".join(map(str, paths)))
