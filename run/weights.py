@@ -115,7 +115,7 @@ def _improved(path, optimizer):
 
 
 def _pixel(path, optimizer):
-    found = published_pmf.load(published_pmf.find(path))
+    found = published_pmf.load(published_imf.find(path))
     halves = {f"ema_half{half}": tree for half, tree in found["ema_params"].items()}
     configs = tuple(f"pmf_{size}" for size in ("b16", "b32", "l16", "l32", "h16", "h32"))
     # Which one is best differs from network to network; the longest is that of most.
