@@ -11,10 +11,10 @@ map. Reading is strict: each key is used once, each shape follows from the size 
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import serialization
 
+from formats import renames
 from utils import files, trees
 
 FREQUENCIES = 256  # of the sinusoidal time embeddings
@@ -69,18 +69,13 @@ def load(path) -> dict:
         left_over=sorted(state.keys() - {"step", "params", "ema_params", "opt_state"}),
     )
     return {
-        "step": _step(state["step"], f"{file}: step"),
+        "step": renames.steps(state["step"], f"{file}: step"),
         "params": from_published(state["params"], f"{file}: params"),
         "ema_params": from_published(state["ema_params"], f"{file}: ema_params"),
-        "opt_state": _read_adam(state.get("opt_state"), f"{file}: opt_state"),
+        "opt_state": renames.adam_to_ours(
+            state.get("opt_state"), from_published, f"{file}: opt_state"
+        ),
     }
-
-
-def _step(value, where):
-    value = np.asarray(value)
-    if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= value.item() < 2**31:
-        raise ValueError(f"{where} is {str(value)[:60]}, not a number of steps")
-    return int(value.item())
 
 
 def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> Path:
@@ -97,15 +92,7 @@ def export(params, ema_params, step, folder, opt_state=None, form="msgpack") -> 
     if path.exists():
         raise FileExistsError(f"{path} is there already: remove it or choose another folder")
     params = to_published(params, "params")
-    if opt_state is None:
-        zeros = jax.tree.map(np.zeros_like, params)
-        adam = {"count": np.zeros((), np.int32), "mu": zeros, "nu": zeros}
-    else:
-        adam = {
-            "count": np.asarray(opt_state["count"], np.int32),
-            "mu": to_published(opt_state["mu"], "opt_state.mu"),
-            "nu": to_published(opt_state["nu"], "opt_state.nu"),
-        }
+    adam = renames.adam_to_theirs(opt_state, params, to_published)
     state = {
         "step": int(step),
         "params": params,
@@ -147,83 +134,28 @@ def _layers(D, patch, out):
     }
 
 
-def _layout(arrays, patch_kernel, label_table, where):
-    """Maps our parameters to (published parameter, its shape there); "{}" stands for the block.
-
-    patch_kernel (p, p, c, D) and label_table (rows, D) are the names of the two entries of
-    {name: array} that tell the size of the network.
-    """
-    patch, table = np.shape(arrays.get(patch_kernel)), np.shape(arrays.get(label_table))
-    absent = [
-        n for n, s, ndim in ((patch_kernel, patch, 4), (label_table, table, 2)) if len(s) != ndim
-    ]
-    if absent:
-        raise ValueError(f"{where}: not a DiT: missing or misshapen: {', '.join(absent)}")
+def _table(arrays, patch_kernel, label_table, where):
+    """Returns the table of `renames`, for the network whose size two of the arrays tell by name."""
+    patch, table = renames.shapes_of(arrays, {patch_kernel: 4, label_table: 2}, "a DiT", where)
     D, out = patch[-1], int(np.prod(patch[:-1]))
-    layout = {"y_embedder/embedding": (f"net/{LABEL_TABLE}", (table[0], D))}
+    layout = {"y_embedder/embedding": ([f"net/{LABEL_TABLE}"], (table[0], D))}
     for ours, (theirs, shape) in _layers(D, patch, out).items():
-        layout[f"{ours}/kernel"] = (f"net/{theirs}/kernel", shape)
-        layout[f"{ours}/bias"] = (f"net/{theirs}/bias", shape[-1:])
+        layout[f"{ours}/kernel"] = ([f"net/{theirs}/kernel"], shape)
+        layout[f"{ours}/bias"] = ([f"net/{theirs}/bias"], shape[-1:])
     return layout
 
 
 def from_published(tree, where):
     """Turns a published tree into ours."""
     theirs = trees.flatten(tree)
-    layout = _layout(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
-    blocks = [re.match(r"net/blocks/layers_(\d+)/", name) for name in theirs]
-    depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
-    shapes = {
-        source: shape for template, shape in layout.values() for source in _sources(template, depth)
-    }
-    trees.check_shapes(shapes, theirs, where)
-    ours = {}
-    for name, (template, _) in layout.items():
-        arrays = [np.asarray(theirs[s], np.float32) for s in _sources(template, depth)]
-        ours[name] = np.stack(arrays) if "{}" in template else arrays[0]
-    return trees.unflatten(ours)
+    table = _table(theirs, "net/x_embedder/proj/kernel", f"net/{LABEL_TABLE}", where)
+    depths = {"blocks": max(renames.depth("net/blocks/layers_{}/", theirs), 1)}
+    return trees.unflatten(renames.to_ours(table, depths, theirs, where))
 
 
 def to_published(tree, where):
     """Turns our tree into a published one."""
     ours = trees.flatten(tree)
-    layout = _layout(ours, "x_embedder/kernel", "y_embedder/embedding", where)
+    table = _table(ours, "x_embedder/kernel", "y_embedder/embedding", where)
     depth = next((len(array) for name, array in ours.items() if name.startswith("blocks/")), 0)
-    shapes = {
-        name: (depth, *shape) if "{}" in template else shape
-        for name, (template, shape) in layout.items()
-    }
-    trees.check_shapes(shapes, ours, where)
-    theirs = {}
-    for name, (template, _) in layout.items():
-        array = np.asarray(ours[name], np.float32)
-        sources = _sources(template, depth)
-        theirs |= zip(sources, array if "{}" in template else [array], strict=True)
-    return trees.unflatten(theirs)
-
-
-def _sources(template, depth):
-    """Lists the published names that one of ours gathers."""
-    return [template.format(i) for i in range(depth)] if "{}" in template else [template]
-
-
-def _read_adam(opt_state, where):
-    """Turns the state of optax.adamw, a dict or (orbax) a list, into our dict, or None."""
-    if isinstance(opt_state, list):
-        opt_state = {str(i): entry for i, entry in enumerate(opt_state)}
-    if not opt_state:
-        return None
-    adam = (opt_state.get("0") or {}) if isinstance(opt_state, dict) else None
-    if not isinstance(adam, dict):
-        raise ValueError(f"{where}: not the state of Adam")
-    trees.raise_problems(
-        where,
-        missing=[f"0/{k}" for k in ("count", "mu", "nu") if k not in adam],
-        left_over=[f"0/{k}" for k in adam if k not in ("count", "mu", "nu")]
-        + [k for k, entry in opt_state.items() if k != "0" and entry],
-    )
-    return {
-        "count": np.int32(_step(adam["count"], f"{where}/0/count")),
-        "mu": from_published(adam["mu"], f"{where}/0/mu"),
-        "nu": from_published(adam["nu"], f"{where}/0/nu"),
-    }
+    return trees.unflatten(renames.to_theirs(table, {"blocks": depth}, ours, where))

@@ -6,19 +6,19 @@ is told from the checkpoints of formats/published.py. Two forms are released: `f
 `inference`, a state without the blocks of the v head. Older files have other names (`ALIASES`).
 
 A tree of ours stacks the blocks along a leading axis, joins products of the same input (q, k, v;
-w1, w3), and has shorter names; `_layout` is the whole map. Reading is strict: each name is used
+w1, w3), and has shorter names; `_table` is the whole map. Reading is strict: each name is used
 once, each shape follows from the size of the network.
 """
 
 import contextlib
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from formats import renames
 from utils import files, trees
 
 FREQUENCIES = 256  # of the scalars' sinusoidal embeddings
@@ -88,7 +88,9 @@ def load(path, optimizer=True):
         "step": int(state.get("step", NAME.search(path.name)[1])),
         "params": params and from_published(params, f"{path}: params"),
         "ema_params": from_published(state["ema_params"], f"{path}: ema_params"),
-        "opt_state": _read_adam(state.get("opt_state"), f"{path}: opt_state"),
+        "opt_state": renames.adam_to_ours(
+            state.get("opt_state"), from_published, f"{path}: opt_state", beside=("count",)
+        ),
     }
 
 
@@ -147,22 +149,13 @@ def export(params, ema_params, step, folder, opt_state=None):
     if path.exists():
         raise FileExistsError(f"{path} is there already: remove it or choose another folder")
     params = to_published(params, "params")
-    if opt_state is None:
-        zeros = jax.tree.map(np.zeros_like, params)
-        opt_state = {"count": 0, "mu": zeros, "nu": zeros}
-    else:
-        opt_state = {
-            "count": opt_state["count"],
-            "mu": to_published(opt_state["mu"], "opt_state.mu"),
-            "nu": to_published(opt_state["nu"], "opt_state.nu"),
-        }
-    count = np.asarray(opt_state["count"], np.int32)
+    adam = renames.adam_to_theirs(opt_state, params, to_published)
     state = {
         "step": np.asarray(step, np.int32),
         "params": params,
         "ema_params": to_published(ema_params, "ema_params"),
         # optax.adamw: Adam, weight decay (no state), the count of the learning rate's schedule.
-        "opt_state": [opt_state | {"count": count}, None, {"count": count}],
+        "opt_state": [adam, None, {"count": adam["count"]}],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.complete(path) as unfinished, ocp.PyTreeCheckpointer() as checkpointer:
@@ -173,45 +166,35 @@ def export(params, ema_params, step, folder, opt_state=None):
 # The map --------------------------------------------------------------------------------------
 
 
-class Size(NamedTuple):
-    """The numbers that the shapes of a network follow from."""
+def _table(patch, labels, head, depths):
+    """Returns the table of `renames`.
 
-    patch: tuple[int, ...]  # shape of the patch embedding's kernel, (p, p, c, D)
-    labels: int  # rows of the label table
-    head: int  # features of an attention head
-    depths: dict[str, int]  # blocks by name of the stack; of v 0 where it has no head
-
-
-def _layout(size):
-    """Maps our parameters to (published parameters, their shape); "{}" stands for the block.
-
-    Several published parameters are joined along their last axis.
+    Args:
+      patch: shape of the patch embedding's kernel, (p, p, c, D).
+      labels: rows of the label table.
+      head: features of an attention head.
+      depths: {stack: blocks}; of v 0 where the network has no such head.
     """
-    D, out = size.patch[-1], int(np.prod(size.patch[:-1]))
-    layout = {
-        "embedding/x_embedder/kernel": (["x_embedder/proj/kernel"], size.patch),
+    D, out = patch[-1], int(np.prod(patch[:-1]))
+    table = {
+        "embedding/x_embedder/kernel": (["x_embedder/proj/kernel"], patch),
         "embedding/x_embedder/bias": (["x_embedder/proj/bias"], (D,)),
-        "embedding/y_embedder/embedding": ([LABEL_TABLE], (size.labels, D)),
+        "embedding/y_embedder/embedding": ([LABEL_TABLE], (labels, D)),
     }
-    for name, number in PREFIX.items():
-        layout[f"embedding/{name}_tokens"] = ([f"{name}_tokens"], (number, D))
-    block, ends = common_layout(D, (size.head,), D * 8 // 3, out, size.depths)
-    for stack, depth in size.depths.items():
-        for ours, (theirs, shape) in block.items() if depth else ():
-            layout[f"{stack}/{ours}"] = ([f"{STACKS[stack]}/{name}" for name in theirs], shape)
-    return layout | ends
+    return table | common_table(D, head, D * 8 // 3, out, depths)
 
 
-def common_layout(D, head, features, out, depths):
-    """Maps as `_layout` does what pixel MeanFlow has too: a block, and all that is in no stack."""
-    linear, layout = "_flax_linear/kernel", {}
+def common_table(D, head, features, out, depths):
+    """Returns what pixel MeanFlow's table has too: the blocks, the scalars' embedders, the ends."""
+    linear = "_flax_linear/kernel"
+    layout = {f"embedding/{k}_tokens": ([f"{k}_tokens"], (n, D)) for k, n in PREFIX.items()}
     block = {
         "norm1": (["norm1/kernel"], (D,)),
         "norm2": (["norm2/kernel"], (D,)),
         "attn_scale": (["attn_scale"], (D,)),
         "mlp_scale": (["mlp_scale"], (D,)),
-        "attn/q_norm": (["attn/q_norm/kernel"], head),
-        "attn/k_norm": (["attn/k_norm/kernel"], head),
+        "attn/q_norm": (["attn/q_norm/kernel"], (head,)),
+        "attn/k_norm": (["attn/k_norm/kernel"], (head,)),
         "attn/qkv/kernel": ([f"attn/{name}_proj/{linear}" for name in "qkv"], (D, D)),
         "attn/proj/kernel": ([f"attn/out_proj/{linear}"], (D, D)),
         "mlp/w13/kernel": ([f"mlp/{name}/{linear}" for name in ("w1", "w3")], (D, features)),
@@ -227,54 +210,32 @@ def common_layout(D, head, features, out, depths):
         layout[f"{layer}/norm"] = ([f"{layer}/norm/kernel"], (D,))
         layout[f"{layer}/linear/kernel"] = ([f"{layer}/linear/{linear}"], (D, out))
         layout[f"{layer}/linear/bias"] = ([f"{layer}/linear/_flax_linear/bias"], (out,))
-    return block, layout
+    for stack, depth in depths.items():
+        for ours, (theirs, shape) in block.items() if depth else ():
+            layout[f"{stack}/{ours}"] = ([f"{STACKS[stack]}/{name}" for name in theirs], shape)
+    return layout
 
 
-def _size(arrays, patch, labels, head, depths, where):
-    """Returns the `Size` of {name: array}; patch, labels, head: names of arrays that tell it."""
-    shapes = [np.shape(arrays.get(name)) for name in (patch, labels, head)]
-    absent = [
-        name
-        for name, shape, ndims in zip((patch, labels, head), shapes, (4, 2, (1, 2)), strict=True)
-        if len(shape) not in np.atleast_1d(ndims)
-    ]
-    if absent:
-        raise ValueError(f"{where}: not an imfDiT: missing or misshapen: {', '.join(absent)}")
-    return Size(shapes[0], shapes[1][0], shapes[2][-1], depths)
+def depths_of(theirs):
+    """Counts the blocks of each stack; those of the head of v are whole or not at all."""
+    depths = {stack: renames.depth(f"{template}/", theirs) for stack, template in STACKS.items()}
+    return depths | {"v_blocks": depths["u_blocks"] if depths["v_blocks"] else 0}
 
 
 def from_published(tree, where):
     """Turns a published tree into ours."""
     trees.raise_problems(where, left_over=sorted(tree.keys() - {"net"}))
     theirs = _today(trees.flatten(tree.get("net")), where)
-    depths = {}
-    for stack, template in STACKS.items():
-        blocks = [re.match(template.format(r"(\d+)") + "/", name) for name in theirs]
-        depths[stack] = len({match[1] for match in blocks if match})
-    if depths["v_blocks"]:  # whole or not at all
-        depths["v_blocks"] = depths["u_blocks"]
-    else:  # what is left of the head is of no use
+    depths = depths_of(theirs)
+    if not depths["v_blocks"]:  # what is left of the head is of no use
         theirs = {k: a for k, a in theirs.items() if not k.startswith("v_final_layer/")}
-    head = "u_heads_0/attn/q_norm/kernel"
-    size = _size(theirs, "x_embedder/proj/kernel", LABEL_TABLE, head, depths, where)
-    layout = _layout(size)
-    shapes = {
-        source: shape
-        for name, (templates, shape) in layout.items()
-        for sources in _sources(name, templates, size)
-        for source in sources
-    }
-    trees.check_shapes(shapes, theirs, where)
+    ndims = {"x_embedder/proj/kernel": 4, LABEL_TABLE: 2, "u_heads_0/attn/q_norm/kernel": 1}
+    patch, table, head = renames.shapes_of(theirs, ndims, "an imfDiT", where)
+    table = _table(patch, table[0], head[0], depths)
+    ours = renames.to_ours(table, depths, theirs, where)
     trees.raise_problems(
         where, misfits=[f"{k} of {a.dtype}" for k, a in theirs.items() if a.dtype != np.float32]
     )
-    ours = {}
-    for name, (templates, _) in layout.items():
-        arrays = [
-            np.concatenate([theirs[source] for source in sources], axis=-1)
-            for sources in _sources(name, templates, size)
-        ]
-        ours[name] = np.stack(arrays) if _stacked(name) else arrays[0]
     return trees.unflatten(ours)
 
 
@@ -282,33 +243,11 @@ def to_published(tree, where):
     """Turns our tree into a published one."""
     ours = trees.flatten(tree)
     depths = {stack: len(ours.get(f"{stack}/norm1", ())) for stack in STACKS}
-    names = ("embedding/x_embedder/kernel", "embedding/y_embedder/embedding")
-    size = _size(ours, *names, "u_blocks/attn/q_norm", depths, where)
-    layout = _layout(size)
-    shapes = {}
-    for name, (templates, shape) in layout.items():
-        stack = (depths[name.partition("/")[0]],) if _stacked(name) else ()
-        shapes[name] = (*stack, *shape[:-1], len(templates) * shape[-1])
-    trees.check_shapes(shapes, ours, where)
-    theirs = {}
-    for name, (templates, _) in layout.items():
-        array = np.asarray(ours[name], np.float32)
-        blocks = array if _stacked(name) else [array]
-        for sources, block in zip(_sources(name, templates, size), blocks, strict=True):
-            theirs |= zip(sources, np.split(block, len(sources), axis=-1), strict=True)
-    return {"net": trees.unflatten(theirs)}
-
-
-def _stacked(name):
-    return name.partition("/")[0] in STACKS
-
-
-def _sources(name, templates, size):
-    """Lists the published names that one of ours gathers: by block a list."""
-    if not _stacked(name):
-        return [templates]
-    depth = size.depths[name.partition("/")[0]]
-    return [[template.format(i) for template in templates] for i in range(depth)]
+    ndims = {"embedding/x_embedder/kernel": 4, "embedding/y_embedder/embedding": 2}
+    shapes = renames.shapes_of(ours, ndims | {"u_blocks/attn/q_norm": 2}, "an imfDiT", where)
+    patch, table, head = shapes
+    table = _table(patch, table[0], head[1], depths)
+    return {"net": trees.unflatten(renames.to_theirs(table, depths, ours, where))}
 
 
 def _today(arrays, where):
@@ -326,21 +265,3 @@ def _today(arrays, where):
     if twice:
         raise ValueError(f"{where}: there under two names: {trees.listed(twice)}")
     return renamed
-
-
-def _read_adam(opt_state, where):
-    """Turns the state of optax.adamw into our dict, or None."""
-    if not opt_state:
-        return None
-    adam, *others = opt_state
-    trees.raise_problems(
-        where,
-        missing=[f"0/{k}" for k in ("count", "mu", "nu") if k not in (adam or {})],
-        left_over=[f"0/{k}" for k in adam or {} if k not in ("count", "mu", "nu")]
-        + [str(i) for i, entry in enumerate(others, 1) if (entry or {}).keys() - {"count"}],
-    )
-    return {
-        "count": np.asarray(adam["count"], np.int32),
-        "mu": from_published(adam["mu"], f"{where}/0/mu"),
-        "nu": from_published(adam["nu"], f"{where}/0/nu"),
-    }

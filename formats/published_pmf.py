@@ -5,16 +5,15 @@ The published code (repository pMF, arXiv 2601.22158) writes its state as improv
 file has been opened here: the names are those of the published modules.
 """
 
-import re
-
 import numpy as np
 
-from formats import published_imf
+from formats import published_imf, renames
 from formats.published_imf import PREFIX, STACKS
 from utils import trees
 
 MARK = "x_embedder/proj1/kernel"  # a parameter that improved MeanFlow does not have
 TABLE = "y_embedder/embedding_table/embedding"
+W1, HEAD = "u_heads_0/mlp/w1/_flax_linear/kernel", "u_heads_0/attn/q_norm/kernel"
 
 
 def find(path):
@@ -50,17 +49,14 @@ def load(path):
     }
 
 
-def _layout(arrays, depths, where):
-    """{our parameter: (published parameters, shape of each)}; "{}" stands for the block."""
-    known = {name: np.shape(arrays.get(name)) for name in (MARK, TABLE, "pos_embed")}
-    w1, head = "u_heads_0/mlp/w1/_flax_linear/kernel", "u_heads_0/attn/q_norm/kernel"
-    known |= {name: np.shape(arrays.get(name)) for name in (w1, head)}
-    misshapen = [n for n, ndim in zip(known, (4, 3, 3, 2, 1), strict=True) if len(known[n]) != ndim]
-    if misshapen:
-        raise ValueError(f"{where}: not a pmfDiT: missing or misshapen: {', '.join(misshapen)}")
-    patch, (_, labels, D), tokens = known[MARK], known[TABLE], known["pos_embed"][1]
+def _table(arrays, names, depths, where):
+    """Returns the table of `renames`; five arrays of these names tell the size of the network."""
+    ndims = dict(zip(names, (4, 3, 3, 2, 1), strict=True))
+    patch, (_, labels, D), (_, tokens, _), w1, (head,) = renames.shapes_of(
+        arrays, ndims, "a pmfDiT", where
+    )
     out, bottleneck = int(np.prod(patch[:-1])), patch[-1]
-    layout = {
+    table = {
         "embedding/x_embedder/kernel": ([MARK], patch),
         "embedding/x_embedder/bias": (["x_embedder/proj1/bias"], (bottleneck,)),
         "embedding/x_embedder2/kernel": (["x_embedder/proj2/kernel"], (1, 1, bottleneck, D)),
@@ -68,65 +64,38 @@ def _layout(arrays, depths, where):
         "embedding/y_embedder/embedding": ([TABLE], (1, labels, D)),
         "embedding/positions": (["pos_embed"], (1, tokens, D)),
     }
-    for name, number in PREFIX.items():
-        layout[f"embedding/{name}_tokens"] = ([f"{name}_tokens"], (1, number, D))
-    block, ends = published_imf.common_layout(D, known[head], known[w1][1], out, depths)
-    for stack, depth in depths.items():
-        for i in range(depth):
-            for ours, (theirs, shape) in block.items():
-                names = [f"{STACKS[stack].format(i)}/{name}" for name in theirs]
-                layout[f"{stack}/{i}/{ours}"] = (names, shape)
-    return layout | ends
+    table |= published_imf.common_table(D, head, w1[1], out, depths)
+    for name in (f"embedding/{name}_tokens" for name in PREFIX):
+        table[name] = (table[name][0], (1, *table[name][1]))
+    return table
 
 
 def from_published(tree, where):
-    """Brings a published tree into the form of ours; strict as `published_imf.from_published`."""
+    """Turns a published tree into ours; strict as `published_imf.from_published`."""
     trees.raise_problems(where, left_over=sorted(tree.keys() - {"net"}))
     theirs = trees.flatten(tree.get("net"))
-    depths = {}
-    for stack, template in STACKS.items():
-        matches = [re.match(template.format(r"(\d+)") + "/", name) for name in theirs]
-        depths[stack] = len({match[1] for match in matches if match})
-    depths["v_blocks"] = depths["u_blocks"] if depths["v_blocks"] else 0
-    layout = _layout(theirs, depths, where)
-    shapes = {name: shape for names, shape in layout.values() for name in names}
-    trees.check_shapes(shapes, theirs, where)
-    ours, stacks = {}, {}
-    for name, (names, shape) in layout.items():
-        arrays = [np.asarray(theirs[source], np.float32) for source in names]
-        array = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-2)
+    depths = published_imf.depths_of(theirs)
+    table = _table(theirs, (MARK, TABLE, "pos_embed", W1, HEAD), depths, where)
+    ours = renames.to_ours(table, depths, theirs, where)
+    for name, (names, shape) in table.items():
         if len(shape) == 3:
-            array = array[0]
-        stack, _, rest = name.partition("/")
-        if stack in STACKS:
-            number, _, rest = rest.partition("/")
-            stacks.setdefault(f"{stack}/{rest}", []).append(array)
-        else:
-            ours[name] = array
-    return trees.unflatten(ours | {name: np.stack(arrays) for name, arrays in stacks.items()})
+            ours[name] = ours[name][0]
+        elif len(names) > 1:  # beside each other on an axis of their own
+            ours[name] = ours[name].reshape(*ours[name].shape[:-1], len(names), -1)
+    return trees.unflatten(ours)
 
 
 def to_published(tree, where):
-    """Brings a tree of ours into the published form."""
+    """Turns our tree into a published one."""
     ours = trees.flatten(tree)
     depths = {stack: len(ours.get(f"{stack}/norm1", ())) for stack in STACKS}
-    sizes = {
-        MARK: ours.get("embedding/x_embedder/kernel"),
-        TABLE: np.asarray(ours.get("embedding/y_embedder/embedding"))[None],
-        "pos_embed": np.asarray(ours.get("embedding/positions"))[None],
-        "u_heads_0/mlp/w1/_flax_linear/kernel": ours["u_blocks/mlp/w13/kernel"][0, :, 0],
-        "u_heads_0/attn/q_norm/kernel": ours["u_blocks/attn/q_norm"][0],
-    }
-    theirs = {}
-    for name, (names, shape) in _layout(sizes, depths, where).items():
-        stack, _, rest = name.partition("/")
-        if stack in STACKS:
-            number, _, rest = rest.partition("/")
-            array = np.asarray(ours[f"{stack}/{rest}"])[int(number)]
-        else:
-            array = np.asarray(ours[name])
-        parts = [array] if len(names) == 1 else np.moveaxis(array, -2, 0)
-        theirs |= {
-            source: np.reshape(part, shape) for source, part in zip(names, parts, strict=True)
-        }
-    return {"net": trees.unflatten(theirs)}
+    for name, array in ours.items():
+        if name.endswith(("qkv/kernel", "w13/kernel")):
+            ours[name] = np.reshape(array, (*array.shape[:-2], -1))
+        elif name.endswith(("_tokens", "positions", "y_embedder/embedding")):
+            ours[name] = array[None]
+    kernel, embedding = "embedding/x_embedder/kernel", "embedding/y_embedder/embedding"
+    w1, head = np.split(ours["u_blocks/mlp/w13/kernel"][0], 2, axis=-1)[0], "u_blocks/attn/q_norm"
+    sizes = ours | {W1: w1, HEAD: ours[head][0]}
+    table = _table(sizes, (kernel, embedding, "embedding/positions", W1, HEAD), depths, where)
+    return {"net": trees.unflatten(renames.to_theirs(table, depths, ours, where))}

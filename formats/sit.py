@@ -1,7 +1,7 @@
 """Weights of SiT, REPA and DiT (`.pt`) as starting points for models/dit.py.
 
 Such a file is a state dict, or what a training run saved (formats/state_dicts.py). The three share
-the transformer's names, which are in `_layers`, and differ in what they predict:
+the transformer's names, which are in `_table`, and differ in what they predict:
 
   sit   x - e at a time that is 1 at the data (github.com/willisma/SiT): turned here, see `_turned`
   repa  e - x at a time that is 1 at the noise (github.com/sihyun-yu/REPA): as here
@@ -17,11 +17,9 @@ ours adds several; whatever is constant while one samples (h of equal steps, a g
 its last bias, exactly.
 """
 
-import re
-
 import numpy as np
 
-from formats import start, state_dicts, torch_files
+from formats import renames, start, state_dicts, torch_files
 from utils import trees
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
@@ -79,10 +77,10 @@ def load(path, weights, convention):
     return start.Start(arrays, fresh, zero, dropped, positions, entry)
 
 
-def _layers(D, p, C, out):
-    """Maps our layers to (their layer, shape of its torch weight); "{}" stands for the block."""
+def _table(D, p, C, out, labels):
+    """Returns the table of `renames`, the shapes those of torch."""
     block = "blocks.{}"
-    return {
+    layers = {
         "x_embedder": ("x_embedder.proj", (D, C, p, p)),
         "t_embedder/fc1": ("t_embedder.mlp.0", (D, FREQUENCIES)),
         "t_embedder/fc2": ("t_embedder.mlp.2", (D, D)),
@@ -94,6 +92,11 @@ def _layers(D, p, C, out):
         "final_layer/adaLN": ("final_layer.adaLN_modulation.1", (2 * D, D)),
         "final_layer/linear": ("final_layer.linear", (out, D)),
     }
+    table = {"y_embedder/embedding": (["y_embedder.embedding_table.weight"], (labels, D))}
+    for ours, (theirs, shape) in layers.items():
+        table[f"{ours}/kernel"] = ([f"{theirs}.weight"], shape)
+        table[f"{ours}/bias"] = ([f"{theirs}.bias"], shape[:1])
+    return table
 
 
 def _arrays(state, where):
@@ -105,33 +108,22 @@ def _arrays(state, where):
         raise ValueError(f"{where}: not the weights of a SiT, REPA or DiT")
     D, C, p, _ = patch
     sigma = last[0] == 2 * p * p * C
-    layers = _layers(D, p, C, last[0] if sigma else p * p * C)
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
-    depth = 1 + max((int(match[1]) for match in blocks if match), default=0)
-
-    shapes = {"y_embedder.embedding_table.weight": (table[0], D)}
-    for theirs, shape in layers.values():
-        for name in _sources(theirs, depth):
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    trees.check_shapes(shapes, state, where)
-
-    arrays = {"y_embedder/embedding": state["y_embedder.embedding_table.weight"]}
-    for ours, (theirs, shape) in layers.items():
-        order = (2, 3, 1, 0) if len(shape) == 4 else (1, 0)
-        sources = _sources(theirs, depth)
-        kernels = [np.transpose(state[f"{name}.weight"], order) for name in sources]
-        biases = [state[f"{name}.bias"] for name in sources]
-        stack = np.stack if "{}" in theirs else (lambda only: only[0])
-        arrays |= {f"{ours}/kernel": stack(kernels), f"{ours}/bias": stack(biases)}
+    renamed = _table(D, p, C, last[0] if sigma else p * p * C, table[0])
+    depths = {"blocks": max(renames.depth("blocks.{}.", state), 1)}
+    arrays = renames.to_ours(renamed, depths, state, where)
+    arrays = {name: _transposed(name, array, (2, 3, 1, 0)) for name, array in arrays.items()}
     if sigma:  # (p, p, 2 C): the first C channels are the velocity
         for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
             a = arrays[name].reshape(*arrays[name].shape[:-1], p * p, 2 * C)
             arrays[name] = a[..., :C].reshape(*a.shape[:-2], p * p * C)
-    return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, sigma
+    return arrays, sigma
 
 
-def _sources(theirs, depth):
-    return [theirs.format(i) for i in range(depth)] if "{}" in theirs else [theirs]
+def _transposed(name, array, order):
+    """Turns a kernel of torch into one of ours or back; `order` of the axes of a convolution."""
+    if name.endswith("/kernel"):
+        return np.transpose(array, order) if array.ndim == 4 else np.swapaxes(array, -1, -2)
+    return array
 
 
 def _turn(arrays):
@@ -204,25 +196,17 @@ def _embed(value, kernel1, bias1, kernel2, bias2):
 def _state_dict(arrays):
     """Inverts `_arrays`, with a half for sigma, which is zero."""
     p, _, C, D = arrays["x_embedder/kernel"].shape
-    layers = _layers(D, p, C, p * p * C)
-    expected = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")}
+    table = _table(D, p, C, 2 * p * p * C, len(arrays["y_embedder/embedding"]))
     trees.raise_problems(
         "no DiT that SiT's names describe",
-        missing=sorted(expected - arrays.keys()),
-        left_over=sorted(arrays.keys() - expected - {"y_embedder/embedding"}),
+        missing=sorted(table.keys() - arrays.keys()),
+        left_over=sorted(arrays.keys() - table.keys()),
     )
     for name in ("final_layer/linear/kernel", "final_layer/linear/bias"):
         a = arrays[name].reshape(*arrays[name].shape[:-1], p * p, C)
         a = np.concatenate([a, np.zeros_like(a)], axis=-1)
         arrays[name] = a.reshape(*a.shape[:-2], 2 * p * p * C)
-    state = {"y_embedder.embedding_table.weight": arrays["y_embedder/embedding"]}
-    depth = len(arrays["blocks/adaLN/bias"])
-    for ours, (theirs, shape) in layers.items():
-        order = (3, 2, 0, 1) if len(shape) == 4 else (1, 0)
-        kernels, biases = arrays[f"{ours}/kernel"], arrays[f"{ours}/bias"]
-        if "{}" not in theirs:
-            kernels, biases = [kernels], [biases]
-        for name, kernel, bias in zip(_sources(theirs, depth), kernels, biases, strict=True):
-            state[f"{name}.weight"] = np.ascontiguousarray(np.transpose(kernel, order))
-            state[f"{name}.bias"] = np.ascontiguousarray(bias)
-    return {name: np.asarray(a, np.float32) for name, a in state.items()}
+    depths = {"blocks": len(arrays["blocks/adaLN/bias"])}
+    arrays = {name: _transposed(name, array, (3, 2, 0, 1)) for name, array in arrays.items()}
+    state = renames.to_theirs(table, depths, arrays, "SiT")
+    return {name: np.ascontiguousarray(array) for name, array in state.items()}
