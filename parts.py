@@ -140,7 +140,7 @@ def open_records(data, batch_size):
     records = dataset.open_records(data.root, stage=data.stage)
     channels = data.image_channels * (2 if records.key == "moments" else 1)
     expected = {
-        "shape": (data.image_size, data.image_size, channels),
+        "shape": (*network.sides(data.image_size), channels),
         "num_classes": data.num_classes or records.num_classes,
         "key": "image" if data.vae == "none" else "moments",
     }
@@ -258,7 +258,7 @@ def check_parts_of_batch(method, batch_size, count):
 
 def image_shape(data):
     """Returns (h, w, c) of what the network sees, by the options `dataset`."""
-    return (data.image_size, data.image_size, data.image_channels)
+    return (*network.sides(data.image_size), data.image_channels)
 
 
 def network_dtype(training):

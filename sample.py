@@ -194,7 +194,7 @@ def grid_labels(num_classes):
 
 def picture(images, columns):
     """Images uint8 (N, h, w, C) as one, framed, small ones enlarged: uint8 (H, W, C)."""
-    factor = max(1, SMALLEST_SHOWN // images.shape[1])
+    factor = max(1, SMALLEST_SHOWN // max(images.shape[1:3]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
     return image_utils.grid(images, columns)

@@ -16,7 +16,8 @@ from configs import option
 
 from configs.kinds import (  # isort: skip
     Classes, Count, Decay, Decays, Floats, Free, Halves, Ints, NotNegative, Path, Place, Positive,
-    Preference, Records, Samples, Seed, Share, SomeSteps, Span, Steps, Texts, Times, Whole,
+    Preference, Records, Samples, Seed, Share, Size, SizeOrNone, SomeSteps, Span, Steps, Texts,
+    Times, Whole,
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ class Dataset:
     name: Place[str] = "imgnet_latent"  # folder below $DATA_ROOT that is read when root is empty
     root: Records = ""  # folder of the records; empty: $DATA_ROOT/name
     stage: Free[Path] = "cache"  # copy of a root in gs://: cache | shm | a folder | none (no copy)
-    image_size: Count = 32  # height and width of what the network sees (latent or pixels)
+    image_size: Size = 32  # side of what the network sees (latents, pixels), or height,width
     image_channels: Count = 4  # its channels: 4 for latents, 3 or 1 for pixels
     num_classes: Classes = 1000  # labels 0..num_classes-1, 0: unconditional, -1: as the records
     vae: Place[Path] = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
@@ -45,7 +46,7 @@ class Model:
     depth: Whole = 0  # number of blocks; 0: that of cls
     hidden_size: Whole = 0  # width; 0: that of cls
     num_heads: Whole = 0  # attention heads; 0: that of cls
-    patch_size: Whole = 0  # side of a patch; 0: that of cls
+    patch_size: SizeOrNone = 0  # side of a patch, or height,width; 0: that of cls
     aux_head_depth: Whole = 0  # imfDiT: blocks of each head (depth counts one); 0: that of cls
     time_cond: str = "t,h"  # what is embedded: "t,r", "t,h", "t,r,h" or "h", with h = t - r
     unroll: Free[Whole] = 0  # blocks per iteration of the loop over them; 0: the best for the card
@@ -57,7 +58,7 @@ class Model:
     channel_mult_emb: Count = 4  # width of the embedding
     channel_mult_noise: Count = 2  # width of the embedding of one time
     num_blocks: Count = 4  # of each level of the encoder; the decoder has one more
-    attn_resolutions: Ints = (16,)  # sides at which there is attention
+    attn_resolutions: Ints = (16,)  # sides (the longer ones) at which there is attention
     dropout: Share = 0.2  # probability that an activation is left out in training
     resample_filter: Floats = (1.0, 3.0, 3.0, 1.0)  # between two levels
     augment_dim: Whole = 6  # numbers that tell the network of the augmentation; 0: it is not told

@@ -8,7 +8,7 @@ stands for nothing given.
 import re
 from typing import Annotated, TypeVar
 
-from configs.option import Role, Rule, above, below, each, least, within
+from configs.option import Role, Rule, above, below, each, least, sides, within
 
 T = TypeVar("T")
 MOST_STEPS = 10**6  # of a sampler
@@ -33,6 +33,8 @@ Records = Annotated[Place[Path], Role.UNTOLD]
 # Numbers.
 Count = Annotated[int, above(0)]
 Whole = Annotated[int, least(0)]
+Size = Annotated[int, Role.SIDES, sides(1)]
+SizeOrNone = Annotated[int, Role.SIDES, sides(0)]
 Seed = Annotated[Whole, Role.UNSIGNED]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, least(0)]

@@ -222,7 +222,7 @@ def _set_from_text(values, path, text):
     option = _option(path)
     if option.type is str and not (option.may_be_null and text in ("", "null", "None")):
         value = text  # as it is: a folder may be named 42
-    elif option.type is tuple:
+    elif option.type is tuple or (Role.SIDES in option.roles and "," in text):
         # 2 or 1,2 or (1, 2) or [1, 2]
         words = text.strip().removesuffix(",").strip("()[] ").removesuffix(",")
         value = [_scalar(path, word) for word in words.split(",")] if words else []
@@ -273,6 +273,9 @@ def _set(values, path, value):
         values[path] = None
     elif value is None and option.type is tuple and option.default:
         raise ValueError(f"{path} expects a list, got null")
+    elif Role.SIDES in option.roles and isinstance(value, list | tuple):
+        height, *width = (_convert(f"{path}[{i}]", x, int) for i, x in enumerate(value)) or [0]
+        values[path] = height if [height] == width else (height, *width)
     elif option.type is tuple:
         items = value if isinstance(value, list) else [] if value is None else [value]
         values[path] = tuple(

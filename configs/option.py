@@ -36,6 +36,7 @@ class Role(Enum):
     PREFERENCE = "comes with a run's weights unless the command line sets it"
     FROM_RECORDS = "null or -1 stands for what the records say"
     UNSIGNED = "takes 32 bits, other whole numbers 31 and a sign"
+    SIDES = "one number, or two: height and width"
     UNTOLD = "is not told among the options of a job that are not the default"
 
 
@@ -86,6 +87,16 @@ def each(low, high, line, some=False, differ=False):
     return Rule(holds, line, ", ".join(words))
 
 
+def sides(low):
+    """Makes the rule of an option that is one number of `low` or more, or height and width."""
+
+    def holds(x):
+        return (len(x) == 2 and min(x) > 0) if isinstance(x, tuple) else x >= low
+
+    line = f"must be {low} or more, or height and width, got {{value}}"
+    return Rule(holds, line, f"at least {low}, or height and width")
+
+
 def _one_of(choices):
     words = " | ".join(choices)
     return Rule(lambda x: x in choices, f"is one of {words}, not {{value!r}}", words)
@@ -115,11 +126,11 @@ class Option(NamedTuple):
     def _broken(self, value):
         for rule in self.rules:
             if value is not None and not rule.holds(value):
-                return rule.line.format(value=list(value) if self.type is tuple else value)
+                return rule.line.format(value=list(value) if isinstance(value, tuple) else value)
 
     def _oversized(self, value):
         largest = 2**32 - 1 if Role.UNSIGNED in self.roles else 2**31 - 1
-        for x in value if self.type is tuple else (value,):
+        for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, int) and abs(x) > largest:
                 return f"is at most {largest}, got {x}"
             if isinstance(x, float) and abs(x) > LARGEST_FLOAT:
@@ -180,7 +191,10 @@ def config(options):
         section, _, key = path.rpartition(".")
         if section and section not in made:
             made[section] = ml_collections.ConfigDict()
-        null = option.default is None
-        value = config_dict.placeholder(option.type) if null else option.default
+        value = option.default
+        if value is None:
+            value = config_dict.placeholder(option.type)
+        elif Role.SIDES in option.roles:
+            value = config_dict.FieldReference(value, field_type=object)
         (made[section] if section else made)[key] = value
     return made

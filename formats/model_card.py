@@ -21,6 +21,7 @@ def text(name, *, license, options, identity, step, weights, parameters, command
     head = ["---", f"license: {json.dumps(license)}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
     classes = f"{data['num_classes']} classes" if data["num_classes"] else "no classes"
     size, channels = data["image_size"], data["image_channels"]
+    size = "x".join(map(str, size if isinstance(size, list | tuple) else (size, size)))
     kind = "pixels" if data["vae"] == "none" else "latents"
     content = identity.get("records", {}).get("content")
     records = f", digest of the records {content}" if content else ""
@@ -30,7 +31,7 @@ def text(name, *, license, options, identity, step, weights, parameters, command
         f"{options['model']['cls']}, {parameters:,} parameters, trained by method "
         f"`{options['method']['name']}` for {step} steps; this is the set of weights `{weights}`.",
         "",
-        f"- data: `{data['name']}`, {size}x{size}x{channels} {kind}, {classes}{records}",
+        f"- data: `{data['name']}`, {size}x{channels} {kind}, {classes}{records}",
         "- files: `model.safetensors`, and `config.json` with all options", "",
         "## Use", "", "```python", "import generator  # MeanFlow in JAX, docs/python.md", "",
         'model = generator.load("THIS_FOLDER")',

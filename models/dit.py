@@ -18,7 +18,7 @@ import numpy as np
 
 from models import hardware
 from models.blocks import SAVED, Block, layer_norm, modulate, xavier, zeros
-from models.network import Network, Velocity, embed_labels, sizes_of
+from models.network import Network, Velocity, embed_labels, sides, sizes_of
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
@@ -41,17 +41,17 @@ def position_embedding(hidden_size, height, width):
     return np.concatenate([column, row], axis=1).astype(np.float32)
 
 
-def patchify(x, p):
-    """Cuts (B, h, w, C) into patches (B, N, p, p, C), row by row."""
-    B, h, w, C = x.shape
-    x = x.reshape(B, h // p, p, w // p, p, C).swapaxes(2, 3)  # (B, h/p, w/p, p, p, C)
-    return x.reshape(B, (h // p) * (w // p), p, p, C)
+def patchify(x, size):
+    """Cuts (B, h, w, C) into patches (B, N, p, q, C), row by row; `size`: p = q, or (p, q)."""
+    (B, h, w, C), (p, q) = x.shape, sides(size)
+    x = x.reshape(B, h // p, p, w // q, q, C).swapaxes(2, 3)  # (B, h/p, w/q, p, q, C)
+    return x.reshape(B, (h // p) * (w // q), p, q, C)
 
 
-def unpatchify(x, p, shape):
-    """Joins patches (B, N, p p C) to (B, *shape) with `shape` = (h, w, C): the inverse."""
-    B, (h, w, C) = len(x), shape
-    x = x.reshape(B, h // p, w // p, p, p, C).swapaxes(2, 3)  # (B, h/p, p, w/p, p, C)
+def unpatchify(x, size, shape):
+    """Joins patches (B, N, p q C) to (B, *shape) with `shape` = (h, w, C): the inverse."""
+    B, (h, w, C), (p, q) = len(x), shape, sides(size)
+    x = x.reshape(B, h // p, w // q, p, q, C).swapaxes(2, 3)  # (B, h/p, p, w/q, q, C)
     return x.reshape(B, h, w, C)
 
 
@@ -125,7 +125,8 @@ class DiT(Network):
     """The average velocity u(z, t, h, y).
 
     Attributes:
-      depth, hidden_size, num_heads, patch_size: the size of the transformer.
+      depth, hidden_size, num_heads, patch_size: the size of the transformer; a patch has one side,
+        or (height, width).
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
       conditions: what is embedded beside them, of GUIDANCE.
@@ -143,7 +144,7 @@ class DiT(Network):
     depth: int
     hidden_size: int
     num_heads: int
-    patch_size: int
+    patch_size: int | tuple[int, int]
     num_classes: int
     time_cond: tuple[str, ...] = ("t", "h")
     dtype: jnp.dtype = jnp.float32
@@ -164,9 +165,9 @@ class DiT(Network):
     @nn.compact
     def together(self, *batches, jvp=None, through=False):
         shape = h, w, C = batches[0][0].shape[1:]
-        p, D = self.patch_size, self.hidden_size
+        (p, q), D = sides(self.patch_size), self.hidden_size
 
-        # The kernel has the shape of the convolution it stands for, (p, p, C, D).
+        # The kernel has the shape of the convolution it stands for, (p, q, C, D).
         x_embedder = Linear(D, xavier, self.dtype, name="x_embedder")
         embedded = (*self.time_cond, *self.conditions)
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
@@ -174,11 +175,11 @@ class DiT(Network):
         residual = self.dtype if self.half_residual else jnp.float32
 
         def embed(z, c):
-            x = x_embedder(patchify(z, p))  # (B, N, D)
+            x = x_embedder(patchify(z, (p, q)))  # (B, N, D)
             numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
             vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
             vector = vector + embed_labels(y_embedder, c["y"])  # (B, D)
-            x = x + position_embedding(D, h // p, w // p)
+            x = x + position_embedding(D, h // p, w // q)
             # each adaLN begins with silu
             return x.astype(residual), nn.silu(vector)
 
@@ -204,9 +205,9 @@ class DiT(Network):
         xs, _ = blocks(xs, cs)
 
         def images(name):
-            final_layer = FinalLayer(p * p * C, self.dtype, name=name)
+            final_layer = FinalLayer(p * q * C, self.dtype, name=name)
             outs = [final_layer(x, c) for x, c in zip(xs, cs, strict=True)]
-            return [unpatchify(x, p, shape).astype(jnp.float32) for x in outs]
+            return [unpatchify(x, (p, q), shape).astype(jnp.float32) for x in outs]
 
         us, vs = images("final_layer"), [None] * len(xs)
         if (
@@ -235,8 +236,8 @@ class DiT(Network):
 
     def flops(self, image_shape, both=False):
         height, width, channels = image_shape
-        tokens = height * width // self.patch_size**2
-        D, patch = self.hidden_size, self.patch_size**2 * channels
+        area = math.prod(sides(self.patch_size))
+        tokens, D, patch = height * width // area, self.hidden_size, area * channels
         block = tokens * (4 + 8) * D * D + 2 * tokens * tokens * D + 6 * D * D
         times = len(self.time_cond + self.conditions) * (FREQUENCIES * D + D * D)
         final = tokens * patch * D + 2 * D * D

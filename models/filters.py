@@ -44,18 +44,18 @@ def upsample(x, taps, axis):
     return jnp.stack(phases, axis=axis + 1).reshape(shape)
 
 
-def half(x, taps):
+def half(x, taps, axes=SPACE):
     """Halves (B, H, W, C) to (B, H/2, W/2, C) by a filter that is scaled to the sum 1 per axis."""
     pad = (len(taps) - 1) // 2
     taps = [tap / sum(taps) for tap in taps]
-    for axis in SPACE:
+    for axis in axes:
         x = correlate(x, taps, axis, (pad, pad), stride=2)
     return x
 
 
-def double(x, taps):
+def double(x, taps, axes=SPACE):
     """Doubles (B, H, W, C) to (B, 2 H, 2 W, C): the transpose of `half` times 4, for even taps."""
     taps = [2 * tap / sum(taps) for tap in reversed(taps)]
-    for axis in SPACE:
+    for axis in axes:
         x = upsample(x, taps, axis)
     return x

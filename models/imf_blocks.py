@@ -66,7 +66,7 @@ class Embedding(nn.Module):
     """
 
     hidden_size: int
-    patch_size: int
+    patch_size: int | tuple[int, int]
     num_classes: int
     dtype: jnp.dtype
 
@@ -99,7 +99,7 @@ class Embedding(nn.Module):
         return jnp.concatenate([*prefix, self.patches(z).astype(jnp.float32)], axis=1)
 
     def setup_patches(self):
-        # The kernel has the shape of the convolution it stands for, (p, p, C, D).
+        # The kernel has the shape of the convolution it stands for, (p, q, C, D).
         patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
         self.x_embedder = nn.DenseGeneral(self.hidden_size, **patch)
 

@@ -5,6 +5,8 @@ average velocity u, the other the instantaneous velocity v, which only training 
 NHWC. The blocks of each of the three stacks are one scanned module, see models/dit.py.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from models import hardware, layers
 from models.dit import FREQUENCIES, KERNEL_OPTIONS, unpatchify
 from models.imf_blocks import CONSTANTS, NUM_PREFIX, Block, Embedding, FinalLayer, mlp_size
-from models.network import Network, Velocity, sizes_of
+from models.network import Network, Velocity, sides, sizes_of
 
 
 class ImfDiT(Network):
@@ -33,7 +35,7 @@ class ImfDiT(Network):
     depth: int
     hidden_size: int
     num_heads: int
-    patch_size: int
+    patch_size: int | tuple[int, int]
     aux_head_depth: int
     num_classes: int
     predicts_v: bool = True
@@ -67,10 +69,10 @@ class ImfDiT(Network):
     @nn.compact
     def together(self, *batches, jvp=None, through=False):
         shape = batches[0][0].shape[1:]
-        p = self.patch_size
+        p, q = sides(self.patch_size)
         fused = hardware.fused_attention(self.fused_attention, self.dtype)
         unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
-        grid = shape[0] // p, shape[1] // p
+        grid = shape[0] // p, shape[1] // q
         embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32
         xs = [embed(*batch) for batch in batches]
@@ -96,9 +98,9 @@ class ImfDiT(Network):
 
         def head(name, xs):
             xs, _ = stack(self.aux_head_depth, f"{name}_blocks")(xs)
-            final_layer = FinalLayer(p * p * shape[-1], self.dtype, name=f"{name}_final_layer")
+            final_layer = FinalLayer(p * q * shape[-1], self.dtype, name=f"{name}_final_layer")
             outs = [final_layer(x[:, NUM_PREFIX:]) for x in xs]
-            return [unpatchify(x, p, shape).astype(jnp.float32) for x in outs]
+            return [unpatchify(x, (p, q), shape).astype(jnp.float32) for x in outs]
 
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
         us = head("u", xs)
@@ -119,9 +121,10 @@ class ImfDiT(Network):
 
     def flops(self, image_shape, both=False):
         height, width, channels = image_shape
-        patches = height * width // self.patch_size**2
+        area = math.prod(sides(self.patch_size))
+        patches = height * width // area
         tokens = NUM_PREFIX + patches
-        D, patch = self.hidden_size, self.patch_size**2 * channels
+        D, patch = self.hidden_size, area * channels
         block = tokens * (4 * D + 3 * self.mlp_features) * D + 2 * tokens * tokens * D
         scalars = 4 * (FREQUENCIES * D + D * D)
         blocks = self.depth + (self.aux_head_depth if both else 0)

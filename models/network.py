@@ -161,6 +161,11 @@ def function(module):
     return net
 
 
+def sides(size):
+    """Returns (height, width) of a size that is one number or both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def sizes_of(cls, named, names, options, image_shape):
     """Chooses the sizes of a transformer of patches: name -> number.
 
@@ -169,7 +174,7 @@ def sizes_of(cls, named, names, options, image_shape):
       named: the sizes that this name stands for, maybe none.
       names: all sizes that are needed, `patch_size` among them.
       options: those asked for; 0: that of `cls`.
-      image_shape: (h, w, c) of z; h and w have to be a multiple of the patch size.
+      image_shape: (h, w, c) of z; h and w have to be multiples of the sides of a patch.
 
     Raises:
       ValueError: a size that neither gives, or patches that do not fill the image.
@@ -178,11 +183,11 @@ def sizes_of(cls, named, names, options, image_shape):
     missing = [f"model.{name}" for name in names if not sizes[name]]
     if missing:
         raise ValueError(f"model.cls: {cls} needs {', '.join(missing)}")
-    height, width, _ = image_shape
-    if height % sizes["patch_size"] or width % sizes["patch_size"]:
+    (height, width, _), (p, q) = image_shape, sides(sizes["patch_size"])
+    if height % p or width % q:
         size = height if height == width else f"{height} x {width}"
         raise ValueError(
             f"dataset.image_size ({size}) must be a multiple of the patch size "
-            f"{sizes['patch_size']} of model.cls {cls}"
+            f"{p if p == q else f'{p} x {q}'} of model.cls {cls}"
         )
     return sizes

@@ -3,11 +3,12 @@
 With the settings of MeanFlow's experiments (arXiv 2505.13447, appendix A): two times, a noise
 embedding of double width, resampling by the filter [1, 3, 3, 1]. Images are NHWC.
 
-An encoder halves the side from level to level; a decoder goes back up and takes the outputs of all
-layers of the encoder in again, newest first. `layers` lists both.
+An encoder halves the sides from level to level; a decoder goes back up and takes the outputs of all
+layers of the encoder in again, newest first. `layers` lists both. Signals are images of height 1,
+which is not halved; their convolutions are 1-D.
 """
 
-from typing import NamedTuple
+import math
 
 import flax.linen as nn
 import jax
@@ -16,8 +17,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from models.augment import LABELS
-from models.filters import double, half
+from models.filters import SPACE, double, half
 from models.network import Network, Velocity, embed_labels
+from models.unet_layers import Layer, layers, products, window
 
 MAX_PERIOD = 10000.0
 HALF = np.sqrt(0.5)  # keeps the variance of a sum of two
@@ -31,57 +33,6 @@ def scaled_xavier(factor):
 
 xavier = scaled_xavier(1.0)
 nearly_zero = scaled_xavier(1e-5)  # of the last product of each branch: a network begins at 0
-
-
-class Layer(NamedTuple):
-    """One residual block."""
-
-    name: str
-    side: int  # of its output
-    width_in: int  # channels of its input
-    width: int  # channels of its output
-    attention: bool = False
-    resample: str = ""  # down | up, or at the same side
-    joins: bool = False  # takes the newest output of the encoder that is left beside its input
-
-    @property
-    def has_skip(self):
-        return bool(self.resample) or self.width_in != self.width
-
-
-def layers(side, first, widths, num_blocks, attn_resolutions):
-    """Lists the blocks in their order, (encoder, decoder), for images of this side.
-
-    Args:
-      first: channels that come into the first block.
-      widths: channels by level; level i has the side `side >> i`.
-      num_blocks: of a level of the encoder; the decoder has one more.
-      attn_resolutions: sides at which every block of the encoder, and the last of the decoder,
-        has attention; the innermost block always has.
-    """
-    encoder, decoder, skips = [], [], [first]
-    for level, width in enumerate(widths):
-        s = side >> level
-        if level:
-            encoder.append(Layer(f"enc_{s}x{s}_down", s, skips[-1], skips[-1], resample="down"))
-            skips.append(skips[-1])
-        for i in range(num_blocks):
-            attends = s in attn_resolutions
-            encoder.append(Layer(f"enc_{s}x{s}_block{i}", s, skips[-1], width, attends))
-            skips.append(width)
-    before = skips[-1]
-    for level, width in reversed(list(enumerate(widths))):
-        s = side >> level
-        if level == len(widths) - 1:
-            decoder.append(Layer(f"dec_{s}x{s}_in0", s, before, before, attention=True))
-            decoder.append(Layer(f"dec_{s}x{s}_in1", s, before, before))
-        else:
-            decoder.append(Layer(f"dec_{s}x{s}_up", s, before, before, resample="up"))
-        for i in range(num_blocks + 1):
-            attends, joined = s in attn_resolutions and i == num_blocks, before + skips.pop()
-            decoder.append(Layer(f"dec_{s}x{s}_block{i}", s, joined, width, attends, joins=True))
-            before = width
-    return encoder, decoder
 
 
 def time_embedding(s, width):
@@ -137,7 +88,7 @@ class Block(nn.Module):
 
     def setup(self):
         layer, width = self.layer, self.layer.width
-        conv = dict(features=width, kernel_size=(3, 3), padding=1, dtype=self.dtype)
+        conv = dict(features=width, **window(layer.signal), dtype=self.dtype)
         dense = dict(dtype=self.dtype, kernel_init=xavier)
         self.norm0, self.norm1 = group_norm(layer.width_in), group_norm(width)
         self.conv0 = nn.Conv(**conv, kernel_init=xavier)
@@ -153,12 +104,13 @@ class Block(nn.Module):
 
     def __call__(self, x, e):
         layer = self.layer
-        resampled = {"": lambda x, _: x, "down": half, "up": double}[layer.resample]
-        y = self.conv0(resampled(nn.silu(self.norm0(x)), self.taps))
+        resample = {"": lambda x, *_: x, "down": half, "up": double}[layer.resample]
+        how = self.taps, SPACE[layer.signal :]
+        y = self.conv0(resample(nn.silu(self.norm0(x)), *how))
         y = nn.silu(self.norm1(y + self.affine(e)[:, None, None]))
         y = self.conv1(self.drop(y))
         if layer.has_skip:
-            x = self.skip(resampled(x, self.taps))
+            x = self.skip(resample(x, *how))
         x = (y + x).astype(jnp.float32) * HALF
         if layer.attention:
             B, H, W, D = x.shape
@@ -220,8 +172,8 @@ class UNet(Network):
     @nn.compact
     def __call__(self, z, c):
         e = nn.silu(self.embedding(c))  # (B, E)
-        encoder, decoder = self.layers(z.shape[1])
-        conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
+        encoder, decoder = self.layers(z.shape[1:3])
+        conv = dict(**window(z.shape[1] == 1), dtype=self.dtype)
         block = nn.remat(Block, policy=None if self.remat else _is_saved)
 
         def apply(layer, x):
@@ -255,9 +207,9 @@ class UNet(Network):
         e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(e))
         return nn.Dense(E, **exact, name="map_layer1")(e)
 
-    def layers(self, side):
+    def layers(self, size):
         widths = [self.model_channels * mult for mult in self.channel_mult]
-        return layers(side, self.model_channels, widths, self.num_blocks, self.attn_resolutions)
+        return layers(size, self.model_channels, widths, self.num_blocks, self.attn_resolutions)
 
     def cast(self, params):
         """Casts the products of the blocks to their type, once for all passes, not the norms."""
@@ -273,23 +225,13 @@ class UNet(Network):
         return {k: of_block(v) if "norm0" in v else v for k, v in params.items()}
 
     def flops(self, image_shape, both=False):
-        side, _, channels = image_shape
+        *size, channels = image_shape
         M, E = self.model_channels, self.model_channels * self.channel_mult_emb
-        encoder, decoder = self.layers(side)
-        total = 2 * 9 * side**2 * M * channels  # the first and the last convolution
+        encoder, decoder = self.layers(size)
+        taps = math.prod(window(size[0] == 1)["kernel_size"])
+        total = 2 * taps * math.prod(size) * M * channels  # the first and the last convolution
         total += (2 * M * self.channel_mult_noise + E) * E
-        return 2 * (total + sum(_products(layer, E) for layer in encoder + decoder))
-
-
-def _products(layer, E):
-    """Counts the products of numbers in one block for one image."""
-    N, width = layer.side**2, layer.width
-    total = 9 * N * (layer.width_in + width) * width + E * width
-    if layer.has_skip:
-        total += N * layer.width_in * width
-    if layer.attention:
-        total += 4 * N * width**2 + 2 * N**2 * width
-    return total
+        return 2 * (total + sum(products(layer, E) for layer in encoder + decoder))
 
 
 # The published network of CIFAR-10: 55,932,419 parameters.
@@ -305,7 +247,8 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
 
     Args:
       cls: of NAMES.
-      image_shape: (h, w, c) of z, of which h = w is a multiple of 2 ** (levels - 1).
+      image_shape: (h, w, c) of z, of which h, if it is not 1, and w are multiples of
+        2 ** (levels - 1).
       options: those of OPTIONS.
 
     Raises:
@@ -317,12 +260,11 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
     mult, M = module.channel_mult, module.model_channels
     if not mult or min(mult) < 1:
         raise ValueError(f"model.channel_mult needs numbers of 1 or more, got {mult}")
-    if image_shape[0] != image_shape[1]:
-        raise ValueError(f"model.cls: {cls} takes square images, got {image_shape[:2]}")
-    if image_shape[0] % 2 ** (len(mult) - 1):
+    height, width = image_shape[:2]
+    if (height > 1 and height % 2 ** (len(mult) - 1)) or width % 2 ** (len(mult) - 1):
         raise ValueError(
-            f"dataset.image_size ({image_shape[0]}) must be a multiple of 2 ** {len(mult) - 1}, "
-            f"as model.channel_mult has {len(mult)} levels"
+            f"dataset.image_size ({height if height == width else f'{height} x {width}'}) must be "
+            f"a multiple of 2 ** {len(mult) - 1}, as model.channel_mult has {len(mult)} levels"
         )
     if module.dropout == 1:
         raise ValueError("model.dropout must be below 1: nothing would be left")
@@ -333,7 +275,7 @@ def build(cls, *, image_shape, num_classes, dtype, **options):
         raise ValueError(
             f"model.resample_filter needs an even number of taps of a sum other than 0, got {taps}"
         )
-    encoder, decoder = module.layers(image_shape[0])
+    encoder, decoder = module.layers(image_shape[:2])
     for width in sorted({M} | {w for layer in encoder + decoder for w in layer[2:4]}):
         if width < 4 or width % groups(width):
             raise ValueError(

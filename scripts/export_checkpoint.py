@@ -127,8 +127,11 @@ def export_sit(source, folder, step=None, *, weights="ema", steps=None, omega=No
     arrays = jax.tree.map(np.asarray, model.params)
     arrays = weights_of.without(arrays, model.parts.module.only_for_training)
     arrays = trees.flatten(arrays)
-    patch, _, _, width = np.shape(arrays.get("x_embedder/kernel", np.zeros((1, 1, 1, 4))))
-    positions = dit.position_embedding(width, *(side // patch for side in model.image_shape[:2]))
+    p, q, _, width = np.shape(arrays.get("x_embedder/kernel", np.zeros((1, 1, 1, 4))))
+    h, w, _ = model.image_shape
+    if (p, h) != (q, w):
+        raise ValueError(f"--format=sit has square images and patches, not {h} x {w}, {p} x {q}")
+    positions = dit.position_embedding(width, h // p, w // q)
     state = sit.state_of(arrays, constants(model, steps, omega), positions)
     kind = f"{steps}step" if steps else "velocity"
     path = Path(folder) / f"sit_{model.step}_{kind}.pt"
