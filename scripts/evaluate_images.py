@@ -57,8 +57,8 @@ def open_folder(path, notes):
     files = sorted({*files}.difference(grids))
     if not files:
         known = ", ".join(pictures.EXTENSIONS)
-        raise FileNotFoundError(f"--images: {path} holds no pictures ({known}); {listing}")
-    logging.warning("%s: %d pictures%s", path, len(files), f"; {listing}" if str(listing) else "")
+        raise FileNotFoundError(f"--images: {path} holds no pictures ({known}){listing}")
+    logging.warning("%s: %d pictures%s", path, len(files), listing)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shapes = list(pool.map(pictures.shape, files))  # before anything goes through the network
     for file, shape in zip(files, shapes, strict=True):

@@ -128,7 +128,7 @@ def test_a_class_without_validation_images_is_none_of_these(tmp_path):
     listing = pictures.Listing()
     _, items = folders.list_images(root, listing=listing)
     assert items["val"] == [("val/b/im0.png", 1)]
-    assert str(listing) == f"left out 1: 1 class folders without images ({root}/val/a)"
+    assert str(listing) == f"; left out 1: 1 class folders without images ({root}/val/a)"
 
 
 def test_numbers_are_sorted_as_text_which_is_said(tmp_path, capsys):

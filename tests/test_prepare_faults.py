@@ -76,10 +76,8 @@ def test_processes_that_do_not_come_together_are_told_in_one_line(tmp_path, word
 
 def test_a_stream_that_ends_early_makes_no_shard(tmp_path):
     example = {"image": np.zeros((2, 2, 3), np.uint8), "label": 0}
-    job = shards.Job(
-        tmp_path, "image", (2, 2, 3), np.uint8, 1, False, {"train": [0, 1]}, {"train": ["a", "b"]},
-        records_per_shard=2, settings={},
-    )  # fmt: skip
+    names = {"train": ["a", "b"]}
+    job = shards.Job(tmp_path, 2, "image", (2, 2, 3), 1, {"train": [0, 1]}, names, settings={})
     with pytest.raises(ValueError, match="1 examples came for 2 items"):
         shards.write(job, lambda items: [example])
     assert not list(tmp_path.glob("*array_record*")) and not dataset.is_dataset(tmp_path)

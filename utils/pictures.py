@@ -32,9 +32,9 @@ class Listing:
         self._examples.setdefault(why, path)
 
     def __str__(self):
-        """ "left out 4: 3 in deeper folders (a/b/im0.png), ..."; empty where nothing was."""
+        """Returns "; left out 4: 3 in deeper folders (a/b/im0.png), ..."; "" for nothing."""
         reasons = [f"{n} {why} ({self._examples[why]})" for why, n in self._counts.items()]
-        return f"left out {self._counts.total()}: {', '.join(reasons)}" if reasons else ""
+        return f"; left out {self._counts.total()}: {', '.join(reasons)}" if reasons else ""
 
 
 def is_ours(name):

@@ -63,7 +63,7 @@ def of_rows(root, names, listing, only=None):
     if not chosen:
         raise ValueError(
             f"no latents in {root}: looked for dataset.json, NAME.npz, or pairs of .npy files such "
-            f"as latents.npy and labels.npy{f'; {listing}' if str(listing) else ''}"
+            f"as latents.npy and labels.npy{listing}"
         )
     opened, rows = Arrays(root, there), {}
     for split, of_split in labels.by_split(chosen).items():
@@ -79,19 +79,10 @@ def of_rows(root, names, listing, only=None):
         title, content, scaled = "fast-DiT's cache: one .npy an image", "samples", True
     elif "moments" in (opened.key(first), _word(first)):
         content = "either"
-    name = f"{first} {opened.key(first)}"
-    settings = {"source": "arrays"}
     return latents.Cache(
-        title,
-        rows,
-        opened.item,
-        opened.where,
-        settings,
-        content,
-        scaled,
-        name=name,
-        foreign=content == "either",
-    )
+        title, rows, opened.item, opened.where, {"source": "arrays"}, content, scaled,
+        name=f"{first} {opened.key(first)}", foreign=content == "either",
+    )  # fmt: skip
 
 
 def _word(name):

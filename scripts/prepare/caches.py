@@ -60,8 +60,7 @@ def find(root, args, listing):
     kinds = {Path(name).suffix for name in tree.names if Path(name).name not in manifest.LISTS}
     known = " ".join((*ENDINGS[:-4], *LMDB))
     if not kinds:
-        left = f"; {listing}" if str(listing) else ""
-        raise ValueError(f"{root} holds no latents; known are {known}{left}")
+        raise ValueError(f"{root} holds no latents; known are {known}{listing}")
     if kinds & {".h5", ".hdf5"}:
         kinds = kinds - {".h5"} | {".hdf5"}
     if len(kinds) > 1 and kinds != {".npy", ".npz"}:

@@ -62,19 +62,16 @@ def run(args):
             yield {"image": splits[name].images[i], "label": int(splits[name].labels[i])}
 
     digests = {name: digest(split) for name, split in splits.items()}
-    job = shards.Job(
-        output=files.path(args.output),
+    complete = shards.make(
+        args,
+        examples,
         key="image",
         shape=(SIDE, SIDE, 3),
-        dtype=np.dtype(np.uint8),
         classes=CLASSES,
-        flipped=False,
         items={name: [(name, i) for i in range(len(s.labels))] for name, s in splits.items()},
         names={name: [digests[name]] for name in splits},
-        records_per_shard=args.records_per_shard,
         settings={"set": "cifar10"},
     )
-    complete = shards.write(job, examples, args.process_id, args.num_processes, args.overwrite)
     if args.compute_fid:
         args.fid_stats = args.fid_stats or f"{args.output}/cifar10_fid_stats.npz"
         args.image_size = SIDE

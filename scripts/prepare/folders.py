@@ -36,7 +36,7 @@ def find_images(root, args, listing):
             return classes, items, lambda name: (root / name, None), {}
         found = labels.of_folders(tree, pictures.EXTENSIONS, args.labels == "none")
     classes, items = labels.numbered(found, args, tree.where)
-    settings = {"labels": labels.digest({s: [y for _, y in rows] for s, rows in items.items()})}
+    settings = {"labels": labels.digest(items)}
     return classes, items, lambda name: (tree.where(name), tree.open(name)), settings
 
 
@@ -127,8 +127,7 @@ def _of_flat_folder(root, split, folder, loose, classes, listing):
 
 
 def _nothing(folder, listing):
-    left = f"; {listing}" if str(listing) else ""
-    return f"no images below {folder}; known are {' '.join(pictures.EXTENSIONS)}{left}"
+    return f"no images below {folder}; known are {' '.join(pictures.EXTENSIONS)}{listing}"
 
 
 def list_class(folder, listing):

@@ -21,64 +21,31 @@ OPEN = 4  # groups of rows in memory
 def run(args):
     """The job behind `prepare_dataset huggingface`; returns whether the records are complete."""
     root, listing = files.local(args.input), pictures.Listing()
-    root, names, said = list_files(root, listing, args.config_name)
+    root, names, said = manifest.find(root, ENDINGS, listing, args.config_name)
     tables = Tables(root, names)
     image_key, label_key = columns(tables, args.image_key, args.label_key)
-    found = labels.by_split(names, args.splits, said)
-    places = {
-        split: [(name, row) for name in of_split for row in range(tables.length(name))]
-        for split, of_split in found.items()
-    }
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in places.items())
-    left = f"; {listing}" if str(listing) else ""
-    print(f"{args.input}: {counts} images, '{image_key}' and '{label_key}'{left}", flush=True)
-    read = {
-        split: [
-            labels.read(f"{root / name}, row {row}", label)
-            for name in of_split
-            for row, label in enumerate(tables.column(name, label_key))
+
+    def where(name):
+        table, _, row = name.rpartition(":")
+        return f"{root / table}, row {row}"
+
+    rows = {}
+    for split, of_split in labels.by_split(names, args.splits, said).items():
+        keys = [
+            (f"{t}:{i}", y) for t in of_split for i, y in enumerate(tables.column(t, label_key))
         ]
-        for split, of_split in found.items()
-    }
+        rows[split] = [(key, labels.read(where(key), label)) for key, label in keys]
+        manifest.check_versions(root, [(key.rpartition(":")[0], y) for key, y in rows[split]])
+    said = f"{images.counted(rows)} images, '{image_key}' and '{label_key}'"
+    print(f"{args.input}: {said}{listing}", flush=True)
+    classes, items = labels.numbered(rows, args, where, tables.class_names(names[0], label_key))
 
-    for split, of_split in read.items():
-        manifest.check_versions(root, [(places[split][i][0], y) for i, y in enumerate(of_split)])
-
-    def where(split, i):
-        name, row = places[split][i]
-        return f"{root / name}, row {row}"
-
-    names_of = tables.class_names(names[0], label_key)
-    classes, numbers = labels.settle(read, where, args.num_classes, names_of)
-    items = {
-        split: [(f"{name}:{row}", y) for (name, row), y in zip(rows, numbers[split], strict=True)]
-        for split, rows in places.items()
-    }
-
-    def find(item):
-        name, _, row = item.rpartition(":")
-        place = f"{root / name}, row {row}"
-        return place, picture(tables.value(name, int(row), image_key), place)
+    def find(name):
+        table, _, row = name.rpartition(":")
+        return where(name), picture(tables.value(table, int(row), image_key), where(name))
 
     settings = {"source": "huggingface", "image_key": image_key, "label_key": label_key}
-    settings["labels"] = labels.digest(numbers)
-    return images.convert(args, classes, items, find, settings)
-
-
-def list_files(root, listing, config=None):
-    """(folder, names of the tables below it, {name: split}) as `manifest.members` gives them;
-    `root` may be one file itself."""
-    if root.is_file():
-        return root.parent, [root.name], {}
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder, and no file, at {root}")
-    names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, ENDINGS)]
-    names, said = manifest.members(root, names, listing, config)
-    kinds = {ending for ending in ENDINGS for name in names if name.lower().endswith(ending)}
-    if len(kinds) != 1:
-        what = f"both {' and '.join(sorted(kinds))}" if kinds else f"no {' or '.join(ENDINGS)}"
-        raise ValueError(f"{what} files below {root}{f'; {listing}' if str(listing) else ''}")
-    return root, names, said
+    return images.convert(args, classes, items, find, settings | {"labels": labels.digest(items)})
 
 
 def columns(tables, image_key=None, label_key=None):
@@ -162,10 +129,6 @@ class Tables:
     def columns(self, name):
         """The names of the columns."""
         return list(self._files[name][0].names)
-
-    def length(self, name):
-        """Number of rows."""
-        return sum(self._files[name][1])
 
     def features(self, name):
         """What Hugging Face's metadata say of the columns; {} without."""

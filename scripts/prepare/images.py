@@ -22,16 +22,18 @@ def run(args):
     """
     listing = pictures.Listing()
     classes, items, find, settings = folders.find_images(files.local(args.input), args, listing)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in items.items())
-    left = f"; {listing}" if str(listing) else ""
     names = () if isinstance(classes, int) else classes
-    print(
-        f"{args.input}: {len(names) or classes or 'no'} classes; {counts} images{left}", flush=True
-    )
+    said = f"{len(names) or classes or 'no'} classes; {counted(items)} images"
+    print(f"{args.input}: {said}{listing}", flush=True)
     if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
         i = next(i for i, name in enumerate(sorted(names, key=int)) if name != names[i])
         print(f"the class folders are numbers, and sorted as text: label {i} is {names[i]}")
     return convert(args, classes, items, find, settings)
+
+
+def counted(items):
+    """Returns in words how many items {split: [item]} there are."""
+    return ", ".join(f"{len(rows)} {split}" for split, rows in items.items())
 
 
 def convert(args, classes, items, find, settings=None):
@@ -141,19 +143,11 @@ def write_records(args, classes, items, decode, settings):
         key, shape, dtype, flipped = "moments", encode.shape, encode.dtype, args.flip
         settings |= {"store": args.store, "flip": args.flip, "encoder": encode.digest}
         make = lambda items: encode(decode(items))  # noqa: E731
-    job = shards.Job(
-        output=files.path(args.output),
-        key=key,
-        shape=shape,
-        dtype=dtype,
-        classes=classes,
-        flipped=flipped,
-        items=items,
-        names={split: [path for path, _ in files] for split, files in items.items()},
-        records_per_shard=args.records_per_shard,
-        settings=settings,
-    )
-    complete = shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
+    names = {split: [name for name, _ in rows] for split, rows in items.items()}
+    complete = shards.make(
+        args, make, key=key, shape=shape, dtype=dtype, classes=classes, flipped=flipped,
+        items=items, names=names, settings=settings
+    )  # fmt: skip
     if key == "moments":
         encode.report()
     return complete

@@ -116,12 +116,13 @@ def of_folders(tree, endings, without=False):
     return found
 
 
-def numbered(found, args, where):
+def numbered(found, args, where, names=()):
     """{split: [(name, label as `read` gives it, or None)]} -> (classes, the same with numbers).
 
     Args:
       args: `splits`, those that are wanted, and `num_classes`.
       where: function of a name -> its place, for people.
+      names: what the classes are called, in their order, where the set says that.
     """
     splits = getattr(args, "splits", ())
     if unknown := [split for split in splits if split not in found]:
@@ -133,6 +134,7 @@ def numbered(found, args, where):
         {split: [label for _, label in rows] for split, rows in found.items()},
         lambda split, i: where(found[split][i][0]),
         args.num_classes,
+        names,
     )
     return classes, {
         split: [(name, y) for (name, _), y in zip(rows, numbers[split], strict=True)]
@@ -182,9 +184,9 @@ def settle(found, where, num_classes=None, names=()):
     return names or num_classes or 1 + max(map(max, found.values())), found
 
 
-def digest(numbers):
-    """What stands for the labels {split: [int]} in their order, for the settings of a job."""
-    return {split: shards.digest(map(str, labels)) for split, labels in numbers.items()}
+def digest(items):
+    """Returns what stands for the labels of {split: [(name, int)]}, for the settings of a job."""
+    return {split: shards.digest(str(y) for _, y in rows) for split, rows in items.items()}
 
 
 def _each(found):

@@ -10,7 +10,7 @@ import numpy as np
 from models import vae
 from models.codec import SD_SCALE
 from scripts.prepare import labels, moments, shards
-from utils import dataset, files, processes
+from utils import dataset, processes
 
 LOOKED_AT = 16  # records that say what the others are
 AT_ONCE = 32  # records that a thread reads
@@ -67,8 +67,7 @@ def bring(args, cache, listing):
       listing: what was left out.
     """
     counts = ", ".join(f"{len(rows):,} {split}" for split, rows in cache.rows.items())
-    left = f"; {listing}" if str(listing) else ""
-    print(f"{args.input}: {cache.title}; {counts} latents{left}", flush=True)
+    print(f"{args.input}: {cache.title}; {counts} latents{listing}", flush=True)
     deferred = cache.inside and args.num_classes
     if cache.inside and not deferred:
         cache = cache._replace(rows=_with_labels(cache, args.workers))
@@ -105,7 +104,7 @@ def bring(args, cache, listing):
     }
     settings = cache.settings | form_.settings()
     if not deferred:
-        settings["labels"] = labels.digest({s: [y for _, y in rows] for s, rows in items.items()})
+        settings["labels"] = labels.digest(items)
     return write(args, classes, items, names, read, settings, flipped)
 
 
@@ -143,19 +142,11 @@ def write(args, classes, items, names, read, settings, flipped=False):
     count = classes if isinstance(classes, int) else len(classes)
     spread = moments.Spread()
     stream = functools.partial(examples, read, shape, dtype, count, args.workers, spread)
-    job = shards.Job(
-        output=files.path(args.output),
-        key="moments",
-        shape=shape,
-        dtype=dtype,
-        classes=classes,
-        flipped=flipped,
-        items=items,
-        names=names,
-        records_per_shard=args.records_per_shard,
-        settings=settings | {"store": args.store},
-    )
-    complete = shards.write(job, stream, args.process_id, args.num_processes, args.overwrite)
+    settings = settings | {"store": args.store}
+    complete = shards.make(
+        args, stream, key="moments", shape=shape, dtype=dtype, classes=classes, flipped=flipped,
+        items=items, names=names, settings=settings
+    )  # fmt: skip
     spread.report(f"; --scaled_by={SD_SCALE} divides" if hasattr(args, "scaled_by") else "")
     return complete
 

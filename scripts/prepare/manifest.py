@@ -9,7 +9,6 @@
 import collections
 import csv
 import io
-import itertools
 import json
 import posixpath
 import re
@@ -17,7 +16,7 @@ import re
 import yaml
 
 from scripts.prepare import labels
-from utils import files
+from utils import files, pictures
 
 LISTS = ("dataset.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
 # What `datasets` leaves beside the data: map, filter, shuffle.
@@ -30,22 +29,19 @@ CHOICES = "--labels=folders takes the class folders, --labels=none goes without"
 
 
 def has_lists(root):
-    """Whether a folder has lists of labels where they are looked for."""
-    splits = "|".join(labels.SPLITS)
-    places = [root, *root.glob("*/"), *(p for s in root.glob("*/") if re.fullmatch(splits, s.name)
-                                        for p in s.glob("*/"))]  # fmt: skip
-    return any((place / name).is_file() for place in places for name in LISTS)
+    """Tells whether a folder has lists of labels where they are looked for."""
+    below = list(root.glob("*/"))
+    deeper = [place for split in below if split.name in labels.SPLITS for place in split.glob("*/")]
+    return any((place / name).is_file() for place in (root, *below, *deeper) for name in LISTS)
 
 
 def labelled(tree, listing, label_key=None, skip=False):
-    """{split: [(name, label as `labels.read` gives it, or None)]} as lists in a tree say it.
+    """Reads the lists in a tree: {split: [(name, label of `labels.read`)]}; None where is none.
 
     Args:
       tree: of `trees`; its names are those of records and of lists.
       listing: counts what no list names, or with `skip` what a list names and is not there.
       label_key: the column of labels; None: the one there is.
-
-    Returns None where there is no list.
 
     Raises:
       ValueError: a list that names no labels, or files that are not there or come twice; two lists
@@ -71,7 +67,7 @@ def labelled(tree, listing, label_key=None, skip=False):
 
 
 def _there(tree, rows, there, listing, skip):
-    """The rows [(file, label)] whose files are there."""
+    """Returns the rows [(file, label)] whose files are there."""
     seen = set()
     for file, _, name in rows:
         if file not in there:
@@ -89,7 +85,7 @@ def _there(tree, rows, there, listing, skip):
 
 
 def _by_folder(split, rows):
-    """(split, row) of each, by the first folder where all are in ones that are called as splits."""
+    """Returns (split, row) of each, by the first folder where that is a split in all rows."""
     first = [row[0].split("/")[0] if "/" in row[0] else "" for row in rows]
     if split == "train" and all(word in labels.SPLITS for word in first):
         return [(labels.SPLITS[word], row) for word, row in zip(first, rows, strict=True)]
@@ -97,7 +93,7 @@ def _by_folder(split, rows):
 
 
 def _rows(tree, name, there, label_key):
-    """[(file below the tree, label or None)] of one list; None where it is none."""
+    """Reads one list: [(file below the tree, label or None)]; None where it is none."""
     where, folder = tree.where(name), posixpath.dirname(name)
     with files.reading(where, "not a list of labels"):
         if name.endswith(".json"):
@@ -183,8 +179,35 @@ def check_versions(root, rows):
 # Members ------------------------------------------------------------------------------------------
 
 
+def find(root, endings, listing, config=None):
+    """Lists the files of a set at `root`, a folder or one of the files itself.
+
+    Args:
+      endings: one of these for all; files with others are counted in `listing`.
+      config: as in `members`.
+
+    Returns:
+      (folder, names of the files below it, {name: split} where that is said).
+
+    Raises:
+      FileNotFoundError: nothing is there. ValueError: none of the files, of two kinds, or as
+        `members`.
+    """
+    if root.is_file():
+        return root.parent, [root.name], {}
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder, and no file, at {root}")
+    names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, endings)]
+    names, said = members(root, names, listing, config)
+    kinds = {ending for ending in endings for name in names if name.lower().endswith(ending)}
+    if len(kinds) != 1:
+        what = f"both {' and '.join(sorted(kinds))}" if kinds else f"no {' or '.join(endings)}"
+        raise ValueError(f"{what} files below {root}{listing}")
+    return root, names, said
+
+
 def members(root, names, listing, config=None):
-    """(those of the names of files that are the set's data, {name: split} where that is said).
+    """Returns (the names of files that are the set's data, {name: split} where that is said).
 
     Args:
       root: folder that the names are below.
@@ -226,7 +249,7 @@ def members(root, names, listing, config=None):
 
 
 def _json(path):
-    """The content of a JSON file; {} where it is not there."""
+    """Reads a JSON file; {} where it is not there."""
     if not path.is_file():
         return {}
     with files.reading(path, "not JSON"):
@@ -234,7 +257,7 @@ def _json(path):
 
 
 def configs(root):
-    """{name: [(split or None, pattern of files)]} as the README of a repository says it."""
+    """Reads the README of a repository: {name: [(split or None, pattern of files)]}."""
     path = root / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
@@ -245,10 +268,9 @@ def configs(root):
     found = {}
     for entry in entries if isinstance(entries, list) else []:
         data, folder = entry.get("data_files"), str(entry.get("data_dir") or "")
-        data = (
-            [{"split": k, "path": v} for k, v in data.items()] if isinstance(data, dict) else data
-        )
-        data = [data] if isinstance(data, (str, dict)) else data or [posixpath.join(folder, "**")]
+        if isinstance(data, dict):
+            data = [{"split": split, "path": path} for split, path in data.items()]
+        data = [data] if isinstance(data, str) else data or [posixpath.join(folder, "**")]
         rows = [row if isinstance(row, dict) else {"path": row} for row in data]
         found[str(entry.get("config_name", "default"))] = [
             (row.get("split"), pattern)
@@ -319,7 +341,7 @@ def _check_parts(root, names, said):
 def check_configs(root):
     """Raises ValueError where the README of a folder says that it holds several sets."""
     found = [name for name, rows in configs(root).items()
-             if any(itertools.islice(root.glob(pattern), 1) for _, pattern in rows)]  # fmt: skip
+             if any(True for _, pattern in rows for _ in root.glob(pattern))]  # fmt: skip
     if len(found) > 1:
         raise ValueError(
             f"{root} holds several sets, says its README ({', '.join(found)}): --input names the "

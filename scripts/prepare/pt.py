@@ -44,7 +44,7 @@ def list_files(root, listing=None):
         names = pictures.wanted(folder, names, listing, ".pt")
         items[split] = [str(prefix / name) for name in names]
         if not items[split]:
-            raise ValueError(f"no .pt files in {folder}{f'; {listing}' if str(listing) else ''}")
+            raise ValueError(f"no .pt files in {folder}{listing}")
     return items
 
 

@@ -28,21 +28,21 @@ NEW = "unfinished-overwrite"  # where one is made that is to take the place of a
 class Job(NamedTuple):
     """What is to be written.
 
-    items: {split: one entry per record, in order}; the names in `describe` identify them.
+    items: {split: one entry per record, in order}; names: {split: [str]}, what identifies them.
     settings: JSON-able; what has to be equal for a run to go on with the shards of another.
     classes: names in the order of the labels, or their number.
     """
 
     output: Path
+    records_per_shard: int
     key: str
     shape: tuple
-    dtype: np.dtype
     classes: Sequence | int
-    flipped: bool
     items: dict
     names: dict
-    records_per_shard: int
     settings: dict
+    dtype: np.dtype = np.dtype(np.uint8)
+    flipped: bool = False
 
 
 class Shard(NamedTuple):
@@ -50,6 +50,12 @@ class Shard(NamedTuple):
     split: str
     start: int  # its items are [start, stop) of the split
     stop: int
+
+
+def make(args, examples, **job):
+    """Writes as `write` does the job of the options `args`, and of the other fields of a `Job`."""
+    job = Job(files.path(args.output), args.records_per_shard, **job)
+    return write(job, examples, args.process_id, args.num_processes, args.overwrite)
 
 
 def shards(job):

@@ -50,21 +50,17 @@ def run(args):
         sources = raw_examples(builder, args.splits, image_key)
         items = {split: [(split, i) for i in range(len(raw))] for split, raw in sources.items()}
         shape = example(next(iter(items.values()))[0])["image"].shape
-        job = shards.Job(
-            output=files.path(args.output),
+        done = shards.make(
+            args,
+            functools.partial(map, example),
             key="image",
             shape=shape,
-            dtype=np.dtype(np.uint8),
             classes=label.names,
-            flipped=False,
             items=items,
             names={split: [str(len(found))] for split, found in items.items()},
-            records_per_shard=args.records_per_shard,
             settings={"tfds": args.name, "version": str(builder.version), "shape": shape}
             | ({} if args.background == "keep" else {"background": args.background}),
         )
-        make = functools.partial(map, example)
-        done = shards.write(job, make, args.process_id, args.num_processes, args.overwrite)
     notes.report()
     return done
 

@@ -24,13 +24,10 @@ def run(args):
     if index.kind == "latents":
         args.vae = args.vae or "auto"
         return latents.bring(args, _cache(index, records), listing)
-    counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in records.items())
-    left = f"; {listing}" if str(listing) else ""
-    print(f"{args.input}: {counts} images{left}", flush=True)
+    print(f"{args.input}: {images.counted(records)} images{listing}", flush=True)
     where = lambda name: index.root / name  # noqa: E731
     classes, items = labels.numbered(records, args, where)
-    numbers = {split: [y for _, y in of_split] for split, of_split in items.items()}
-    settings = {"source": "webdataset", "labels": labels.digest(numbers)}
+    settings = {"source": "webdataset", "labels": labels.digest(items)}
     args.vae = args.vae or "mse"
     find = lambda name: (where(name), io.BytesIO(index.content(name)))  # noqa: E731
     return images.convert(args, classes, items, find, settings)
@@ -60,29 +57,17 @@ def open_index(root, args, listing):
 
     args: `splits`, `label_key`, `config_name` and `on_bad_image`, where it has them.
     """
-    root, names, said = list_shards(root, listing, getattr(args, "config_name", None))
+    config = getattr(args, "config_name", None)
+    root, names, said = manifest.find(root, (".tar",), listing, config)
     skip = getattr(args, "on_bad_image", "fail") == "skip"
     index, records = Index(root, args.label_key, listing, skip), {}
     for split, of_split in labels.by_split(names, args.splits, said).items():
         bar = processes.progress(of_split, len(of_split), "shards", f"labels ({split})")
         records[split] = [record for name in bar for record in index.scan(name)]
         if not records[split]:
-            raise ValueError(f"{root / of_split[0]}: no images or latents in it; {listing}")
+            raise ValueError(f"{root / of_split[0]}: no images or latents in it{listing}")
         manifest.check_versions(root, [(name.split(":")[0], y) for name, y in records[split]])
     return index, records
-
-
-def list_shards(root, listing, config=None):
-    """(folder, names of the shards below it, {name: split}) as `manifest.members` gives them;
-    `root` may be one shard itself."""
-    if root.is_file():
-        return root.parent, [root.name], {}
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder of shards, and no file, at {root}")
-    names = [path.relative_to(root).as_posix() for path in pictures.below(root, listing, (".tar",))]
-    if not names:
-        raise ValueError(f"no .tar files below {root}{f'; {listing}' if str(listing) else ''}")
-    return root, *manifest.members(root, names, listing, config)
 
 
 class Index:
