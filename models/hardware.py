@@ -90,7 +90,12 @@ def remat(block, policy, xs, depth, loop):
 
 def compiler_options(mesh):
     """Returns XLA's options for a train step on the devices of a mesh."""
-    if mesh.devices.flat[0].platform in ("gpu", "cuda"):
+    kind = mesh.devices.flat[0].platform
+    if kind == "tpu":
+        # XLA would cut a product whose sum is scattered into pieces of a few rows, each sent while
+        # the next is computed, and pieces fill no unit: cycles of B/4 on 16 chips 62.9 to 40.6.
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+    if kind in ("gpu", "cuda"):
         return {
             # XLA would leave out the rounding to bfloat16 between two operations, and so store in
             # float32, at twice the bytes, what is meant for bfloat16.
