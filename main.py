@@ -19,6 +19,7 @@ import sys
 import traceback
 
 from configs import listing
+from run import spent
 from utils import signals  # and late what takes long: a signal in the first second is heard
 
 # What people can cause and mend; anything else is a bug and shows its traceback.
@@ -112,6 +113,7 @@ def parse_flags(argv):
 
 def main(argv):
     """Runs the command line `argv`; returns the exit status."""
+    spent.begin()
     if "--list" in argv:
         print(listing.table())
         return 0

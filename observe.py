@@ -1,6 +1,7 @@
 """What a run shows of itself: metrics, sample grids and evaluations."""
 
 import logging
+import math
 import time
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import sample
 from configs import saved
 from metrics import evaluators
 from parts import load_autoencoder
-from run import layout, metric_writer, results
+from run import layout, metric_writer, results, spent
 from run import weights as weights_of
 from utils import averages, chips, files, identity, processes, train_metrics
 
@@ -79,6 +80,7 @@ class Observer:
         self.writer = None
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
+        self.step_seconds = math.inf  # of a step on the device: of the second, the first compiles
         self._told = set()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -93,6 +95,7 @@ class Observer:
         """Says that the first step is compiled, in which nothing is heard of the run."""
         if step < self.when.total:
             logging.info("compiling the train step ...")
+            spent.turn("compiling")
         self._waiting = time.perf_counter()
 
     def begin(self, step, options):
@@ -100,6 +103,7 @@ class Observer:
         self.writer = metric_writer.MetricWriter(
             self.workdir,
             resume_step=step,
+            finished=step >= self.when.total,
             enabled=processes.is_writer(),
             wandb_project=self.training.wandb,
         )
@@ -116,8 +120,13 @@ class Observer:
         if self._clock is None:  # the first step compiles, and does not count
             jax.block_until_ready(state)
             self._clock = (step, time.perf_counter())
+            spent.turn(spent.STEPS)
+            self._before = spent.seconds()[spent.STEPS]
             waited = self._clock[1] - self._waiting
             logging.info("compiled: the first step was done after %.1f s", waited)
+        elif self.step_seconds == math.inf:
+            jax.block_until_ready(state)
+            self.step_seconds = spent.seconds()[spent.STEPS] - self._before
         if self.when.metrics.due(step):
             self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.when.total):
@@ -144,10 +153,11 @@ class Observer:
         self.flush()  # the log never steps back: W&B would leave out what does
         jax.block_until_ready(state)
         looked = time.perf_counter()
-        if grid:
-            self._draw_grid(step, state.ema_params[self.average])
-        if evaluation:
-            self._evaluate(step, state)
+        with spent.of("looking"):
+            if grid:
+                self._draw_grid(step, state.ema_params[self.average])
+            if evaluation:
+                self._evaluate(step, state)
         if self._clock:  # looking does not count as training time
             self._clock = (self._clock[0], self._clock[1] + time.perf_counter() - looked)
         return self._last_result if evaluation else None
@@ -173,7 +183,7 @@ class Observer:
             method = self.parts.method.phase(step - 1, self.when.total)
             if peak := peak_rate(self.parts._replace(method=method), batch_size):
                 metrics["mfu"] = metrics["images_per_second"] / peak
-        metrics |= device_memory()
+        metrics |= device_memory() | spent.metrics(spent.seconds())
         self.writer.scalars(step, metrics)
         self.writer.progress(step, self.when.total, steps_per_second, metrics)
 
@@ -208,7 +218,7 @@ class Observer:
             step, state.params, state.ema_params, self.average, workdir=self.workdir
         )
         entries = self.evaluation.run(weights, self.workdir)
-        self.writer.scalars(step, results.scalars(entries))
+        self.writer.scalars(step, results.scalars(entries) | spent.metrics(spent.seconds()))
         self._last_result = entries[0]
 
     def end(self, step):
@@ -222,6 +232,7 @@ class Observer:
                 logging.info("  %-16s %s", name, self.workdir / name)
         if self._last_result:
             logging.info("%s", results.report(self._last_result))
+        logging.info("%s", spent.told(spent.seconds()))
 
 
 def peak_rate(parts, batch_size):

@@ -24,7 +24,7 @@ from models import codec, hardware, network
 from optimizer import at_step, make_optimizer
 from parts import load_frozen, open_records
 from parts import make as make_parts
-from run import cadence, folder, report, resume
+from run import cadence, folder, report, resume, spent
 from run.saver import Saver
 from utils import averages, files, iterator, processes, sharding, train_metrics
 
@@ -312,14 +312,16 @@ def loop(state, step_fn, batches, mesh, when, observer, saver):
       Preempted: asked to stop; the last step is being saved.
     """
     first, total = int(state.step), when.total
-    batch = sharding.to_global(mesh, next(batches)) if first < total else None
+    with spent.of("data"):
+        batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state = step_fn(step - 1, state, batch)
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
-            batch = sharding.to_global(mesh, next(batches))
+            with spent.of("data", but=observer.step_seconds):
+                batch = sharding.to_global(mesh, next(batches))
         observer.log(step, state)
         saver.check(step, state)
         stopping = processes.stop_requested()

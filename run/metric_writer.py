@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from run import layout
+from run import layout, spent
 from utils import files
 
 EVENTS = re.compile(r"\.tfevents\.(\d{1,10})\.")  # in the name of a file of events
@@ -32,6 +32,7 @@ class MetricWriter:
       workdir: folder of the run; made if need be.
       resume_step: steps done before. Points of later steps, left by an interrupted run, are taken
         out of metrics.jsonl and hidden from TensorBoard. None: nothing is taken out.
+      finished: nothing is left to do, and metrics.jsonl says nothing of the time of this start.
       enabled: False on all hosts but one; every method then does nothing.
       wandb_project: project of Weights & Biases that gets the same numbers and pictures; or empty.
 
@@ -39,7 +40,7 @@ class MetricWriter:
       ValueError: a project is named, and the package wandb is not installed.
     """
 
-    def __init__(self, workdir, resume_step=None, enabled=True, wandb_project=""):
+    def __init__(self, workdir, resume_step=None, finished=False, enabled=True, wandb_project=""):
         self._enabled = enabled
         self._start = resume_step or 0
         self._open_line = False
@@ -48,7 +49,7 @@ class MetricWriter:
         workdir = files.absolute(files.path(workdir))
         files.make_folder(workdir)
         self._wandb = _start_wandb(wandb_project, workdir) if wandb_project else None
-        _cut(workdir, resume_step)
+        _cut(workdir, resume_step, finished)
         self._jsonl = files.append(workdir / layout.METRICS).open("a", encoding="utf-8")
         self._events = RecordWriter(str(files.append(_next_events(workdir))))
         self._write(self._start, file_version="brain.Event:2")
@@ -195,10 +196,17 @@ def _duration(seconds):
     return f"{f'{days} d ' if days else ''}{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _cut(workdir, last_step):
-    """Takes the lines after `last_step` out of a metrics.jsonl, and a half-written last one."""
+def _cut(workdir, last_step, finished):
+    """Takes the lines after `last_step` out of a metrics.jsonl, and a half-written last one.
+
+    The last that stays notes the time up to now, for starts that come to no line of their own.
+    """
     lines, broken = layout.metric_lines(workdir)
     kept = [line for line in lines if last_step is None or line["step"] <= last_step]
+    if last_step is not None:
+        spent.go_on(spent.before(lines, last_step))
+        if kept and spent.GOODPUT in kept[-1] and not finished:
+            kept[-1] |= spent.metrics(spent.seconds())
     if lines or broken:
         text = "".join(f"{json.dumps(line)}\n" for line in kept)
         files.write_text(files.path(workdir) / layout.METRICS, text)

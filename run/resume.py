@@ -14,7 +14,7 @@ import optax
 
 from configs.default import OPTIONS
 from configs.saved import of_run
-from run import checkpoint, layout
+from run import checkpoint, layout, spent
 from run import weights as weights_of
 from utils import averages, environment, processes, sharding, train_metrics
 from utils import identity as identities
@@ -173,7 +173,8 @@ def restore(options, workdir, targets, identity):
     damaged = {}
     for step in reversed(available):
         try:
-            begin = _read(options, workdir, step, targets, identity)
+            with spent.of("restoring"):
+                begin = _read(options, workdir, step, targets, identity)
             break
         except checkpoint.DamagedError as error:
             damaged[step] = error

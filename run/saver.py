@@ -5,8 +5,10 @@ All is written in the background; what goes wrong there is raised by the next ca
 
 import contextlib
 
+import jax
+
 from metrics import evaluators
-from run import best, checkpoint, results, resume, snapshots
+from run import best, checkpoint, results, resume, snapshots, spent
 from utils import processes
 
 
@@ -30,9 +32,15 @@ class Saver(contextlib.ExitStack):
             writer = snapshots.Writer(workdir, options["training"]["ema_sigma"], step)
             self.snapshots = self.enter_context(writer)
 
+    def __exit__(self, *error):
+        with spent.of("saving"):
+            return super().__exit__(*error)
+
     def save(self, state, place):
         """Starts to write a checkpoint of a state and its place in the data."""
-        resume.save(self.checkpoints, state, place, self.options)
+        jax.block_until_ready(state)  # the steps so far are not the time of saving
+        with spent.of("saving"):
+            resume.save(self.checkpoints, state, place, self.options)
 
     def check(self, step, state):
         """Starts to write a snapshot where one is due, never twice.
@@ -48,7 +56,8 @@ class Saver(contextlib.ExitStack):
     def keep_best(self, result):
         """Keeps the checkpoint of an evaluation, where this is the best by `training.keep_best`."""
         if metric := self.options["training"]["keep_best"]:
-            self.checkpoints.wait()
+            with spent.of("saving"):
+                self.checkpoints.wait()
             if processes.is_writer():
                 higher = metric in evaluators.HIGHER_IS_BETTER
                 step = result["checkpoint_step"]

@@ -20,7 +20,7 @@ import sample
 import train
 from configs import load_config
 from optimizer import make_optimizer
-from run import cadence
+from run import cadence, spent
 from run.metric_writer import MetricWriter
 from utils import chips, dataset, processes, train_metrics
 
@@ -77,10 +77,12 @@ def test_what_tensorboard_shows(run, events):
     scalars = {
         "loss", "v_loss", "raw_loss/all", "raw_loss/r=t", "raw_loss/r<t", "grad_norm",
         "update_norm", "param_norm", "learning_rate", "images_per_second", "mfu", "epoch",
+        "goodput",
         "fid@24/ema_1step", "fid@24/ema_0.0_1step", "fid@24/params_1step",
     }  # fmt: skip
     buckets = {f"raw_loss/t={i / 4:g}-{(i + 1) / 4:g}" for i in range(4)}
     shown = set(events.Tags()["scalars"])
+    buckets |= {spent.PREFIX + kind for kind in spent.KINDS}
     assert scalars <= shown and shown - scalars <= buckets and shown & buckets
     for name in shown:
         points = {event.step: event.value for event in events.Scalars(name)}
@@ -268,7 +270,7 @@ def test_one_process_takes_the_profile(monkeypatch, writer):
     training = make.config("training.profile_steps=2,3", "training.num_steps=9").training
     observer.training = training
     observer.when = cadence.of_run(training, False, 9 * training.batch_size)
-    observer._pending, observer._clock = [], (0, 0.0)
+    observer._pending, observer._clock, observer.step_seconds = [], (0, 0.0), 1.0
     observer._profile = lambda *_: calls.append("profile")
     monkeypatch.setattr(processes, "is_writer", lambda: writer)
     observer.log(1, None)

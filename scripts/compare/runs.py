@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from configs import saved, strict_yaml
 from metrics import evaluators
-from run import layout, results
+from run import layout, results, spent
 from utils import files
 
 POINTS = 500  # of a curve; of a longer one each is the mean of several lines
@@ -135,7 +135,7 @@ def options_of(path):
 
 def curves_of(lines):
     """Returns the numbers of training: steps, and {name: values}, at most POINTS of each."""
-    lines = [{k: v for k, v in line.items() if not results.is_score(k)} for line in lines]
+    lines = [{k: v for k, v in line.items() if is_of_training(k)} for line in lines]
     lines = [line for line in lines if line.keys() - set(OF_LINES)]
     size = max(1, -(-len(lines) // POINTS))
     parts = [lines[i : i + size] for i in range(0, len(lines), size)]
@@ -145,6 +145,11 @@ def curves_of(lines):
             mean([line[name] for line in part if number(line.get(name))]) for part in parts
         ]
     return [part[-1]["step"] for part in parts], found
+
+
+def is_of_training(name):
+    """Tells whether a name of the log is of training, not of an evaluation or of time."""
+    return not (results.is_score(name) or name.startswith(spent.PREFIX) or name == spent.GOODPUT)
 
 
 def scores_of(lines, stored):
@@ -200,7 +205,11 @@ def facts_of(lines, options):
                 f"{values[len(values) // 2]:.3g}"
             )  # the median: pauses do not count
     peaks = [x for line in lines if number(x := line.get("memory_gb/peak"))]
-    return facts | ({"memory, GB": max(peaks)} if peaks else {})
+    facts |= {"memory, GB": max(peaks)} if peaks else {}
+    for kind, share in spent.shares(spent.of_lines(lines)).items():
+        name = spent.GOODPUT if kind == spent.STEPS else kind
+        facts[f"{name}, % of time"] = round(100 * share, 1)
+    return facts
 
 
 def batch_size(options):
