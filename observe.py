@@ -1,7 +1,6 @@
 """What a run shows of itself: metrics, sample grids and evaluations."""
 
 import logging
-import math
 import time
 from typing import NamedTuple
 
@@ -80,7 +79,6 @@ class Observer:
         self.writer = None
         self._pending = []  # (step, sums on the device)
         self._begun = self._waiting = time.perf_counter()
-        self.step_seconds = math.inf  # of a step on the device: of the second, the first compiles
         self._told = set()
         self._clock = None  # (step, when it was done): where the present log period begins
         self._profiling = False
@@ -121,12 +119,8 @@ class Observer:
             jax.block_until_ready(state)
             self._clock = (step, time.perf_counter())
             spent.turn(spent.STEPS)
-            self._before = spent.seconds()[spent.STEPS]
             waited = self._clock[1] - self._waiting
             logging.info("compiled: the first step was done after %.1f s", waited)
-        elif self.step_seconds == math.inf:
-            jax.block_until_ready(state)
-            self.step_seconds = spent.seconds()[spent.STEPS] - self._before
         if self.when.metrics.due(step):
             self._pending.append((step, jax.tree.map(jnp.copy, state.sums)))
         while self._pending and step >= min(self._pending[0][0] + LAG, self.when.total):

@@ -9,6 +9,8 @@ and hands out metrics, samples, checkpoints and evaluations.
 import contextlib
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -312,15 +314,20 @@ def loop(state, step_fn, batches, mesh, when, observer, saver):
       Preempted: asked to stop; the last step is being saved.
     """
     first, total = int(state.step), when.total
+    busy = math.inf  # seconds of a step on the device, in which waiting for data costs nothing
     with spent.of("data"):
         batch = sharding.to_global(mesh, next(batches)) if first < total else None
     for step in range(first + 1, total + 1):
         sharding.hold_back(mesh, state)
+        begun = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state = step_fn(step - 1, state, batch)
+        if step == first + 2:  # the first one compiles
+            jax.block_until_ready(state)
+            busy = time.perf_counter() - begun
         place = batches.get_state()
         if step < total:  # the next batch is on its way while the device computes
-            with spent.of("data", but=observer.step_seconds):
+            with spent.of("data", but=busy):
                 batch = sharding.to_global(mesh, next(batches))
         observer.log(step, state)
         saver.check(step, state)

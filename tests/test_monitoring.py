@@ -270,7 +270,7 @@ def test_one_process_takes_the_profile(monkeypatch, writer):
     training = make.config("training.profile_steps=2,3", "training.num_steps=9").training
     observer.training = training
     observer.when = cadence.of_run(training, False, 9 * training.batch_size)
-    observer._pending, observer._clock, observer.step_seconds = [], (0, 0.0), 1.0
+    observer._pending, observer._clock = [], (0, 0.0)
     observer._profile = lambda *_: calls.append("profile")
     monkeypatch.setattr(processes, "is_writer", lambda: writer)
     observer.log(1, None)
