@@ -1,4 +1,4 @@
-"""Measures speed and memory of the data iterator.
+"""Measures speed of the data iterator.
 
     python -m benchmarks data [--num_records 100000] [--json FILE]
 
@@ -6,7 +6,6 @@ Makes synthetic latents in a temporary folder, as records in float32 and float16
 in turn, several times, from the page cache.
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -40,31 +39,29 @@ def run(args):
             f"--num_records={args.num_records} is less than a batch of {args.batch_size}"
         )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        folder = Path(folder)
         print("writing synthetic latents ...", file=sys.stderr)
-        readers = {}
+        readers, rates = {}, {store: [] for store in STORES}
         for store in STORES:
-            write_records(folder / store, args.num_records, args.latent_size, store)
-            readers[store] = record_batches(folder / store, args)
-        rates = {name: [] for name in readers}
-        for batches in readers.values():
-            next(batches)
+            root = Path(folder, store)
+            write_records(root, args.num_records, args.latent_size, store)
+            readers[store] = iterator.RecordIterator(
+                dataset.open_records(root), args.batch_size, seed=0,
+                num_workers=args.num_workers, prefetch=args.prefetch,
+            )  # fmt: skip
+            next(readers[store])
         for _ in range(args.rounds):
-            for name, batches in readers.items():
-                rates[name].append(measure(batches, args.batch_size, args.seconds))
-        results = {
-            "cores": len(os.sched_getaffinity(0)),
-            "latents_per_second": {n: float(np.median(rate)) for n, rate in rates.items()},
-            "range": {n: [min(rate), max(rate)] for n, rate in rates.items()},
-            "epoch": {store: epoch_apart(folder / store, args) for store in STORES},
-            "options": {k: v for k, v in vars(args).items() if isinstance(v, (int, float))},
-        }
-    report(results)
-    return results
+            for store, batches in readers.items():
+                rates[store].append(measure(batches, args.batch_size, args.seconds))
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores, batch {args.batch_size}, shuffled: latents/s (median, lowest, highest)")
+    medians = {store: float(np.median(of)) for store, of in rates.items()}
+    for store, of in rates.items():
+        print(f"{store:20} {medians[store]:10,.0f} {min(of):10,.0f} {max(of):10,.0f}")
+    return {"cores": cores, "latents_per_second": medians, "measured": rates}
 
 
 def measure(batches, batch_size, seconds):
-    """Latents per second of an endless iterator, over at least `seconds`."""
+    """Returns latents per second of an endless iterator, over at least `seconds`."""
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         next(batches)
@@ -72,60 +69,7 @@ def measure(batches, batch_size, seconds):
     return count / elapsed
 
 
-def record_batches(root, args):
-    """Returns the iterator of the records in `root`."""
-    return iterator.RecordIterator(
-        dataset.open_records(root),
-        args.batch_size,
-        seed=0,
-        num_workers=args.num_workers,
-        prefetch=args.prefetch,
-    )
-
-
-def epoch_apart(root, args):
-    """Reads a whole epoch in a process of its own: its rate, and its memory by the way (MiB)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_epoch, (root, args))
-
-
-def _epoch(root, args):
-    batches = record_batches(root, args)
-    steps = args.num_records // args.batch_size
-    memory, start = [], time.perf_counter()
-    for step in range(steps):
-        next(batches)
-        if step % max(steps // 10, 1) == 0:
-            memory.append(peak_memory())
-    rate = steps * args.batch_size / (time.perf_counter() - start)
-    batches.close()
-    return {"latents_per_second": rate, "peak_mib": peak_memory(), "peak_mib_by_tenth": memory}
-
-
-def peak_memory():
-    """Returns the largest resident memory of this process so far, in MiB."""
-    # Not getrusage: its figure goes on from that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def report(results):
-    """Prints the results as a table."""
-    print(f"{results['cores']} cores, batch {results['options']['batch_size']}, shuffled")
-    print(f"{'':20} {'latents/s (median)':>20} {'lowest':>10} {'highest':>10}")
-    for name, rate in results["latents_per_second"].items():
-        low, high = results["range"][name]
-        print(f"{name:20} {rate:20,.0f} {low:10,.0f} {high:10,.0f}")
-    count = results["options"]["num_records"]
-    print(f"\na whole epoch of {count:,} latents, in a process of its own")
-    print(f"{'':20} {'latents/s':>20} {'peak memory after a tenth, at the end (MiB)':>45}")
-    for store, epoch in results["epoch"].items():
-        early = epoch["peak_mib_by_tenth"][min(1, len(epoch["peak_mib_by_tenth"]) - 1)]
-        memory = f"{early:,.0f}, {epoch['peak_mib']:,.0f}"
-        print(f"{store:20} {epoch['latents_per_second']:20,.0f} {memory:>45}")
-
-
-def latents(count, size, seed=0):
+def latents(count, size, seed):
     """Yields `count` pairs of moments float32 (size, size, 8) and a label.
 
     The values do not compress and lie in the range of ImageNet's.

@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu.sh [FOLDER]     # also writes check.json, run_b4.json, ... there
 #
-# Options behind FOLDER go to `python -m benchmarks train`, like --profile.
+# Options behind FOLDER go to `python -m benchmarks train`, like --steps=20.
 set -euo pipefail
 case ${1:-} in
   -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit ;;

@@ -1,6 +1,5 @@
 """Measures speed, FLOPs and memory of the train step, with made-up data."""
 
-import tempfile
 import time
 from functools import partial
 
@@ -9,7 +8,7 @@ import numpy as np
 
 import parts
 import train
-from benchmarks import costs, trace
+from benchmarks import costs
 from utils import chips, sharding
 
 
@@ -18,7 +17,6 @@ def add_arguments(parser):
     parser.add_argument("--steps", type=int, default=10, help="steps of a measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first one")
-    parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
 
 
 class Step:
@@ -67,8 +65,6 @@ def run(config, args):
           f"{device.device_kind}, jax {jax.__version__}")  # fmt: skip
     for name, value in results.items():
         print(f"{name:32} {'-' if value is None else f'{value:.4g}':>14}")
-    if args.profile:
-        results["kernels"] = profile(step, args.steps)
     return results
 
 
@@ -88,14 +84,3 @@ def figures(step, seconds, mesh):
         "GB/device, peak of the process": in_use / 1e9 if in_use else None,
         "compile s": step.compile_seconds,
     }
-
-
-def profile(step, steps):
-    """Prints where the time of a step goes, by kernel; returns it."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step.run(steps)
-        kernels = trace.kernels(folder)
-    summary = trace.summary(kernels, steps)
-    trace.report(summary)
-    return summary

@@ -9,7 +9,7 @@ follow from the file.
 import numpy as np
 
 from formats import arrays as named_arrays
-from formats import state_dicts, torch_files, weight_files
+from formats import renames, state_dicts, torch_files, weight_files
 from metrics import dinov2
 from utils import files, trees
 
@@ -19,6 +19,7 @@ FILE_NAMES = (
     "dinov2_vitb14_pretrain.pth",
     "dinov2-base.safetensors",
 )
+NOT_OURS = "not the weights of DINOv2"
 SIZES = {(384, 12): "ViT-S/14", (768, 12): "ViT-B/14", (1024, 24): "ViT-L/14"}  # width, depth
 
 
@@ -70,90 +71,48 @@ def convert(arrays, where, rename=lambda arrays: arrays):
             "the file without (dinov2_vitl14_pretrain.pth, facebook/dinov2-large)"
         )
     arrays = rename(arrays)
-    trees.check_shapes(_shapes(arrays, where), arrays, f"{where}: not the weights of DINOv2")
-    arrays = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+    table, depth = _table(arrays, where), renames.depth("blocks.{}.", arrays)
+    ours = renames.to_ours(table, {"blocks": depth}, arrays, f"{where}: {NOT_OURS}")
     for name, value in arrays.items():
         if not np.isfinite(value).all():
             raise ValueError(f"{where}: {name} has values that are not finite")
-    depth = _depth(arrays)
-    blocks = [_block(arrays, f"blocks.{i}.") for i in range(depth)]
+    for name in ours:
+        if name.endswith("/kernel"):  # (..., out, in) -> (..., in, out)
+            ours[name] = np.ascontiguousarray(np.swapaxes(ours[name], -1, -2))
     kernel = arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # OIHW -> HWIO
-    return {
-        "patch": {
-            "kernel": np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1])),
-            "bias": arrays["patch_embed.proj.bias"],
-        },
-        "cls_token": arrays["cls_token"][0, 0],
-        "positions": arrays["pos_embed"][0],
-        "blocks": _stack(blocks),
-        "norm": _norm(arrays, "norm"),
+    kernel = np.ascontiguousarray(kernel.reshape(-1, kernel.shape[-1]), np.float32)
+    ours |= {"patch/kernel": kernel, "cls_token": ours["cls_token"][0, 0]}
+    ours |= {"positions": ours["positions"][0]}
+    del ours["mask_token"]
+    return trees.unflatten(ours)
+
+
+def _table(arrays, where):
+    """Returns the table of `renames` for a network as wide as the arrays tell."""
+    ndims = {"cls_token": 3, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+    shapes = renames.shapes_of(arrays, ndims, NOT_OURS.removeprefix("not "), where)
+    (_, _, width), (_, tokens, _), (mlp, _) = shapes
+    side = round(max(tokens - 1, 1) ** 0.5)
+    table = {
+        "cls_token": (["cls_token"], (1, 1, width)),
+        "mask_token": (["mask_token"], (1, width)),
+        "positions": (["pos_embed"], (1, side * side + 1, width)),
+        "patch/kernel": (["patch_embed.proj.weight"], (width, 3, dinov2.PATCH, dinov2.PATCH)),
+        "patch/bias": (["patch_embed.proj.bias"], (width,)),
     }
-
-
-def _depth(arrays):
-    indices = [name.split(".")[1] for name in arrays if name.startswith("blocks.")]
-    return 1 + max((int(i) for i in indices if i.isdigit()), default=-1)
-
-
-def _shapes(arrays, where):
-    """Returns {published name: shape} of a network as wide and deep as the arrays tell."""
-    told = {"cls_token": 3, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
-    for name, ndim in told.items():
-        if np.ndim(arrays.get(name)) != ndim:
-            raise ValueError(f"{where}: not the weights of DINOv2: no {name} of {ndim} axes")
-    width, mlp = arrays["cls_token"].shape[-1], len(arrays["blocks.0.mlp.fc1.weight"])
-    side = round(max(arrays["pos_embed"].shape[1] - 1, 1) ** 0.5)
-    shapes = {
-        "cls_token": (1, 1, width),
-        "mask_token": (1, width),
-        "pos_embed": (1, side * side + 1, width),
-        "patch_embed.proj.weight": (width, 3, dinov2.PATCH, dinov2.PATCH),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    linears = {
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "mlp.fc1": (mlp, width),
-        "mlp.fc2": (width, mlp),
-    }
-    for i in range(_depth(arrays)):
-        for name, shape in linears.items():
-            shapes[f"blocks.{i}.{name}.weight"] = shape
-            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
-            shapes[f"blocks.{i}.{name}"] = (width,)
-        shapes |= {f"blocks.{i}.{name}.gamma": (width,) for name in ("ls1", "ls2")}
-    return shapes
-
-
-def _block(arrays, prefix):
-    def linear(name):
-        weight = arrays[f"{prefix}{name}.weight"]  # (out, in)
-        return {"kernel": weight.T, "bias": arrays[f"{prefix}{name}.bias"]}
-
-    return {
-        "norm1": _norm(arrays, f"{prefix}norm1"),
-        "qkv": linear("attn.qkv"),
-        "proj": linear("attn.proj"),
-        "ls1": arrays[f"{prefix}ls1.gamma"],
-        "norm2": _norm(arrays, f"{prefix}norm2"),
-        "fc1": linear("mlp.fc1"),
-        "fc2": linear("mlp.fc2"),
-        "ls2": arrays[f"{prefix}ls2.gamma"],
-    }
-
-
-def _norm(arrays, name):
-    return {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
-
-
-def _stack(blocks):
-    """Trees of the same structure -> one tree, its arrays with a first axis (depth,)."""
-    if isinstance(blocks[0], dict):
-        return {name: _stack([block[name] for block in blocks]) for name in blocks[0]}
-    return np.stack(blocks)
+    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    linears |= {"mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}
+    for name, shape in linears.items():
+        ours, theirs = f"blocks/{name.partition('.')[2]}", f"blocks.{{}}.{name}"
+        table[f"{ours}/kernel"] = ([f"{theirs}.weight"], shape)
+        table[f"{ours}/bias"] = ([f"{theirs}.bias"], shape[:1])
+    for ours, theirs in (
+        ("norm", "norm"),
+        *((f"blocks/norm{i}", f"blocks.{{}}.norm{i}") for i in "12"),
+    ):
+        table[f"{ours}/scale"] = ([f"{theirs}.weight"], (width,))
+        table[f"{ours}/bias"] = ([f"{theirs}.bias"], (width,))
+    return table | {f"blocks/ls{i}": ([f"blocks.{{}}.ls{i}.gamma"], (width,)) for i in "12"}
 
 
 _HUGGINGFACE = {

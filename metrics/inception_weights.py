@@ -48,21 +48,16 @@ def read(path):
     if start[:4] == b"PK\x03\x04" or start[:4] == b"\x80\x02\x8a\n":
         arrays, _ = state_dicts.find(torch_files.load(path), path)
         arrays = {k: v for k, v in arrays.items() if not k.endswith(".num_batches_tracked")}
-        return _assemble(path, arrays, _torchvision_names)
+        return _assemble(path, arrays, TORCH)
     if start[:1] == b"\x80":
         try:
             arrays = weight_files.flatten(torch_files.load_pickle(path))
         except ValueError as error:
             raise ValueError(f"{error}; as Inception weights use {PTH_NAME} instead") from error
-        return _assemble(path, arrays, _jax_fid_names)
+        return _assemble(path, arrays, FLAX)
     if start[8:9] == b"{":
         return _read_safetensors(path)
     raise ValueError(f"{path}: not a weight file of a known format; use {PTH_NAME}")
-
-
-def from_torch(state):
-    """Returns the parameters of `inception.features` from arrays by the names of a `.pth`."""
-    return _assemble("state dict", state, _torchvision_names)
 
 
 # ------------------------------------------------------------------------------------- layers
@@ -113,82 +108,35 @@ CONV_SHAPES = _conv_shapes()
 FC_SHAPE = (2048, 1008)
 
 
+# What the files call the arrays of a convolution and its batch norm.
+LEAVES = ("kernel", "gamma", "beta", "mean", "var")
+TORCH = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+FLAX = ("conv.kernel", "bn.scale", "bn.bias", "bn.mean", "bn.var")  # of jax-fid
+
+
 def _assemble(path, arrays, names):
-    """Folds `arrays` (flat: name -> array) into the tree; `names` tells a layer's arrays.
-
-    `names(layer)` gives a dict of kernel, gamma, beta, mean, var (for `fc`: kernel, bias), each
-    a pair of the name in the file and the axes that bring it into our order.
-    """
-    wanted = {}
+    """Folds {name: array} into the tree; `names` is TORCH, with kernels (O, I, ...), or FLAX."""
+    torch, fc = names is TORCH, f"fc.{names[0].partition('.')[2]}"
+    axes = (-1, -2) if torch else (0, 1)  # where the first two of a kernel belong
+    wanted = {"fc.bias": FC_SHAPE[-1:]}
     for layer, shape in CONV_SHAPES.items():
-        parts = names(layer)
-        wanted[parts["kernel"][0]] = _permuted(shape, parts["kernel"][1])
-        wanted.update({name: shape[-1:] for k, (name, _) in parts.items() if k != "kernel"})
-    fc = names("fc")
-    wanted[fc["kernel"][0]] = _permuted(FC_SHAPE, fc["kernel"][1])
-    wanted[fc["bias"][0]] = FC_SHAPE[-1:]
+        wanted |= {f"{layer}.{name}": shape[-1:] for name in names[1:]}
+    for name, shape in ((fc, FC_SHAPE), *((f"{k}.{names[0]}", s) for k, s in CONV_SHAPES.items())):
+        wanted[name] = (shape[-1], shape[-2], *shape[:-2]) if torch else shape
     trees.check_shapes(wanted, arrays, f"{path}: {NOT_OURS}")
-
-    def get(part):
-        name, axes = part
-        return np.transpose(np.asarray(arrays[name], np.float64), axes)
-
-    params = {"fc": {"kernel": get(fc["kernel"]), "bias": get(fc["bias"])}}
+    arrays = {k: np.asarray(v, np.float64) for k, v in arrays.items()}
+    params = {"fc": {"kernel": np.moveaxis(arrays[fc], (0, 1), axes), "bias": arrays["fc.bias"]}}
     for layer in CONV_SHAPES:
-        part = {kind: get(name) for kind, name in names(layer).items()}
+        part = {leaf: arrays[f"{layer}.{name}"] for leaf, name in zip(LEAVES, names, strict=True)}
         scale = part["gamma"] / np.sqrt(part["var"] + BN_EPSILON)
-        kernel, bias = part["kernel"] * scale, part["beta"] - part["mean"] * scale
-        params[layer] = {"kernel": kernel, "bias": bias}
-    params = {
-        layer: {k: np.ascontiguousarray(v, np.float32) for k, v in leaves.items()}
-        for layer, leaves in params.items()
-    }
-    _check_finite(path, params)
-    return params
-
-
-def _check_finite(path, params):
+        kernel = np.moveaxis(part["kernel"], (0, 1), axes) * scale
+        params[layer] = {"kernel": kernel, "bias": part["beta"] - part["mean"] * scale}
     for name, value in weight_files.flatten(params).items():
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name} has values that are not finite")
-
-
-def _permuted(shape, axes):
-    """Returns the shape in the file of what becomes `shape` when transposed by `axes`."""
-    stored = [0] * len(shape)
-    for ours, theirs in enumerate(axes):
-        stored[theirs] = shape[ours]
-    return tuple(stored)
-
-
-# ----------------------------------------------------------------------------- names by format
-
-_HWIO, _OIHW, _VECTOR = (0, 1, 2, 3), (2, 3, 1, 0), (0,)
-
-
-def _torchvision_names(layer):
-    """Names a layer's arrays in the state dict of pytorch-fid and torch-fidelity."""
-    if layer == "fc":
-        return {"kernel": ("fc.weight", (1, 0)), "bias": ("fc.bias", _VECTOR)}
     return {
-        "kernel": (f"{layer}.conv.weight", _OIHW),
-        "gamma": (f"{layer}.bn.weight", _VECTOR),
-        "beta": (f"{layer}.bn.bias", _VECTOR),
-        "mean": (f"{layer}.bn.running_mean", _VECTOR),
-        "var": (f"{layer}.bn.running_var", _VECTOR),
-    }
-
-
-def _jax_fid_names(layer):
-    """Names them in jax-fid's nested dicts: the state dict in Flax's names and order."""
-    if layer == "fc":
-        return {"kernel": ("fc.kernel", (0, 1)), "bias": ("fc.bias", _VECTOR)}
-    return {
-        "kernel": (f"{layer}.conv.kernel", _HWIO),
-        "gamma": (f"{layer}.bn.scale", _VECTOR),
-        "beta": (f"{layer}.bn.bias", _VECTOR),
-        "mean": (f"{layer}.bn.mean", _VECTOR),
-        "var": (f"{layer}.bn.var", _VECTOR),
+        layer: {k: np.ascontiguousarray(v, np.float32) for k, v in leaves.items()}
+        for layer, leaves in params.items()
     }
 
 

@@ -29,16 +29,15 @@ def tangent(q, k, v, dq, dk, dv):
     return _by_rows(q, k, v, dq, dk, dv)
 
 
-def call(q, k, v, dq, dk, dv, *, warps=None, interpret=False):
+def call(q, k, v, dq, dk, dv, *, interpret=False):
     """Calls the kernel itself.
 
     Args:
-      warps: of a program; None: as many as its sums need for their registers.
       interpret: compute it without a card.
     """
     B, N, H, d = q.shape
     width = pl.next_power_of_2(d)
-    warps = warps or (4 if width <= 64 else 8)
+    warps = 4 if width <= 64 else 8  # as many as its sums need for their registers
     block = pl.BlockSpec((None, SIDE, None, width), lambda i, b, h: (b, i, h, 0))
     whole = pl.BlockSpec((None, N, None, width), lambda i, b, h: (b, 0, h, 0))
     return pl.pallas_call(

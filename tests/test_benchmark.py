@@ -18,7 +18,7 @@ import pytest
 import parts
 import train
 from benchmarks import __main__ as measure
-from benchmarks import check, costs, hlo, stand_ins, trace
+from benchmarks import check, costs, hlo, stand_ins
 from models import vae
 from utils import chips
 
@@ -69,40 +69,14 @@ def test_train_where_xla_counts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pxla.xb, "using_pjrt_c_api", lambda backend: True)
     assert jax.jit(jnp.sin).lower(1.0).cost_analysis() is None
     file = tmp_path / "results.json"
-    few = ["--steps=1", "--rounds=1", "--warmup=1", "--profile", f"--json={file}"]
+    few = ["--steps=1", "--rounds=1", "--warmup=1", f"--json={file}"]
     assert measure.main(["train", *TINY, *few]) == 0
     results = json.loads(file.read_text())
     assert results["GFLOP/image, XLA"] is None and results["GFLOP/image, needed"] > 0
     assert results["images/s"] == pytest.approx(8e3 / results["ms/step"])
     assert results["MFU"] is None  # of a CPU no peak is known
-    # The profile: every kernel is of a kind, and the largest come first.
-    kernels = results["kernels"]
-    assert set(kernels["by kind"]) == set(trace.KINDS)
-    times = [ms for _, ms, _ in kernels["largest"]]
-    assert times == sorted(times, reverse=True) and 0 < len(times) <= 20
-    assert sum(times) <= sum(kernels["by kind"].values()) * 1.001
     printed = capsys.readouterr().out
-    assert "the largest:" in printed and all(
-        name in printed for name in results.keys() - {"kernels"}
-    )
-
-
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNN", "products"),
-        ("gemm_fusion_dot_29_0", "products"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
-        ("attention_tangent", "attention"),
-        ("loop_convert_fusion_3", "elementwise"),
-        ("loop_dynamic_update_slice_fusion", "copies"),
-        ("MemcpyD2D", "copies"),
-        ("input_convert_reduce_fusion_2", "sums"),
-        ("fusion_589", "sums"),
-    ],
-)
-def test_kinds_of_kernels(name, kind):
-    assert trace.kind(name) == kind
+    assert all(name in printed for name in results)
 
 
 def test_the_kernels_of_a_card_are_checked():

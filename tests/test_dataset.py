@@ -318,7 +318,6 @@ def test_benchmark(tmp_path, capsys):
     names = ["float32", "float16"]
     assert list(results["latents_per_second"]) == names
     assert min(results["latents_per_second"].values()) > 0
-    assert results["epoch"]["float16"]["peak_mib"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
@@ -326,7 +325,6 @@ def test_benchmark(tmp_path, capsys):
 
 EPOCHS = """
 import sys
-from benchmarks import data
 from utils import dataset
 from utils.iterator import RecordIterator, shuffled_indices
 records = dataset.open_records(sys.argv[1])
@@ -335,7 +333,9 @@ peaks = []
 for epoch in range(4):
     for _ in range(records.num_records // 64):
         next(iterator)
-    peaks.append(data.peak_memory())
+    # Not getrusage: its figure goes on from that of the process that started this one.
+    status = open("/proc/self/status").read()
+    peaks.append(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 print(*peaks)
 """
 
