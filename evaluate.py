@@ -20,7 +20,7 @@ from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
 from run import checkpoint, inherit, layout, metric_writer, report, results
 from run import weights as weights_of
-from utils import contents, dataset, environment, files, identity, processes, sharding
+from utils import compiling, contents, dataset, environment, files, identity, processes, sharding
 from utils import images as image_utils
 
 COUNTED = 2**30  # bytes of records that are read to see whether their classes are balanced
@@ -40,7 +40,10 @@ class Evaluator:
     def __init__(self, parts, autoencoder, score, options, counts=None):
         self.parts, self.autoencoder, self.score, self.options = parts, autoencoder, score, options
         self.counts, mesh = counts, parts.mesh
-        self.draw = jax.jit(self.draw_batch, out_shardings=sharding.by_row(mesh))
+        self.draw = jax.jit(
+            self.draw_batch, out_shardings=sharding.by_row(mesh),
+            compiler_options=compiling.quick(mesh),
+        )  # fmt: skip
         self.add = jax.jit(
             self.add_batch, out_shardings=sharding.replicated(mesh), donate_argnums=0,
             compiler_options=scorer.compiler_options(mesh),

@@ -48,7 +48,7 @@ from methods.sampler import SAMPLERS, check_times, integrate, sample_times
 from run import config as run_config
 from run import inherit
 from run import weights as weights_of
-from utils import environment, sharding
+from utils import compiling, environment, sharding
 from utils import images as image_utils
 
 OUTPUTS = ("uint8", "float", "latents")
@@ -124,8 +124,9 @@ class Generator:
         self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
         self._device = parts.mesh.devices.flat[0]
         self.params = jax.device_put(params, self._device)
-        self._sample = jax.jit(self._draw, static_argnames="output")
-        self._velocity = jax.jit(self._velocity_of)
+        options = compiling.quick(parts.mesh)
+        self._sample = jax.jit(self._draw, static_argnames="output", compiler_options=options)
+        self._velocity = jax.jit(self._velocity_of, compiler_options=options)
 
     @environment.pinned()
     def noise(self, count, seed=0):

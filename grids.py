@@ -14,7 +14,7 @@ import sample
 from methods import objective
 from methods.sampler import sample_times
 from run import layout
-from utils import files, order, processes
+from utils import compiling, files, order, processes
 from utils import images as image_utils
 
 SCALES = 4  # rows by guidance
@@ -86,7 +86,8 @@ class Grids:
             return False
         batch, filled = of_classes(self.records, self.labels, bool(self.parts.num_classes))
         codec = self.parts.codec._replace(flip=False, augment_prob=0.0)
-        x, _ = jax.jit(codec.encode)(batch, jax.random.key(0))
+        options = compiling.quick(self.parts.mesh)
+        x, _ = jax.jit(codec.encode, compiler_options=options)(batch, jax.random.key(0))
         images = self.renderer.decode(np.asarray(x))
         images[~filled] = 0
         picture = sample.picture(images, sample.GRID_COLUMNS)

@@ -36,8 +36,8 @@ def run_job(config, flags, about):
     """
     # Imported late: a wrong option is told at once, without waiting for jax.
     from configs import load_config
-    from run import folder, report
-    from utils import environment, processes
+    from run import folder, layout, report
+    from utils import compiling, environment, processes
 
     try:
         processes.join(
@@ -56,7 +56,7 @@ def run_job(config, flags, about):
         else:
             from train import train_job as job
         workdir = folder.make(flags.workdir)
-        keep_compiled(workdir)
+        compiling.keep(workdir / layout.COMPILED)
         folder.follow_output(workdir)
         report.tell(report.job(options, *about, workdir))
         job(config, workdir)
@@ -76,20 +76,6 @@ def run_job(config, flags, about):
         return processes.fail(error, 1)
     processes.leave()
     return 0
-
-
-def keep_compiled(workdir):
-    """Keeps compiled programs in WORKDIR/compiled, so that a restarted run need not wait for them.
-
-    A folder that the user gives jax (JAX_COMPILATION_CACHE_DIR) comes first. Not on a CPU: what is
-    compiled for one may not run on the next.
-    """
-    import jax
-
-    from run import layout
-
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / layout.COMPILED))
 
 
 def parse_flags(argv):

@@ -22,7 +22,7 @@ from parts import load_autoencoder
 from parts import make as make_parts
 from run import inherit, layout, report
 from run import weights as weights_of
-from utils import files, processes, sharding
+from utils import compiling, files, processes, sharding
 from utils import images as image_utils
 
 GENERATOR = "threefry2x32"  # by name: whoever draws from Python may have chosen another one
@@ -158,8 +158,11 @@ class Renderer:
         def decoded(vae_params, x):
             return image_utils.to_uint8(autoencoder.decode(vae_params, x))
 
-        self._images = jax.jit(images, out_shardings=sharding.replicated(self.mesh))
-        self._decode = jax.jit(decoded, out_shardings=sharding.replicated(self.mesh))
+        how = {
+            "out_shardings": sharding.replicated(self.mesh),
+            "compiler_options": compiling.quick(self.mesh),
+        }
+        self._images, self._decode = jax.jit(images, **how), jax.jit(decoded, **how)
 
     def __call__(self, params, labels, setting):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""

@@ -28,7 +28,7 @@ from parts import load_frozen, open_records
 from parts import make as make_parts
 from run import cadence, folder, report, resume, spent
 from run.saver import Saver
-from utils import averages, files, iterator, processes, sharding, train_metrics
+from utils import averages, compiling, files, iterator, processes, sharding, train_metrics
 
 DROPOUT = 2  # number of the key of dropout beside those of x and of the draws
 
@@ -63,6 +63,7 @@ class Recipe:
     gather: Callable = lambda params: params  # see `parts.Parts`; once for all passes of a step
     skip_nonfinite: bool = False
     log_per_step: int = 100
+    small: bool = False  # whether the network is, see utils/compiling.py
 
     @property
     def averages(self):
@@ -146,7 +147,7 @@ def make_step(recipe, key, mesh, shardings):
         in_shardings=(shardings, sharding.by_row(mesh), sharding.replicated(mesh)),
         out_shardings=shardings,
         donate_argnums=0,
-        compiler_options=hardware.compiler_options(mesh),
+        compiler_options=hardware.compiler_options(mesh, recipe.small),
     )
 
 
@@ -236,6 +237,7 @@ def make_recipe(training, parts, total_steps, steps_per_epoch=0, past=(0, 0)):
         gather=parts.gather,
         skip_nonfinite=training.skip_nonfinite,
         log_per_step=training.log_per_step,
+        small=compiling.is_small(parts.param_shapes()),
     )
     return recipe, schedule
 
@@ -267,7 +269,8 @@ def train(config, workdir):
     identity = resume.made_from(records, views.autoencoder)
     state, place, identity = resume.start(config, workdir, parts.mesh, parts.module, init, identity)
     step = int(state.step)
-    resume.check_moments(state.opt_state)
+    if place is not None or config.load_from:
+        resume.check_moments(state.opt_state)
     if place is not None and place["position"] != step * training.batch_size:
         when, recipe, schedule = planned((step, place["position"] / training.batch_size))
         observer.go_by(when, schedule)

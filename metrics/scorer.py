@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metrics import distances, evaluators
-from utils import processes, sharding
+from utils import compiling, processes, sharding
 
 MOMENTS = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}  # metric -> its features
 
@@ -32,7 +32,7 @@ def compiler_options(mesh):
     FID network, and the same speed.
     """
     gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    return {"xla_gpu_enable_triton_gemm": False} if gpu else None
+    return {"xla_gpu_enable_triton_gemm": False} if gpu else compiling.quick(mesh)
 
 
 class Scorer:

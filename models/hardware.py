@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utils import compiling
+
 # The own kernel for the tangent of attention (models/attention_kernel.py) compiles for cards and is
 # right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
@@ -88,8 +90,12 @@ def remat(block, policy, xs, depth, loop):
     return nn.remat(block, prevent_cse=True, policy=policy)
 
 
-def compiler_options(mesh):
-    """Returns XLA's options for a train step on the devices of a mesh."""
+def compiler_options(mesh, small=False):
+    """Returns XLA's options for a train step on the devices of a mesh.
+
+    Args:
+      small: whether the network is, see utils/compiling.py.
+    """
     kind = mesh.devices.flat[0].platform
     if kind == "tpu":
         # XLA would cut a product whose sum is scattered into pieces of a few rows, each sent while
@@ -106,4 +112,4 @@ def compiler_options(mesh):
             # Nor are the products of q, k and v made one, to be copied apart for the attention.
             "xla_gpu_dot_merger_threshold_mb": 0,
         }
-    return {}
+    return compiling.quick(mesh) if small else {}

@@ -14,10 +14,12 @@ with another name, and renames it. WORKDIR/best (run/best.py) is laid out alike.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import re
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ from run import layout
 from run.layout import checkpoint_path as _path
 from run.layout import folder
 from utils import files, processes
-from utils.checksums import checksums
+from utils.checksums import begin, checksums
 
 KEPT = 3  # newest checkpoints
 ARRAYS = ("params", "ema_params", "progress")
@@ -49,6 +51,19 @@ class _Manager(ocp.CheckpointManager):
         # train.py asks, once per step. Asked from here too, jax would take the number of the step
         # for the number of the question, and the processes could agree on one that is over.
         return False
+
+
+class _LateHandler(ocp.JsonCheckpointHandler):
+    async def _save_fn(self, x, directory):
+        await super()._save_fn(x(), directory)
+
+
+@ocp.args.register_with_handler(_LateHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _LateSave(ocp.args.CheckpointArgs):
+    """JSON that is computed while it is written, in the background."""
+
+    item: Callable  # () -> its value
 
 
 class Checkpointer:
@@ -82,9 +97,9 @@ class Checkpointer:
           OSError: this or the last checkpoint could not be written, in one line.
         """
         self.wait()
-        plain["checksums"] = checksums(arrays, plain)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in plain.items()}
+        items["checksums"] = _LateSave(begin(arrays, plain))
         self._saving = step
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items))

@@ -16,7 +16,7 @@ from configs.default import OPTIONS
 from configs.saved import of_run
 from run import checkpoint, layout, spent
 from run import weights as weights_of
-from utils import averages, environment, processes, sharding, train_metrics
+from utils import averages, compiling, environment, processes, sharding, train_metrics
 from utils import identity as identities
 
 
@@ -65,7 +65,8 @@ def start(config, workdir, mesh, module, init, identity):
     targets = sharding.with_shardings(shapes, shardings)
     if begin := restore(options, workdir, targets, identity):
         return begin
-    state = jax.jit(init, out_shardings=shardings)(key)
+    options_of_init = compiling.quick(mesh)
+    state = jax.jit(init, out_shardings=shardings, compiler_options=options_of_init)(key)
     if config.load_from:
         weights = load(config.load_from, data, state.params, options, identity)
         state = from_weights(state, weights, shardings)
@@ -98,7 +99,8 @@ def check_moments(opt_state):
     A weight whose moment is infinite never moves again. No step makes one: its gradient, whose
     square is infinite too, counts as not finite (train.py). Old checkpoints may hold some.
     """
-    count = int(_not_finite(opt_state))
+    leaves = jax.tree.leaves(opt_state)
+    count = int(_not_finite(sharding.on_host(leaves) or leaves))
     if count:
         logging.warning(
             "%d moments of the optimizer are not finite, and their weights will not move: go on "
@@ -107,9 +109,10 @@ def check_moments(opt_state):
         )
 
 
-@jax.jit
-def _not_finite(tree):
-    return sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+def _not_finite(leaves):
+    if any(isinstance(leaf, jax.Array) for leaf in leaves):
+        return jax.jit(lambda leaves: sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in leaves))(leaves)
+    return sum(np.count_nonzero(~np.isfinite(leaf)) for leaf in leaves)
 
 
 def from_weights(state, weights, shardings):

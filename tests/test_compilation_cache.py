@@ -7,7 +7,6 @@ RUN = """
 import jax
 import main
 
-jax.default_backend = lambda: "tpu"  # on a CPU nothing is kept
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
@@ -30,7 +29,7 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
         argv = [f"--config.{name}={value}" for name, value in options.items()]
         argv += [f"--workdir={tmp_path / 'run'}", "--config=configs/load_config.py:digits"]
         done = run_python(RUN.format(argv=argv), devices=1, env=NONE)
-        kept = {path.name for path in (tmp_path / "run" / "compiled").glob("*-cache")}
+        kept = {path.name for path in (tmp_path / "run" / "compiled").glob("cpu-*/*-cache")}
         return int(done.stdout.split("hits")[1]), kept
 
     _, kept = run(2)
@@ -42,19 +41,29 @@ def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
 
 def test_the_folder_of_the_user_comes_first(tmp_path, run_python):
     code = f"""
-import jax, main, pathlib
+import jax, pathlib
+from utils import compiling
 before = jax.config.jax_compilation_cache_dir
-jax.default_backend = lambda: "tpu"
-main.keep_compiled(pathlib.Path("elsewhere"))
+compiling.keep(pathlib.Path("elsewhere"))
 assert jax.config.jax_compilation_cache_dir == before == {str(tmp_path)!r}
 """
     run_python(code, devices=1, env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)})
 
 
-def test_nothing_is_kept_on_a_cpu(run_python):
-    code = """
-import jax, main, pathlib
-main.keep_compiled(pathlib.Path("elsewhere"))
-assert not jax.config.jax_compilation_cache_dir
+def test_each_kind_of_cpu_has_a_folder_of_its_own(tmp_path, run_python):
+    code = f"""
+import jax, pathlib
+from utils import compiling
+compiling.PROCESSOR = file = pathlib.Path({str(tmp_path / "cpuinfo")!r})
+folder = lambda: jax.config.jax_compilation_cache_dir
+compiling.keep(pathlib.Path("kept"))
+assert not folder()  # nobody knows which CPU it is
+names = []
+for text in ("flags: avx\\nMHz: 1", "flags: avx\\nMHz: 2", "flags: avx2\\nMHz: 1"):
+    file.write_text("model name: A\\n" + text + "\\n\\nprocessor: 1")
+    jax.config.update("jax_compilation_cache_dir", None)
+    compiling.keep(pathlib.Path("kept"))
+    names.append(folder())
+assert names[0] == names[1] != names[2] and names[0].startswith("kept/cpu-"), names
 """
     run_python(code, devices=1, env=NONE)

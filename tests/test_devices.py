@@ -149,8 +149,9 @@ def test_accelerators_split_the_parameters_over_their_neighbours(platform, count
 def test_xla_knows_the_options_of_a_card():
     card_mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     options = hardware.compiler_options(card_mesh)
-    assert options and not hardware.compiler_options(sharding.make_mesh(1))
-    jax.jit(jnp.sin, compiler_options=options)(1.0)  # raises where one is unknown
+    assert options and not hardware.compiler_options(mesh := sharding.make_mesh(1))
+    for known in (options, hardware.compiler_options(mesh, small=True)):
+        jax.jit(jnp.sin, compiler_options=known)(1.0)  # raises where one is unknown
 
 
 def test_devices_that_do_not_fit_are_refused():
