@@ -100,7 +100,7 @@ def mix(first, second, share):
 
 
 class Generator:
-    """Draws images of trained weights. Compiles once for each shape and number of steps.
+    """Draws images of trained weights. Compiles once for each number of steps and 2^k images.
 
     Attributes:
       config: the whole config, a locked ConfigDict; parts: what it makes, `parts.Parts`.
@@ -131,7 +131,7 @@ class Generator:
     @environment.pinned()
     def noise(self, count, seed=0):
         """Draws the noise of `sample` for `count` images of a seed, float32 (count, h, w, c)."""
-        return _numbers(sample.draw_noise(seed, np.arange(count), self.image_shape))
+        return _numbers(sample.drawn_noise(seed, count, self.image_shape))[:count]
 
     @environment.pinned()
     def sample(
@@ -163,9 +163,10 @@ class Generator:
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
         vae_params = {} if output == "latents" else self.vae_params
-        given = sample.conditions(np.arange(len(y)), y)
+        size = sample.padded(len(y))
+        given, z = sample.conditions(np.arange(size), y), np.resize(z, (size, *self.image_shape))
         arguments = self.params, vae_params, z, given, setting, np.int32(seed)
-        return _numbers(self._sample(*arguments, output=output))
+        return _numbers(self._sample(*arguments, output=output))[: len(y)]
 
     @environment.pinned()
     def u(self, z, t, h, y, omega=None):

@@ -38,6 +38,19 @@ def draw_noise(seed, index, shape):
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
+_draw_noise = jax.jit(draw_noise, static_argnums=2)
+
+
+def drawn_noise(seed, count, shape):
+    """Draws what `draw_noise` does of images 0, 1, ..., `padded(count)` of them."""
+    return _draw_noise(np.asarray(seed).astype(np.int32), np.arange(padded(count)), shape)
+
+
+def padded(count):
+    """Rounds a number of images up to a power of two, for which programs are compiled."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
 def draw_fresh(seed, index, shape, k):
     """Draws the noise before step k, int32 (), of images number `index` (N,), like `draw_noise`."""
     key = jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), 2)

@@ -191,3 +191,10 @@ def test_a_published_checkpoint_finds_its_config(golden):
     assert model.image_shape == (of["input_size"], of["input_size"], of["in_channels"])
     for ours, theirs in zip(*map(jax.tree.leaves, (model.params, found)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_program_serves_all_numbers_of_images_up_to_a_power_of_two(model):
+    four = model.sample([2, 0, 1, 0], num_steps=3)
+    count = model._sample._cache_size()
+    np.testing.assert_array_equal(model.sample([2, 0, 1], num_steps=3), four[:3])
+    assert model._sample._cache_size() == count

@@ -52,4 +52,5 @@ def cpu():
         return ""
     lines = PROCESSOR.read_text().split("\n\n")[0].splitlines()  # of its first core
     told = ("vendor", "model", "cpu family", "stepping", "flags", "CPU ", "Features")
-    return f"cpu-{zlib.crc32(''.join(line for line in lines if line.startswith(told)).encode()):08x}"
+    text = "".join(line for line in lines if line.startswith(told))
+    return f"cpu-{zlib.crc32(text.encode()):08x}"
