@@ -6,6 +6,7 @@ new objective is a file of methods/ and a line in OBJECTIVES (docs/extending.md)
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,11 +54,21 @@ class Frozen(NamedTuple):
 
     apply: Callable  # (params, *inputs) -> outputs
     load: Callable  # () -> params, a tree of numpy arrays
+    shapes: Callable  # () -> their shapes, a tree of `ShapeDtypeStruct`s
+    flops: float = 0  # of its products in a step, by image
+    unrolled: Callable | None = None  # `apply` without loops, for counting
+
+
+def compares(module):
+    """Makes the `Frozen` of a module with the distance of two images."""
+    passes = 3  # forward of both, backward of one
+    flops = passes * module.flops(pixel.SIDE)
+    return Frozen(module.distance, module.load, module.param_shapes, flops)
 
 
 FROZEN = {
-    "lpips": Frozen(lpips.distance, lpips.load),
-    "convnext": Frozen(convnext.distance, convnext.load),
+    "lpips": compares(lpips),
+    "convnext": compares(convnext)._replace(unrolled=partial(convnext.distance, unroll=True)),
 }
 
 
@@ -88,7 +99,8 @@ class Parts(NamedTuple):
             return None
         both = self.method.passes_of_both(batch_size)
         flops = (self.method.passes(batch_size) - both) * self.module.flops(self.image_shape)
-        return flops + (both * self.module.flops(self.image_shape, both=True) if both else 0)
+        flops += both * self.module.flops(self.image_shape, both=True) if both else 0
+        return flops + sum(frozen.flops for frozen in self.frozen.values())
 
 
 def make(config, mesh=None):

@@ -43,7 +43,7 @@ def state_shapes(model, recipe):
 
 def frozen_shapes(model):
     """Returns the parameters of the frozen networks of `parts.Parts` as `ShapeDtypeStruct`s."""
-    return jax.eval_shape(partial(parts.load_frozen, model))
+    return {name: frozen.shapes() for name, frozen in model.frozen.items()}
 
 
 def counted_flops(step, *arguments):
@@ -68,7 +68,8 @@ def counted_flops(step, *arguments):
 def countable(recipe, model):
     """Returns a recipe for `counted_flops`: without loops, its parameters where they are."""
     net = network.function(model.module.unrolled())
-    return dataclasses.replace(recipe, net=net, gather=model.module.cast)
+    frozen = {name: frozen.unrolled or frozen.apply for name, frozen in model.frozen.items()}
+    return dataclasses.replace(recipe, net=net, gather=model.module.cast, frozen=frozen)
 
 
 def peak_bytes(compiled):

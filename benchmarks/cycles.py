@@ -21,6 +21,7 @@ LARGEST = 20
 # Parts of a train step by the names that its operations have from jax, the first that fits.
 PARTS = {
     "data": r"/data/",  # records to x, and what is drawn
+    "perceptual": r"perceptual",  # the frozen networks of pixel MeanFlow, forward and backward
     "casts": r"\.cast\)",
     "backward": r"transpose\(",
     "forward": r"jvp\(jvp\(",  # with its tangent

@@ -145,9 +145,6 @@ def export(params, ema_params, step, folder, opt_state=None):
       FileExistsError: it is there already.
       ValueError: the trees do not fit.
     """
-    path = Path(folder).absolute() / f"checkpoint_{int(step)}"
-    if path.exists():
-        raise FileExistsError(f"{path} is there already: remove it or choose another folder")
     params = to_published(params, "params")
     adam = renames.adam_to_theirs(opt_state, params, to_published)
     state = {
@@ -157,6 +154,14 @@ def export(params, ema_params, step, folder, opt_state=None):
         # optax.adamw: Adam, weight decay (no state), the count of the learning rate's schedule.
         "opt_state": [adam, None, {"count": adam["count"]}],
     }
+    return write(state, folder)
+
+
+def write(state, folder):
+    """Writes the state of a published code as folder/checkpoint_STEP; see `export`."""
+    path = Path(folder).absolute() / f"checkpoint_{int(state['step'])}"
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: remove it or choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.complete(path) as unfinished, ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(unfinished, state)

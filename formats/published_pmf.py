@@ -5,11 +5,13 @@ The published code (repository pMF, arXiv 2601.22158) writes its state as improv
 file has been opened here: the names are those of the published modules.
 """
 
+import jax
 import numpy as np
+import optax
 
 from formats import published_imf, renames
 from formats.published_imf import PREFIX, STACKS
-from utils import trees
+from utils import moments, trees
 
 MARK = "x_embedder/proj1/kernel"  # a parameter that improved MeanFlow does not have
 TABLE = "y_embedder/embedding_table/embedding"
@@ -26,19 +28,29 @@ def find(path):
     return found if MARK in trees.flatten(one.get("net")) else None
 
 
-def load(path):
-    """Reads a published checkpoint, from `find`; the state of its optimizer is left out.
+def is_ours(tree):
+    """Tells whether a tree is one of models/pmf_dit.py."""
+    return "embedding/positions" in trees.flatten(tree)
+
+
+def load(path, optimizer=True):
+    """Reads a published checkpoint, from `find`.
+
+    Args:
+      optimizer: whether to read the moments of Muon and Adam too.
 
     Returns:
       {"step": int, "params": tree as in models/pmf_dit.py or None, "ema_params": {half-life in
-      thousands of images, text: tree}}, float32 numpy arrays.
+      thousands of images, text: tree}, "opt_state": see utils/moments.py, or None}, float32 numpy
+      arrays.
 
     Raises:
       ValueError: one line that names whatever is missing, left over or of another shape.
     """
-    state = published_imf.restore(path, leave_out=("opt_state",))
+    state = published_imf.restore(path, leave_out=() if optimizer else ("opt_state",))
     published_imf.check_entries(state, path)
     params, averages = state.get("params"), state["ema_params"]
+    found = moments.find(state.get("opt_state"))
     return {
         "step": int(state.get("step", published_imf.NAME.search(str(path))[1])),
         "params": params and from_published(params, f"{path}: params"),
@@ -46,7 +58,40 @@ def load(path):
             half_life: from_published(tree, f"{path}: ema_params of {half_life}")
             for half_life, tree in sorted(averages.items(), key=lambda item: float(item[0]))
         },
+        "opt_state": found and _moved(found, from_published, f"{path}: opt_state"),
     }
+
+
+def export(params, ema_params, step, folder, opt_state=None):
+    """Writes folder/checkpoint_STEP as the published code does; returns its path.
+
+    Args:
+      params: tree as in models/pmf_dit.py.
+      ema_params: {half-life, text: tree}.
+      opt_state: see utils/moments.py; where it is none of Muon's, a fresh state is written.
+
+    Raises:
+      FileExistsError, ValueError: see `published_imf.export`.
+    """
+    params = to_published(params, "params")
+    # Its optimizer goes by the number of axes, which here tells matrices from everything else.
+    fresh = optax.contrib.muon(optax.constant_schedule(1e-3), adam_b2=0.95).init(params)
+    put = opt_state and moments.put(fresh, _moved(opt_state, to_published, "opt_state"))
+    state = {"step": np.asarray(step, np.int32), "params": params, "opt_state": put or fresh}
+    state["ema_params"] = {
+        half_life: to_published(tree, f"ema_params of {half_life}")
+        for half_life, tree in ema_params.items()
+    }
+    return published_imf.write(jax.device_get(state), folder)
+
+
+def _moved(found, convert, where):
+    """Brings moments into another form; a second one that Muon lacks is not a number meanwhile."""
+    mu, nu = found["mu"], found["nu"]
+    nu = jax.tree.map(lambda m, n: np.full_like(m, np.nan) if n is None else n, mu, nu)
+    mu, nu = convert(mu, f"{where}: mu"), convert(nu, f"{where}: nu")
+    nu = jax.tree.map(lambda n: None if np.isnan(n).all() else n, nu)
+    return {"count": np.asarray(found["count"], np.int32), "mu": mu, "nu": nu}
 
 
 def _table(arrays, names, depths, where):

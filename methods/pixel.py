@@ -93,8 +93,13 @@ class Pixel(improved.Improved):
         """
         fields = self.fields(net, params, x, given, draws)
         loss, rows = self.of_fields(fields, x, draws)
+        with jax.named_scope("perceptual"):  # as benchmarks/cycles.py tells it apart
+            return self.compared(loss, rows, fields.u, x, draws, held)
+
+    def compared(self, loss, rows, u, x, draws, held):
+        """Adds to the loss and the rows of `loss` what frozen networks say of x and z_t - t u."""
         z, _ = self.point(x, draws.noise, draws.t)
-        pair = [z - by_row(draws.t, z) * fields.u, x]
+        pair = [z - by_row(draws.t, z) * u, x]
         if draws.crop is not None and self.frozen:
             pair = [cropped(rgb(image), draws.crop) for image in pair]
         seen = draws.t < self.perceptual_max_t

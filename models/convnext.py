@@ -14,19 +14,22 @@ from formats.arrays import read
 from utils import files
 
 EPS = 1e-6
+DEPTHS, WIDTHS = (3, 3, 27, 3), (128, 256, 512, 1024)  # of the base size; files may hold another
 
 
-def distance(params, a, b):
+def distance(params, a, b, unroll=1):
     """Computes the squared distance of the features of pairs of images: float32 (B,).
 
     Args:
       params: a tree as `convert` makes it.
       a, b: float32 (B, H, W, 3) in [-1, 1]; H and W multiples of 32.
+      unroll: see `jax.lax.scan`; True: without loops, for counting.
     """
-    return jnp.sum((features(params, a) - features(params, b)) ** 2, axis=-1)
+    features_of_a, features_of_b = (features(params, x, unroll) for x in (a, b))
+    return jnp.sum((features_of_a - features_of_b) ** 2, axis=-1)
 
 
-def features(params, x):
+def features(params, x, unroll=1):
     """Computes the features of images: (B, H, W, 3) in [-1, 1] -> float32 (B, C)."""
     for i, stage in enumerate(params["stages"]):
         # The first stage begins with 4 x 4 patches and then a norm; the others the other way round.
@@ -35,7 +38,7 @@ def features(params, x):
         x = _conv(x, stage["down"], stride=stage["down"]["kernel"].shape[0])
         if not i:
             x = _layer_norm(x, stage["norm"])
-        x, _ = jax.lax.scan(_block, x, stage["blocks"])
+        x, _ = jax.lax.scan(_block, x, stage["blocks"], unroll=unroll)
     return _layer_norm(jnp.mean(x, axis=(1, 2)), params["norm"])
 
 
@@ -70,6 +73,43 @@ def _dense(x, p):
 def _layer_norm(x, p):
     mean, var = jnp.mean(x, axis=-1, keepdims=True), jnp.var(x, axis=-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(var + EPS) * p["scale"] + p["bias"]
+
+
+def flops(side):
+    """Counts the FLOPs of the products of the base size for an image (side, side, 3)."""
+    count, width, patch = 0, 3, 4
+    for depth, C in zip(DEPTHS, WIDTHS, strict=True):
+        side //= patch
+        count += 2 * side**2 * (patch**2 * width * C + depth * (49 * C + 8 * C * C))
+        width, patch = C, 2
+    return count
+
+
+def param_shapes():
+    """Returns the tree of the parameters of the base size as `ShapeDtypeStruct`s, float32."""
+
+    def arrays(*lead, **shapes):
+        return {
+            name: jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+
+    stages, width, patch = [], 3, 4
+    for depth, C in zip(DEPTHS, WIDTHS, strict=True):
+        D = 4 * C
+        blocks = {
+            "dwconv": arrays(depth, kernel=(7, 7, 1, C), bias=(C,)),
+            "norm": arrays(depth, scale=(C,), bias=(C,)),
+            "pwconv1": arrays(depth, kernel=(C, D), bias=(D,)),
+            "grn": arrays(depth, scale=(D,), bias=(D,)),
+            "pwconv2": arrays(depth, kernel=(D, C), bias=(C,)),
+        }
+        down = arrays(kernel=(patch, patch, width, C), bias=(C,))
+        normed = (width if stages else C,)
+        norm = arrays(scale=normed, bias=normed)
+        stages.append({"down": down, "norm": norm, "blocks": blocks})
+        width, patch = C, 2
+    return {"stages": stages, "norm": arrays(scale=(width,), bias=(width,))}
 
 
 # The files that people have --------------------------------------------------------------------

@@ -57,6 +57,16 @@ def _unit(x):
     return x / (jnp.sqrt(square) + EPS)
 
 
+def flops(side):
+    """Counts the FLOPs of the convolutions for an image (side, side, 3)."""
+    count, width = 0, 3
+    for i, stage in enumerate(STAGES):
+        for features in stage:
+            count += 2 * (side >> i) ** 2 * 9 * width * features
+            width = features
+    return count
+
+
 def param_shapes():
     """Returns the tree of the parameters as `ShapeDtypeStruct`s, float32."""
 

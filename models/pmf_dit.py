@@ -130,6 +130,12 @@ class PmfDiT(imf_dit.ImfDiT):
     def mlp_features(self):
         return -(-(self.hidden_size * 8 // 3) // self.mlp_multiple) * self.mlp_multiple
 
+    def flops(self, image_shape, both=False):
+        p, (height, width, channels), D = self.patch_size, image_shape, self.hidden_size
+        direct = p * p * channels * D  # what a patch costs without a bottleneck
+        more = self.bottleneck * (p * p * channels + D) - direct
+        return super().flops(image_shape, both) + 2 * height * width // p**2 * more
+
     def axes(self, params):
         """Tells the axes of every array; q, k, v and the halves of a gate are several matrices."""
 

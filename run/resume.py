@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from configs.default import OPTIONS
 from configs.saved import of_run
 from run import checkpoint, layout, spent
 from run import weights as weights_of
-from utils import averages, compiling, environment, processes, sharding, train_metrics
+from utils import (
+    averages,
+    compiling,
+    environment,
+    moments,
+    processes,
+    sharding,
+    train_metrics,
+)
 from utils import identity as identities
 
 
@@ -89,7 +96,8 @@ def load(where, data, shapes, options, identity):
     theirs, ours = weights.identity.get("records", {}), identity.get("records", {})
     for line in identities.differences(theirs, ours, ["encoder"]).values():
         logging.warning("load_from %s learned other latents: %s", where, line)
-    logging.info("starting from %s, step %d", where, weights.step)
+    without = "" if weights.opt_state else "; the moments of the optimizer begin anew"
+    logging.info("starting from %s, step %d%s", where, weights.step, without)
     return weights
 
 
@@ -116,7 +124,7 @@ def _not_finite(leaves):
 
 
 def from_weights(state, weights, shardings):
-    """Returns a fresh state with the parameters, the step and the moments of Adam of `Weights`.
+    """Returns a fresh state with the parameters, the step and the moments of `Weights`.
 
     A decay that is not stored starts from the first stored average, a profile from the weights.
     Where an average is all there is, the weights are that.
@@ -129,7 +137,10 @@ def from_weights(state, weights, shardings):
     }
     opt_state = state.opt_state
     if weights.opt_state:
-        opt_state = optax.tree.set(opt_state, **weights.opt_state)
+        opt_state = moments.put(opt_state, weights.opt_state)
+        if opt_state is None:
+            logging.warning("the moments there are another optimizer's, and begin anew")
+            opt_state = state.opt_state
     new = state._replace(
         step=np.int32(weights.step), params=params, ema_params=ema_params, opt_state=opt_state
     )

@@ -16,7 +16,7 @@ from formats import (
 )
 from models import dit
 from run import astray, checkpoint, layout, snapshots
-from utils import averages, files, sharding, trees
+from utils import averages, files, moments, sharding, trees
 
 SD_FACTOR = [(), ()]  # latents times 0.18215: no mean and no standard deviation by channel
 
@@ -28,7 +28,7 @@ class Weights(NamedTuple):
     params: Any  # None where there are averages alone
     ema_params: dict[str, Any]  # averages by name (utils/averages.py); `ema` of an unknown decay
     ema: str  # the name of the first of them, which `ema` stands for
-    opt_state: dict | None = None  # {"count", "mu", "nu"} of Adam, where stored and asked for
+    opt_state: dict | None = None  # see utils/moments.py; where stored and asked for
     config: dict | None = None  # the options of the run, nested; None: not told
     identity: dict = {}  # what the run was made from, see run/checkpoint.py; {}: not told
     latents: list = SD_FACTOR  # mean and standard deviation by channel that latents have
@@ -45,7 +45,7 @@ def of_run(workdir, step=None, optimizer=False):
     Args:
       workdir: the folder of the run.
       step: which checkpoint; the newest that is whole by default.
-      optimizer: whether to read the moments of Adam too.
+      optimizer: whether to read the moments of the optimizer too.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -76,20 +76,10 @@ def _of_checkpoint(workdir, step, optimizer):
     checkpoint.verify(workdir, step, arrays, plain)
     return Weights(
         step, arrays["params"], arrays["ema_params"], ema=names[0],
-        opt_state=_find_adam(arrays["progress"]) if optimizer else None,
+        opt_state=moments.find(arrays["progress"]) if optimizer else None,
         config=plain["config"], identity=plain["identity"],
         latents=_latents(plain["config"]), workdir=workdir,
     )  # fmt: skip
-
-
-def _find_adam(tree):
-    """Returns the part of a tree of dicts and lists that holds the moments of Adam; or None."""
-    if isinstance(tree, dict):
-        if {"count", "mu", "nu"} <= tree.keys():
-            return {name: tree[name] for name in ("count", "mu", "nu")}
-        tree = list(tree.values())
-    found = [_find_adam(part) for part in tree] if isinstance(tree, list) else []
-    return next((part for part in found if part), None)
 
 
 def _latents(saved):
@@ -115,11 +105,12 @@ def _improved(path, optimizer):
 
 
 def _pixel(path, optimizer):
-    found = published_pmf.load(published_imf.find(path))
-    halves = {f"ema_half{half}": tree for half, tree in found["ema_params"].items()}
+    found = published_pmf.load(published_imf.find(path), optimizer)
+    halves = {f"{averages.HALF_LIFE}{half}": tree for half, tree in found["ema_params"].items()}
     configs = tuple(f"pmf_{size}" for size in ("b16", "b32", "l16", "l32", "h16", "h32"))
     # Which one is best differs from network to network; the longest is that of most.
-    return Weights(found["step"], found["params"], halves, list(halves)[-1], configs=configs)
+    ema = list(halves)[-1]
+    return Weights(**found | {"ema_params": halves}, ema=ema, configs=configs)
 
 
 def _meanflow(path, optimizer):
@@ -182,7 +173,7 @@ def load(path, shapes, data, optimizer=False, may_lack=()):
         what was exported in the Hugging Face layout.
       shapes: the tree of the network's parameters as `ShapeDtypeStruct`.
       data: the options `dataset`, which have to agree with what is known of the weights.
-      optimizer: whether to read Adam's moments too.
+      optimizer: whether to read the moments of the optimizer too.
       may_lack: first names of parameters that may be missing, all of them together.
 
     Raises:

@@ -4,7 +4,8 @@ the names of SiT.
 python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format FORMAT] ...
 
   msgpack, orbax   DIR/checkpoint_STEP as the published code of MeanFlow (a DiT) and of improved
-                   MeanFlow (an imfDiT, orbax alone) reads it: weights, first average, Adam's state.
+                   MeanFlow (an imfDiT) or pixel MeanFlow (a pmfDiT) reads it, these in orbax
+                   alone: weights, first average (a pmfDiT: each half-life), the optimizer's state.
                    A published checkpoint is written as it is: one form becomes the other.
   safetensors      DIR/model.safetensors, config.json and README.md: one set of weights
                    (--weights) with its options, and a model card (--license)
@@ -24,11 +25,19 @@ import numpy as np
 import generator
 from configs import default, load_config
 from configs.saved import flat, of_run
-from formats import hugging_face, model_card, published, published_imf, sit, torch_writer
+from formats import (
+    hugging_face,
+    model_card,
+    published,
+    published_imf,
+    published_pmf,
+    sit,
+    torch_writer,
+)
 from models import dit
 from run import layout, results
 from run import weights as weights_of
-from utils import files, signals, trees
+from utils import averages, files, moments, signals, trees
 
 FORMS = ("msgpack", "orbax", "safetensors", "sit")
 
@@ -55,19 +64,22 @@ def _export(source, folder, step, form, **chosen):
         return export_safetensors(source, folder, step, **chosen)
     if form == "sit":
         return export_sit(source, folder, step, **chosen)
-    if imf := published_imf.find(source):
-        state = published_imf.load(imf)
-    elif published.is_published(source):
-        state = published.load(source)
-    else:
-        found = weights_of.of_run(source, step, optimizer=True)
-        state = {"step": found.step, "params": found.params, "opt_state": found.opt_state}
-        state["ema_params"] = weights_of.choose(found, "ema")
-    if "u_blocks" not in state["ema_params"]:
-        return published.export(**state, folder=folder, form=form or "msgpack")
+    found = weights_of.read(source, optimizer=True, step=step)
+    if found.params is None:
+        raise ValueError(f"{source} holds an average alone: choose --format=safetensors or sit")
+    state = {"params": found.params, "step": found.step, "folder": folder}
+    ema, kept = weights_of.choose(found, "ema"), found.opt_state
+    if published_pmf.is_ours(ema):
+        state |= {"ema_params": averages.by_half_life(found.ema_params), "opt_state": kept}
+        write = published_pmf.export
+    else:  # which know Adam alone
+        state |= {"ema_params": ema, "opt_state": kept and moments.of_adam(kept)}
+        if "u_blocks" not in ema:
+            return published.export(**state, form=form or "msgpack")
+        write = published_imf.export
     if form not in (None, "orbax"):
-        raise ValueError(f"--format={form}: the published improved MeanFlow reads orbax alone")
-    return published_imf.export(**state, folder=folder)
+        raise ValueError(f"--format={form}: the published code of this network reads orbax alone")
+    return write(**state)
 
 
 def export_safetensors(source, folder, step=None, *, weights="ema", license="unknown", config=None):

@@ -63,10 +63,11 @@ class Jobs:
 
     Args:
       folder: an empty one, for the records and the runs.
+      config: the file of configs/ that they go by.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, config="digits"):
+        self.folder, self.config = folder, config
         self.records = write_records(folder / "records")
         self.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
@@ -74,7 +75,7 @@ class Jobs:
         """The command line of a job; `options` beside or instead of OPTIONS."""
         options = {"dataset.root": self.records, **OPTIONS, **(options or {})}
         words = [f"--config.{name}={value}" for name, value in options.items()]
-        config = "--config=configs/load_config.py:digits"
+        config = f"--config=configs/load_config.py:{self.config}"
         return [sys.executable, "main.py", f"--workdir={workdir}", config, *words]
 
     def start(self, workdir, options=None, count=1, flags=(), parts=None, words=None):

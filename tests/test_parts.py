@@ -61,6 +61,7 @@ def test_a_frozen_network_is_an_argument_of_the_step(monkeypatch):
     judge = parts.Frozen(
         apply=lambda params, x: x.reshape(len(x), -1) @ params["kernel"],
         load=lambda: {"kernel": np.eye(16, dtype=np.float32)},
+        shapes=None,
     )
     monkeypatch.setitem(parts.FROZEN, "judge", judge)
     monkeypatch.setitem(parts.OBJECTIVES, "flow", Judged)

@@ -20,13 +20,14 @@ LONGEST = 12**-0.5  # sigma_rel of the plain average of all steps, gamma = 0
 
 
 PROFILE = "ema_sigma"  # how the name of a power-function average begins
+HALF_LIFE = "ema_half"
 
 
 def names(decays, sigmas=(), half_lives=()):
     """Returns the names of averages as a tuple, those of decays first."""
     return (
         *(f"ema_{decay}" for decay in decays),
-        *(f"ema_half{half:g}" for half in half_lives),
+        *(f"{HALF_LIFE}{half:g}" for half in half_lives),
         *(f"{PROFILE}{sigma}" for sigma in sigmas),
     )
 
@@ -43,6 +44,14 @@ def of_options(training):
 def sigma_of(name):
     """Returns the sigma_rel in the name of a power-function average; None for another name."""
     return float(name.removeprefix(PROFILE)) if name.startswith(PROFILE) else None
+
+
+def by_half_life(averages):
+    """Returns {half-life in thousands of images, text: tree} of averages by name."""
+    found = {k.removeprefix(HALF_LIFE): tree for k, tree in averages.items() if HALF_LIFE in k}
+    if not found:
+        raise ValueError("none of the averages goes by a half-life (training.ema_half_life)")
+    return found
 
 
 def after_step(averages, params, step, decays, period, sigmas, half_lives=(), images=1):

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import parts
+from methods import pixel
 from models import convnext, lpips
 
 pytestmark = pytest.mark.parity
@@ -105,3 +107,24 @@ def test_weights_that_do_not_fit(arrays, fault):
         convnext.convert(broken, "file")
     with pytest.raises(ValueError, match=r"^file: "):
         lpips.convert(images, lins, "file")
+
+
+@pytest.mark.parametrize("name", parts.FROZEN)
+def test_what_a_step_computes_of_it(name):
+    """The FLOPs by hand are those of XLA, of shapes alone: weights need not be there."""
+    network = parts.FROZEN[name]
+    images = jax.ShapeDtypeStruct((1, pixel.SIDE, pixel.SIDE, 3), np.float32)
+
+    def distance(a, b, params):
+        return (network.unrolled or network.apply)(params, a, b).sum()
+
+    step = jax.jit(jax.value_and_grad(distance)).lower(images, images, network.shapes())
+    # XLA leaves out the products with the zeros around an image.
+    assert 0.95 < step.cost_analysis()["flops"] / network.flops < 1.05
+
+
+def test_the_shapes_of_the_base_size(arrays):
+    """As `convert` makes them, from a file of another size."""
+    small = jax.tree.structure(convnext.convert(part(arrays, "convnext/"), "x"))
+    assert jax.tree.structure(convnext.param_shapes()) == small
+    assert sum(a.size for a in jax.tree.leaves(convnext.param_shapes())) == 87_692_800
