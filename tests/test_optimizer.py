@@ -1,5 +1,7 @@
 """Muon by the axes of a network's arrays, and what a step of it does."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import make
@@ -9,9 +11,11 @@ import pytest
 
 import optimizer
 import parts
+import train
 from configs import default
 from models.network import Axes
 from run import cadence
+from utils import sharding, trees
 
 
 def muon(axes, **options):
@@ -73,6 +77,84 @@ def test_without_axes_the_wrong_half_would_be_orthogonalised():
     state = optax.contrib.muon(0.01).init(params)
     masked = state.inner_states["muon"].inner_state[0].mu
     assert isinstance(masked["kernel"], optax.MaskedNode) and masked["bias"].shape == (3, 4)
+
+
+WIDE = ["model.hidden_size=64", "training.optimizer=muon"]
+
+
+def updated(name, fsdp):
+    """Two updates of a network's arrays over all devices: {name of an array: what it becomes}."""
+    made = parts.make(make.config(*make.PIXELS, *NETWORKS[name], *WIDE), sharding.make_mesh(fsdp))
+    params = make.params(made.module, made.image_shape)
+    change = muon(made.module.axes(params))
+    state = jax.eval_shape(lambda: (params, change.init(params)))
+    shardings = sharding.by_parameter(made.mesh, state)
+
+    @partial(jax.jit, in_shardings=shardings, out_shardings=shardings)
+    def step(params, state):
+        grads = jax.tree.map(lambda p: jnp.sin(37 * p), params)
+        updates, state = change.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = sharding.place((params, change.init(params)), shardings)
+    for _ in range(2):
+        state = step(*state)
+    split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
+    assert bool(split) == (fsdp > 1)
+    return trees.flatten(jax.device_get(state[0]))
+
+
+CODE = """
+import sys
+sys.path.insert(0, "tests")
+import numpy as np, test_optimizer
+np.savez(r"{path}", **test_optimizer.updated("{name}", fsdp=4))
+"""
+
+
+@pytest.mark.parametrize("name", ["pmfDiT", pytest.param("DiT", marks=pytest.mark.slow)])
+def test_eight_devices_equal_one(name, tmp_path, run_python):
+    run_python(CODE.format(path=tmp_path / "8.npz", name=name), devices=8)
+    with np.load(tmp_path / "8.npz") as file:
+        for array, expected in updated(name, fsdp=1).items():
+            np.testing.assert_allclose(file[array], expected, atol=1e-5, err_msg=array)
+
+
+def test_its_products_of_run_b4():
+    """Five times three products of a matrix (m, n), m <= n; all else is little."""
+    made = parts.make(make.config(name="run_b4"))
+    params, needed = made.param_shapes(), 0
+    axes = made.module.axes(params)
+    for p, dims in zip(jax.tree.leaves(params), trees.flatten(axes).values(), strict=True):
+        if len(dims.into) == 1:
+            m, n = sorted(p.shape[dim[0]] for dim in (dims.into, dims.out))
+            count = p.size // (m * n)
+            needed += count * 5 * (4 * m * m * n + 2 * m**3)
+    change = muon(axes)
+    update = jax.jit(change.update)
+    lowered = update.lower(params, jax.eval_shape(change.init, params), params)
+    assert 1 < lowered.cost_analysis()["flops"] / needed < 1.03
+    assert needed == pytest.approx(2.27e12, rel=0.01)
+
+
+def test_run_b4_trains_by_muon():
+    """A small one: the same records over and over are learned."""
+    words = ["model.depth=1", "model.num_heads=2", "training.batch_size=16", *WIDE]
+    words += ["training.log_per_step=1", "training.learning_rate=0.01"]
+    config = make.config(*words, "training.half_precision=false", name="run_b4")
+    made = parts.make(config)
+    recipe, _ = train.make_recipe(config.training, made, 30)
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    moments = 0.3 * rng.standard_normal((1, *made.image_shape[:2], 8), np.float32) + 4
+    batch = {"moments": np.repeat(moments, 16, axis=0), "label": np.zeros(16, np.int32)}
+    init = partial(train.init_state, recipe, made.module, made.image_shape)
+    state = jax.jit(init)(key)
+    step = jax.jit(partial(train.train_step, recipe, key))
+    losses = []
+    for _ in range(30):
+        state = step(state, batch)
+        losses.append(float(state.sums["v_loss"] / state.sums["steps"]))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), losses
 
 
 RECORDS, BATCH = 1792, 128
