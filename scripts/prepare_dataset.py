@@ -148,6 +148,9 @@ def _add_images(add):
         )
         command.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
         command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
+        command.add_argument(
+            "--encoding", choices=("raw", "webp", "png"), default="raw", help="of pixels; lossless"
+        )
     for command in (folders, tables, tars):
         command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
     for command in (tables, tars):

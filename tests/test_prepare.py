@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from metrics.reference import load_reference
 from models import vae
 from scripts import prepare_dataset
 from scripts.prepare.folders import list_images
+from utils import contents as digests
 from utils import dataset, images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,24 @@ def test_pixels(tree, pixels):
     info = tfds.builder_from_directory(pixels).info
     assert info.features["label"].names == ["n01", "n02", "n10"]
     assert list(info.splits["train"].shard_lengths) == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("encoding", ["webp", "png"])
+def test_pictures_hold_the_same_pixels(tree, pixels, tmp_path, encoding, capsys):
+    """And they are the same records: a run goes on with either."""
+    prepare(tree, tmp_path / "a", f"--encoding={encoding}")
+    raw, found = (dataset.open_records(root) for root in (pixels, tmp_path / "a"))
+    assert found.pictures and not raw.pictures
+    every = np.arange(raw.num_records)
+    jax.tree.map(np.testing.assert_array_equal, found.read(every), raw.read(every))
+    for name in ("content", "sample"):
+        assert found.identity[name] == raw.identity[name]
+    read = partial(dataset._raw_records, pictures=True)  # where a note of it was lost
+    assert digests.of_shards(found.shard_paths, read) == found.identity["content"]
+    source = tfds.builder_from_directory(tmp_path / "a").as_data_source(split="train")
+    np.testing.assert_array_equal(source[3]["image"], raw.read(every)["image"][3])
+    prepare(tree, tmp_path / "b", f"--encoding={encoding}", vae="mse", status=1)
+    assert "--encoding" in capsys.readouterr().err
 
 
 def test_images_of_special_kinds_keep_their_colours(tree, pixels):

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import jax
@@ -137,7 +138,11 @@ def write_records(args, classes, items, decode, settings):
         settings["background"] = args.background
     if args.vae == "none":
         key, shape, dtype, flipped = "image", (args.image_size, args.image_size, 3), np.uint8, False
-        make = functools.partial(_pixels, decode)
+        make = functools.partial(_pixels, decode, args.encoding, args.workers)
+        if args.encoding != "raw":
+            settings["encoding"] = args.encoding
+    elif args.encoding != "raw":
+        raise ValueError(f"--encoding={args.encoding} is for pixels: choose --vae=none")
     else:
         encode = Encoder(args.vae, args.image_size, args.device_batch_size, args.flip, args.store)
         key, shape, dtype, flipped = "moments", encode.shape, encode.dtype, args.flip
@@ -153,9 +158,22 @@ def write_records(args, classes, items, decode, settings):
     return complete
 
 
-def _pixels(decode, items):
-    for image, label in decode(items):
-        yield None if image is None else dataset.example(label, image=image)
+def _pixels(decode, encoding, workers, items):
+    """Yields an example for each item; pictures are encoded by threads, not far ahead."""
+
+    def made(image, label):
+        if image is None:
+            return None
+        picture = None if encoding == "raw" else dataset.compressed(image, encoding)
+        return dataset.example(label, picture, image=image)
+
+    waiting = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for row in decode(items):
+            waiting.append(pool.submit(made, *row))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 class Encoder:
