@@ -6,7 +6,6 @@ new objective is a file of methods/ and a line in OBJECTIVES (docs/extending.md)
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ from methods import (
 )
 from methods.sampler import SAMPLERS, check_times
 from metrics import evaluators, kernels
-from models import codec, convnext, dit, imf_dit, lpips, network, pmf_dit, unet, vae
+from models import codec, dit, imf_dit, network, pmf_dit, unet, vae
+from models.frozen import FROZEN
 from utils import averages, dataset, sharding
 
 BACKBONES = (dit, imf_dit, pmf_dit, unet)
@@ -46,29 +46,6 @@ OBJECTIVES = {
     "tim": tim.TiM,
     "lagrangian": lagrangian.Lagrangian,
     "pixel": pixel.Pixel,
-}
-
-
-class Frozen(NamedTuple):
-    """A network without training, for objectives that ask for it by name."""
-
-    apply: Callable  # (params, *inputs) -> outputs
-    load: Callable  # () -> params, a tree of numpy arrays
-    shapes: Callable  # () -> their shapes, a tree of `ShapeDtypeStruct`s
-    flops: float = 0  # of its products in a step, by image
-    unrolled: Callable | None = None  # `apply` without loops, for counting
-
-
-def compares(module):
-    """Makes the `Frozen` of a module with the distance of two images."""
-    passes = 3  # forward of both, backward of one
-    flops = passes * module.flops(pixel.SIDE)
-    return Frozen(module.distance, module.load, module.param_shapes, flops)
-
-
-FROZEN = {
-    "lpips": compares(lpips),
-    "convnext": compares(convnext)._replace(unrolled=partial(convnext.distance, unroll=True)),
 }
 
 

@@ -35,7 +35,7 @@ class Objective:
 
     rows = ("error",)  # what `loss` tells by row; `error...` are also shown by kind of row and time
     conditions = ()  # what its network has to take beside t, h and y
-    frozen = ()  # names of the frozen networks (`parts.FROZEN`) that `held` has to hold
+    frozen = ()  # names of the frozen networks (`models.frozen.FROZEN`) that `held` has to hold
     needs_v = False  # whether its network has to predict the instantaneous velocity too
     instantaneous = False  # whether it asks at h = 0 only, so that its network has to take t
     guided_at_sampling = False  # whether `velocity` makes use of a `Guidance`

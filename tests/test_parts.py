@@ -9,6 +9,7 @@ import pytest
 import parts
 import train
 from methods import flow
+from models import frozen as frozen_networks
 from models import unet
 from run import config as run_config
 from utils import sharding
@@ -58,7 +59,7 @@ class Judged(flow.Flow):
 
 def test_a_frozen_network_is_an_argument_of_the_step(monkeypatch):
     """Its parameters are no constants of the program, and a gradient flows through it."""
-    judge = parts.Frozen(
+    judge = frozen_networks.Frozen(
         apply=lambda params, x: x.reshape(len(x), -1) @ params["kernel"],
         load=lambda: {"kernel": np.eye(16, dtype=np.float32)},
         shapes=None,

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-import parts
 from methods import pixel
-from models import convnext, lpips
+from models import convnext, frozen, lpips
 
 pytestmark = pytest.mark.parity
 FILE = pathlib.Path(__file__).parents[1] / "golden" / "perceptual.npz"
@@ -109,10 +108,10 @@ def test_weights_that_do_not_fit(arrays, fault):
         lpips.convert(images, lins, "file")
 
 
-@pytest.mark.parametrize("name", parts.FROZEN)
+@pytest.mark.parametrize("name", frozen.FROZEN)
 def test_what_a_step_computes_of_it(name):
     """The FLOPs by hand are those of XLA, of shapes alone: weights need not be there."""
-    network = parts.FROZEN[name]
+    network = frozen.FROZEN[name]
     images = jax.ShapeDtypeStruct((1, pixel.SIDE, pixel.SIDE, 3), np.float32)
 
     def distance(a, b, params):
