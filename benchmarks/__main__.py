@@ -4,6 +4,7 @@
     python -m benchmarks evaluation --config=configs/load_config.py:NAME
     python -m benchmarks data
     python -m benchmarks compile --config=... --topology v5e:4x4 (or h200), without having it
+    python -m benchmarks hosts [--against PATH]     what a person waits for, beside other programs
     python -m benchmarks check      whether the card's kernels compute the right thing
 
 Options of the config follow as for main.py (`--config.training.batch_size=64`); `--json FILE` also
@@ -14,7 +15,7 @@ import argparse
 import sys
 
 import parts
-from benchmarks import check, compile, costs, data, evaluation, train
+from benchmarks import check, compile, costs, data, evaluation, hosts, train
 from utils import environment, signals
 
 COMMANDS = {
@@ -22,9 +23,10 @@ COMMANDS = {
     "evaluation": (evaluation, "the evaluation's stages"),
     "data": (data, "the data iterator"),
     "compile": (compile, "the steps compiled for chips that are not at hand"),
+    "hosts": (hosts, "what a person waits for on a host"),
     "check": (check, "the kernels of the card beside float32"),
 }
-WITHOUT_CONFIG = (data, check)
+WITHOUT_CONFIG = (data, hosts, check)
 
 
 def main(argv=None):

@@ -1,0 +1,134 @@
+"""Measures what a person waits for on a host, beside an older version and beside other programs.
+
+    python -m benchmarks hosts [--against CHECKOUT] [--pytorch PYTHON] [--rows digits images ...]
+
+Each side is a process of its own (benchmarks/waits.py), in turn with the others; medians, extremes
+and ratios of medians to this version's count, not the seconds of one machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import data
+from utils import files
+
+ROOT = Path(__file__).resolve().parent.parent
+# Row -> (what is measured, program of the project, program beside it, rounds).
+ROWS = {
+    "digits": ("a digits run of 50 steps, nothing cached", "digits", None, 2),
+    "images": ("images of it from Python", "images", None, 3),
+    "step": ("DiT-B/4, float32, batch 8", "step", None, 1),
+    "checkpoint": ("checkpoint of DiT-B/4 (2.1 GB)", "run_checkpoint", "orbax_checkpoint", 2),
+    "fid": ("FID of 500 pictures in a folder", "fid", "pytorch_fid", 2),
+    "fid_fixed": ("FID of 20", "fid_fixed", None, 2),
+    "records": ("1,500 JPEGs to records of 256 pixels", "records", "pil_records", 3),
+    "latents": ("latents, batch 256, read", "latents", None, 3),
+}
+TORCH = ("pytorch_fid",)
+
+
+def add_arguments(parser):
+    """Adds the options of `run`."""
+    parser.add_argument("--against", type=Path, help="checkout of an older version")
+    parser.add_argument("--pytorch", help="Python that has torch and pytorch-fid, for the FID")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rounds", type=int, help="of each row; default: by row")
+    parser.add_argument("--folder", help="where to put the temporary data; default: the system's")
+
+
+def run(args):
+    """Measures the rows; prints a table, returns {row: {side: {measure: [seconds]}}}."""
+    rows = [row for row in args.rows if args.pytorch or not row.startswith("fid")]
+    if args.against and not (args.against / "main.py").is_file():
+        raise ValueError(f"--against={args.against}: no checkout of this project")
+    found = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        prepare(Path(folder), rows, args.pytorch)
+        for row in rows:
+            title, ours, theirs, rounds = ROWS[row]
+            sides = {"now": (ours, ROOT, sys.executable)}
+            if args.against:
+                sides["before"] = ours, args.against.resolve(), sys.executable
+            if theirs:
+                python = args.pytorch if theirs in TORCH else sys.executable
+                sides[theirs] = theirs, ROOT, python
+            found[row] = measured(sides, args.rounds or rounds, folder)
+            report(title, found[row])
+    return found
+
+
+def measured(sides, rounds, folder):
+    """Runs each side in turn, `rounds` times; returns {side: {measure: [seconds]}}."""
+    found = {side: {} for side in sides}
+    for number in range(rounds):
+        order = list(sides)[:: -1 if number % 2 else 1]
+        for side in order:
+            for name, value in program(*sides[side], folder).items():
+                found[side].setdefault(name, []).append(value)
+    return found
+
+
+def program(name, checkout, python, folder):
+    """Runs a program of benchmarks/waits.py with the code of a checkout; {measure: seconds}."""
+    environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
+    before = os.times()
+    done = subprocess.run(
+        [python, "-P", str(ROOT / "benchmarks" / "waits.py"), name, folder],
+        cwd=checkout, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"{name} in {checkout}: {files.first_line(done.stderr[-300:])}")
+    after = os.times()
+    cpu = sum(after[2:4]) - sum(before[2:4])
+    return json.loads(done.stdout.splitlines()[-1]) | {"CPU of the process": cpu}
+
+
+def report(title, found):
+    """Prints the measures of a row: median, lowest and highest of each side, and ratios."""
+    print(title)
+    now = found["now"]
+    for side, measures in found.items():
+        for name, values in measures.items():
+            middle = np.median(values)
+            line = f"  {name:26} {side:18} {middle:8.3f} [{min(values):.3f} to {max(values):.3f}] s"
+            ratio = f"   now / {side} {np.median(now[name]) / max(middle, 1e-9):.2f}"
+            print(line + (ratio if side != "now" and name in now else ""), flush=True)
+
+
+# Data ------------------------------------------------------------------------------------------
+
+
+def prepare(folder, rows, pytorch):
+    """Makes what the rows need in a folder; random, and the same each time."""
+    rng = np.random.default_rng(0)
+    if {"digits", "images"}.intersection(rows):
+        command = [sys.executable, "-m", "scripts.prepare_dataset", "digits"]
+        output = f"--output={folder / 'digits'}"
+        subprocess.run([*command, output], cwd=ROOT, check=True, capture_output=True)
+    if "records" in rows:
+        pictures(rng, folder / "jpegs" / "class", 1500, (500, 375), "jpg")
+    if {"fid", "fid_fixed"}.intersection(rows):
+        pictures(rng, folder / "pictures", 500, (256, 256), "png")
+        pictures(rng, folder / "few", 20, (256, 256), "png")
+        np.savez(folder / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+        program("inception_weights", ROOT, pytorch, str(folder))
+    if "latents" in rows:
+        data.write_records(folder / "latents", 8192, 32, "float32")
+
+
+def pictures(rng, folder, count, size, ending):
+    """Writes pictures with details of all sizes, as photographs have."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        fine = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
+        noise = rng.integers(-12, 13, fine.shape, np.int16)
+        image = Image.fromarray(np.clip(fine + noise, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i:05d}.{ending}", **({"quality": 90} if ending == "jpg" else {}))

@@ -1,0 +1,266 @@
+"""What a person waits for on a host, each a program of its own for benchmarks/hosts.py.
+
+    PYTHONPATH=CHECKOUT python -P benchmarks/waits.py NAME FOLDER
+
+runs with the code of a checkout, which may be an older version, and prints {measure: seconds} as
+the last line. FOLDER has what `hosts.prepare` makes; the programs beside the project need it alone.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+BEGAN = time.perf_counter()
+DIGITS = ("--config=configs/load_config.py:digits", "--config.training.num_steps=50",
+          "--config.training.log_per_step=10")  # fmt: skip
+LARGE = ("--config=configs/load_config.py:run_b4", "--config.dataset.root=none",
+         "--config.fid.on_training=false")  # fmt: skip
+
+
+def seconds():
+    return time.perf_counter() - BEGAN
+
+
+def digits(folder):
+    """A run of the digits, nothing cached, and what its folder gives from Python."""
+    import main
+
+    found = {}
+
+    class Note(logging.Handler):
+        def emit(self, record):
+            if record.msg.startswith("compiled: the first step"):
+                found["first step"] = seconds()
+
+    logging.getLogger().addHandler(Note())
+    workdir = tempfile.mkdtemp(dir=folder)
+    arguments = (f"--workdir={workdir}", f"--config.dataset.root={folder / 'digits'}", *DIGITS)
+    logging.getLogger().setLevel(logging.INFO)
+    if main.main(arguments):
+        raise SystemExit(1)
+    return found | {"whole run": seconds()}
+
+
+def images(folder):
+    """The first images of a run, and another number of them."""
+    import generator
+
+    run = next(path.parent for path in sorted(folder.glob("*/results.json")))
+    begin = time.perf_counter()
+    model = generator.load(run)
+    model.sample(range(8))
+    first = time.perf_counter()
+    model.sample(range(5))
+    return {"load to the first images": first - begin, "5 after 8": time.perf_counter() - first}
+
+
+def step(folder, batch=8):
+    """The train step of DiT-B/4."""
+    import jax
+
+    import benchmarks.train
+    from configs import load_config
+    from utils import sharding
+
+    size = f"--config.training.batch_size={batch}"
+    config, _ = load_config.from_command_line([*LARGE, size])
+    made = benchmarks.train.Step(config, sharding.make_mesh(1, jax.devices()))
+    made.run(1)
+    begin = time.process_time()
+    found = float(np.median([made.run(1) for _ in range(5)]))
+    return {"compile": made.compile_seconds, "step": found,
+            "step, CPU": (time.process_time() - begin) / 5}  # fmt: skip
+
+
+def state():
+    """The state of a run of DiT-B/4 and a step that uses it up, of next to no cost."""
+    import jax
+
+    import parts
+    import train
+    from configs import load_config
+    from utils import sharding
+
+    config, _ = load_config.from_command_line(LARGE)
+    made = parts.make(config)
+    recipe, _ = train.make_recipe(config.training, made, 1)
+
+    def init(key):
+        return train.init_state(recipe, made.module, made.image_shape, key)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.by_parameter(made.mesh, shapes)
+    rng = np.random.default_rng(0)
+
+    def values(x):
+        return rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+
+    begun = sharding.place(jax.tree.map(values, shapes), shardings)
+    sums = jax.tree.map(lambda x: x * 0 - 1, begun.sums)
+    begun = begun._replace(step=begun.step * 0, sums=sums)
+    bump = jax.jit(
+        lambda s: jax.tree.map(lambda x: x + 1, s)._replace(sums=s.sums),
+        donate_argnums=0, out_shardings=shardings,
+    )  # fmt: skip
+    return (
+        config,
+        jax.block_until_ready(bump(begun)),
+        bump,
+        sharding.with_shardings(shapes, shardings),
+    )
+
+
+def saves(save, wait, begun, bump):
+    """Saves twice, a step after each: how long a loop is blocked, and all of it."""
+    import jax
+
+    found = {}
+    for name in ("first", "second"):
+        begin = time.perf_counter()
+        save(begun)
+        found[f"{name} save: blocked"] = time.perf_counter() - begin
+        begun = jax.block_until_ready(bump(begun))
+        wait()
+        found[f"{name} save: in all"] = time.perf_counter() - begin
+    return found
+
+
+def run_checkpoint(folder):
+    """A run's checkpoint of DiT-B/4, and its restore with all checks."""
+    import jax
+
+    from run import checkpoint, resume
+
+    config, begun, bump, targets = state()
+    options = config.to_dict()
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        with checkpoint.Checkpointer(Path(place)) as saver:
+            found = saves(
+                lambda s: resume.save(saver, s, {"position": 1}, options), saver.wait, begun, bump
+            )
+        begin = time.perf_counter()
+        jax.block_until_ready(resume.restore(options, Path(place), targets, {}).state)
+        return found | {"restore": time.perf_counter() - begin}
+
+
+def orbax_checkpoint(folder):
+    """The same by orbax alone, unchecked."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    _, begun, bump, targets = state()
+    with tempfile.TemporaryDirectory(dir=folder) as place, ocp.CheckpointManager(place) as manager:
+        found = saves(
+            lambda s: manager.save(int(s.step), args=ocp.args.StandardSave(s)),
+            manager.wait_until_finished, begun, bump,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        args = ocp.args.StandardRestore(targets)
+        jax.block_until_ready(manager.restore(manager.latest_step(), args=args))
+        return found | {"restore": time.perf_counter() - begin}
+
+
+def fid(folder, name="pictures"):
+    """The FID of a folder of pictures."""
+    from scripts import evaluate_images
+
+    with contextlib.redirect_stdout(sys.stderr):
+        evaluate_images.main([
+            f"--images={folder / name}", *LARGE, f"--config.fid.cache_ref={folder / 'stats.npz'}",
+            f"--config.fid.inception_weights={folder / 'inception.pth'}",
+        ])  # fmt: skip
+    return {"whole process": seconds()}
+
+
+def fid_fixed(folder):
+    """The same of 20 pictures."""
+    return fid(folder, "few")
+
+
+def inception_weights(folder):
+    """Writes random weights of the FID network as pytorch-fid names them."""
+    import torch
+    from pytorch_fid import inception
+
+    inception.load_state_dict_from_url = lambda *args, **options: {}
+    torch.nn.Module.load_state_dict = lambda *args, **options: None
+    torch.save(inception.fid_inception_v3().state_dict(), folder / "inception.pth")
+    return {}
+
+
+def pytorch_fid(folder):
+    """The same by pytorch-fid, with the same weights."""
+    import torch
+    from pytorch_fid import fid_score, inception
+
+    path = folder / "inception.pth"
+    inception.load_state_dict_from_url = lambda *args, **options: torch.load(path)
+    paths = [str(folder / "pictures"), str(folder / "stats.npz")]
+    fid_score.calculate_fid_given_paths(paths, 20, "cpu", 2048, 2)
+    return {"whole process": seconds()}
+
+
+def records(folder):
+    """1,500 JPEGs to records of 256 pixels."""
+    from scripts import prepare_dataset
+
+    with tempfile.TemporaryDirectory(dir=folder) as output, contextlib.redirect_stdout(sys.stderr):
+        if prepare_dataset.main([
+            "images", f"--input={folder / 'jpegs'}", f"--output={output}/records", "--vae=none",
+            "--image_size=256",
+        ]):  # fmt: skip
+            raise SystemExit(1)
+    return {"whole process": seconds()}
+
+
+def adm_crop(path):
+    """ADM's crop by PIL alone: uint8 (256, 256, 3) as bytes."""
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    while min(image.size) >= 512:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = 256 / min(image.size)
+    size = tuple(round(side * scale) for side in image.size)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = ((side - 256) // 2 for side in size)
+    return image.crop((left, top, left + 256, top + 256)).tobytes()
+
+
+def pil_records(folder):
+    """The same by a loop of PIL in two processes, into one file."""
+    paths = sorted((folder / "jpegs").rglob("*.jpg"))
+    with (
+        tempfile.TemporaryFile(dir=folder) as file,
+        multiprocessing.get_context("fork").Pool(2) as pool,
+    ):
+        for content in pool.imap(adm_crop, paths, 16):
+            file.write(content)
+    return {"whole process": seconds()}
+
+
+def latents(folder, batches=60):
+    """Batches of latents from records, shuffled, from the page cache: one of them."""
+    from utils import dataset, iterator
+
+    reader = iterator.RecordIterator(
+        dataset.open_records(folder / "latents"), 256, seed=0, num_workers=2, prefetch=4
+    )
+    with contextlib.closing(reader):
+        for _ in range(20):
+            next(reader)
+        begin = time.perf_counter()
+        for _ in range(batches):
+            next(reader)
+        return {"a batch": (time.perf_counter() - begin) / batches}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](Path(sys.argv[2]))))
