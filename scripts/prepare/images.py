@@ -5,7 +5,6 @@ import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,18 +99,24 @@ def decoded(items, find, size, workers, notes, read=pictures.read):
 
     Decodes and crops in `workers` threads (PIL lets go of the interpreter), not far ahead.
     """
-    if not items:
-        return
     decode = functools.partial(_decode, find, size, read)
-    files = grain.MapDataset.source(items).map(decode)
-    for image, label, problem, told in files.to_iter_dataset(
-        grain.ReadOptions(workers, 8 * workers)
-    ):
+    for image, label, problem, told in _in_order(decode, items, workers):
         for line, path, value in told:
             notes.tell(line, path, value)
         if problem:
             notes.add(problem)
         yield image, label
+
+
+def _in_order(work, items, workers):
+    """Yields work(item) of each item, computed by threads, not far ahead."""
+    waiting = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 8 * workers:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def _decode(find, size, read, item):
@@ -121,9 +126,13 @@ def _decode(find, size, read, item):
         image = read(
             path, notes=lambda line, value=None: told.append((line, path, value)), file=file
         )
-        return np.asarray(images.center_crop(image.convert("RGB"), size)), item[1], None, told
+        return np.asarray(images.center_crop(_colour(image), size)), item[1], None, told
     except ValueError as error:
         return None, item[1], str(error), told
+
+
+def _colour(image):
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 # Records
@@ -161,19 +170,15 @@ def write_records(args, classes, items, decode, settings):
 def _pixels(decode, encoding, workers, items):
     """Yields an example for each item; pictures are encoded by threads, not far ahead."""
 
-    def made(image, label):
+    def made(row):
+        image, label = row
         if image is None:
             return None
         picture = None if encoding == "raw" else dataset.compressed(image, encoding)
         return dataset.example(label, picture, image=image)
 
-    waiting = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for row in decode(items):
-            waiting.append(pool.submit(made, *row))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+    rows = decode(items)
+    return map(made, rows) if encoding == "raw" else _in_order(made, rows, workers)
 
 
 class Encoder:
