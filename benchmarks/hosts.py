@@ -31,7 +31,29 @@ ROWS = {
     "records": ("1,500 JPEGs to records of 256 pixels", "records", "pil_records", 3),
     "latents": ("latents, batch 256, read", "latents", None, 3),
 }
-TORCH = ("pytorch_fid",)
+# Programs for a Python that has torch: pytorch-fid with weights of our own, since nothing is
+# downloaded, and what writes these.
+PYTORCH = {
+    "inception_weights": """
+import sys, torch
+from pytorch_fid import inception
+inception.load_state_dict_from_url = lambda *args, **options: {}
+torch.nn.Module.load_state_dict = lambda *args, **options: None
+torch.save(inception.fid_inception_v3().state_dict(), sys.argv[1] + "/inception.pth")
+print("{}")
+""",
+    "pytorch_fid": """
+import sys, time
+begin = time.perf_counter()
+import torch
+from pytorch_fid import fid_score, inception
+folder = sys.argv[1]
+inception.load_state_dict_from_url = lambda *args, **options: torch.load(folder + "/inception.pth")
+paths = [folder + "/pictures", folder + "/stats.npz"]
+fid_score.calculate_fid_given_paths(paths, 20, "cpu", 2048, 2)
+print('{"whole process": %f}' % (time.perf_counter() - begin))
+""",
+}
 
 
 def add_arguments(parser):
@@ -57,7 +79,7 @@ def run(args):
             if args.against:
                 sides["before"] = ours, args.against.resolve(), sys.executable
             if theirs:
-                python = args.pytorch if theirs in TORCH else sys.executable
+                python = args.pytorch if theirs in PYTORCH else sys.executable
                 sides[theirs] = theirs, ROOT, python
             found[row] = measured(sides, args.rounds or rounds, folder)
             report(title, found[row])
@@ -78,11 +100,11 @@ def measured(sides, rounds, folder):
 def program(name, checkout, python, folder):
     """Runs a program of benchmarks/waits.py with the code of a checkout; {measure: seconds}."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
-    before = os.times()
+    file, before = str(ROOT / "benchmarks" / "waits.py"), os.times()
+    what = ["-c", PYTORCH[name]] if name in PYTORCH else ["-P", file, name]
     done = subprocess.run(
-        [python, "-P", str(ROOT / "benchmarks" / "waits.py"), name, folder],
-        cwd=checkout, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [python, *what, folder], cwd=checkout, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"{name} in {checkout}: {files.first_line(done.stderr[-300:])}")
     after = os.times()

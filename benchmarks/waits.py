@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import runpy
 import sys
 import tempfile
 import time
@@ -28,10 +29,19 @@ def seconds():
     return time.perf_counter() - BEGAN
 
 
-def digits(folder):
-    """A run of the digits, nothing cached, and what its folder gives from Python."""
-    import main
+def command(module, *arguments):
+    """Runs a module as from the command line."""
+    sys.argv = [module, *arguments]
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                raise
 
+
+def digits(folder):
+    """A run of the digits, nothing cached."""
     found = {}
 
     class Note(logging.Handler):
@@ -41,10 +51,8 @@ def digits(folder):
 
     logging.getLogger().addHandler(Note())
     workdir = tempfile.mkdtemp(dir=folder)
-    arguments = (f"--workdir={workdir}", f"--config.dataset.root={folder / 'digits'}", *DIGITS)
     logging.getLogger().setLevel(logging.INFO)
-    if main.main(arguments):
-        raise SystemExit(1)
+    command("main", f"--workdir={workdir}", f"--config.dataset.root={folder / 'digits'}", *DIGITS)
     return found | {"whole run": seconds()}
 
 
@@ -169,13 +177,11 @@ def orbax_checkpoint(folder):
 
 def fid(folder, name="pictures"):
     """The FID of a folder of pictures."""
-    from scripts import evaluate_images
-
-    with contextlib.redirect_stdout(sys.stderr):
-        evaluate_images.main([
-            f"--images={folder / name}", *LARGE, f"--config.fid.cache_ref={folder / 'stats.npz'}",
-            f"--config.fid.inception_weights={folder / 'inception.pth'}",
-        ])  # fmt: skip
+    command(
+        "scripts.evaluate_images", f"--images={folder / name}", *LARGE,
+        f"--config.fid.cache_ref={folder / 'stats.npz'}",
+        f"--config.fid.inception_weights={folder / 'inception.pth'}",
+    )  # fmt: skip
     return {"whole process": seconds()}
 
 
@@ -184,39 +190,13 @@ def fid_fixed(folder):
     return fid(folder, "few")
 
 
-def inception_weights(folder):
-    """Writes random weights of the FID network as pytorch-fid names them."""
-    import torch
-    from pytorch_fid import inception
-
-    inception.load_state_dict_from_url = lambda *args, **options: {}
-    torch.nn.Module.load_state_dict = lambda *args, **options: None
-    torch.save(inception.fid_inception_v3().state_dict(), folder / "inception.pth")
-    return {}
-
-
-def pytorch_fid(folder):
-    """The same by pytorch-fid, with the same weights."""
-    import torch
-    from pytorch_fid import fid_score, inception
-
-    path = folder / "inception.pth"
-    inception.load_state_dict_from_url = lambda *args, **options: torch.load(path)
-    paths = [str(folder / "pictures"), str(folder / "stats.npz")]
-    fid_score.calculate_fid_given_paths(paths, 20, "cpu", 2048, 2)
-    return {"whole process": seconds()}
-
-
 def records(folder):
     """1,500 JPEGs to records of 256 pixels."""
-    from scripts import prepare_dataset
-
-    with tempfile.TemporaryDirectory(dir=folder) as output, contextlib.redirect_stdout(sys.stderr):
-        if prepare_dataset.main([
-            "images", f"--input={folder / 'jpegs'}", f"--output={output}/records", "--vae=none",
-            "--image_size=256",
-        ]):  # fmt: skip
-            raise SystemExit(1)
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        command(
+            "scripts.prepare_dataset", "images", f"--input={folder / 'jpegs'}",
+            f"--output={output}/records", "--vae=none", "--image_size=256",
+        )  # fmt: skip
     return {"whole process": seconds()}
 
 
