@@ -20,7 +20,17 @@ from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
 from run import checkpoint, inherit, layout, metric_writer, report, results
 from run import weights as weights_of
-from utils import compiling, contents, dataset, environment, files, identity, processes, sharding
+from utils import (
+    compiling,
+    conditions,
+    contents,
+    dataset,
+    environment,
+    files,
+    identity,
+    processes,
+    sharding,
+)
 from utils import images as image_utils
 
 COUNTED = 2**30  # bytes of records that are read to see whether their classes are balanced
@@ -35,11 +45,13 @@ class Evaluator:
       score: `metrics.scorer.Scorer`.
       options: the options `sampling`.
       counts: from `label_counts`, for `fid.labels: data`.
+      source: `utils.conditions.Source`, whose labels are taken too, or None.
     """
 
-    def __init__(self, parts, autoencoder, score, options, counts=None):
+    def __init__(self, parts, autoencoder, score, options, counts=None, source=None):
         self.parts, self.autoencoder, self.score, self.options = parts, autoencoder, score, options
         self.counts, mesh = counts, parts.mesh
+        self.given = sample.given_by(parts.codec, source)
         self.draw = jax.jit(
             self.draw_batch, out_shardings=sharding.by_row(mesh),
             compiler_options=compiling.quick(mesh),
@@ -59,11 +71,14 @@ class Evaluator:
         index = start + jnp.arange(self.score.batch_size)
         return jax.lax.with_sharding_constraint(index, sharding.by_row(self.parts.mesh))
 
-    def draw_batch(self, params, start, setting):
-        """Draws x of a batch from noise. Pure; compiled for each number of steps."""
+    def draw_batch(self, params, start, setting, more=None):
+        """Draws x of a batch from noise. Pure; compiled for each number of steps.
+
+        `more`: conditions that come with the data, by name.
+        """
         index, seed = self.index(start), self.options.seed
         labels, classes = self.score.options.labels, self.parts.num_classes
-        given = sample.conditions(index, labels, classes, seed, self.counts)
+        given = sample.conditions(index, labels, classes, seed, self.counts) | (more or {})
         return sample.generate(self.parts, seed, params, index, given, setting)
 
     def add_batch(self, statistics, vae_params, feature_params, x, start):
@@ -76,8 +91,16 @@ class Evaluator:
 
     def step(self, statistics, params, vae_params, feature_params, start, setting):
         """Adds a batch of generated images to the statistics: the two functions that run."""
-        x = self.draw(params, start, setting)
+        x = self.draw(params, start, setting, self.conditions(start))
         return self.add(statistics, vae_params, feature_params, x, start)
+
+    def conditions(self, start):
+        """Reads the conditions of the batch that begins with number `start`; None without any."""
+        if self.given is None:
+            return None
+        rows = self.given(start + np.arange(self.score.batch_size))
+        by_row = sharding.by_row(self.parts.mesh)
+        return jax.tree.map(lambda array: sharding.place(array, by_row), rows)
 
     def __call__(self, params, setting):
         """Gathers the statistics of images of the weights `params`, see `Scorer.gather`."""
@@ -98,9 +121,10 @@ class Evaluation:
       autoencoder: from `models.vae.load`.
       records: the training images, or None.
       described: what a result notes of the network's options, by name.
+      source: `utils.conditions.Source` of the generated images, or None.
     """
 
-    def __init__(self, fid, sampling, parts, autoencoder, records, described):
+    def __init__(self, fid, sampling, parts, autoencoder, records, described, source=None):
         latents = bool(autoencoder.identity)
         self.sampling, self.fid = sampling, evaluators.fill(fid, latents)
         x = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.float32)
@@ -108,7 +132,7 @@ class Evaluation:
         score = scorer.Scorer(features.load(self.fid), parts.mesh, self.fid, images.shape[1:])
         self.reference = reference.Reference(self.fid, score, records)
         counts = label_counts(self.fid.labels, records, parts.num_classes)
-        self.evaluator = Evaluator(parts, autoencoder, score, self.sampling, counts)
+        self.evaluator = Evaluator(parts, autoencoder, score, self.sampling, counts, source)
         self.described = {
             "evaluator": evaluators.describe(self.fid, latents),
             **score.describe(),
@@ -119,6 +143,7 @@ class Evaluation:
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,
             **described,
+            **({} if source is None else {"conditions": source.identity}),
             "vae_dtype": autoencoder.dtype,
             "decoder": autoencoder.identity.get("decoder"),
             "environment": environment.describe(),
@@ -226,7 +251,10 @@ def evaluate_job(config, workdir):
     data = config.dataset
     records = None if needless else dataset.open_records(data.root, stage=data.stage)
     described = describe(config.training, options)
-    evaluation = Evaluation(config.fid, config.sampling, parts, autoencoder, records, described)
+    source = conditions.source(parts.codec.given, data, config.sampling)
+    evaluation = Evaluation(
+        config.fid, config.sampling, parts, autoencoder, records, described, source
+    )
     settings, folder = len(sample.settings(config.sampling)), files.path(workdir)
     origin, root = report.origin(weights.step, where), config.dataset.root
     report.tell(report.network(config.model.cls, parts))

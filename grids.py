@@ -2,9 +2,13 @@
 
 `real.png` shows records of the classes of the grid, decoded, once in a run: what a network is to
 come near to, and whether scale, channels and labels are right. `grid_STEP.png` has a row for each
-class. `steps_STEP.png` has a row for each of `training.sample_steps`, of the same noise, and where
-guidance is an input of the network, `guidance_STEP.png` has one for each of a few scales.
+class; where conditions come with the data, by those of the real images. `steps_STEP.png` has a row
+for each of `training.sample_steps`, of the same noise, and where guidance is an input of the
+network, `guidance_STEP.png` has one for each of a few scales; conditions that are arrays stand
+above these rows, and the truth below.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +36,18 @@ class Grids:
       workdir: folder of the run.
       parts: `parts.Parts`.
       renderer: `sample.Renderer`.
-      records: the training records.
+      records: those that are shown as real images, and whose conditions the samples are drawn by.
+      source: `utils.conditions.Source`, or None.
     """
 
-    def __init__(self, options, steps, workdir, parts, renderer, records):
+    def __init__(self, options, steps, workdir, parts, renderer, records, source=None):
         self.folder, self.parts, self.records = workdir / layout.SAMPLES, parts, records
-        self.renderer = renderer
+        self.renderer, self.source = renderer, source
         self.first, self.times = sample.settings(options)[0], sample.times_of(options)
         self.labels = sample.grid_labels(parts.num_classes)
-        self.row = np.resize(self.labels[:: sample.GRID_COLUMNS], sample.GRID_COLUMNS)
+        columns = np.arange(sample.GRID_COLUMNS)
+        rows = len(self.labels) // len(columns)
+        self.places = columns % rows * len(columns) + columns // rows  # of a row, in the grid
         self.steps = tuple(steps)
         self.scales = scales(parts.method)
         interval = options.t_min[0], options.t_max[0]
@@ -76,7 +83,8 @@ class Grids:
                 self._save(step, writer, name, self._rows(params, settings))
         for i, times in reversed(list(enumerate(self.times))):
             setting = first.replace(times=times)
-            picture = sample.grid(self.renderer, params, self.labels, setting)
+            given = self._given(np.arange(len(self.labels)))
+            picture = sample.grid(self.renderer, params, self.labels, setting, given)
             self._save(step, writer, "grid", picture, f"_{len(times) - 1}step" if i else "")
 
     def draw_real(self, step, writer):
@@ -84,21 +92,45 @@ class Grids:
         file = self.folder / layout.REAL
         if processes.from_writer(file.exists()):
             return False
-        batch, filled = of_classes(self.records, self.labels, bool(self.parts.num_classes))
-        codec = self.parts.codec._replace(flip=False, augment_prob=0.0)
-        options = compiling.quick(self.parts.mesh)
-        x, _ = jax.jit(codec.encode, compiler_options=options)(batch, jax.random.key(0))
-        images = self.renderer.decode(np.asarray(x))
+        batch, filled = self._real
+        images = self.renderer.truth(batch)
         images[~filled] = 0
         picture = sample.picture(images, sample.GRID_COLUMNS)
         writer.image(step, "real", picture)
         self._write(file, picture)
         return True
 
+    @functools.cached_property
+    def _real(self):
+        """Reads records of the classes of the grid, see `of_classes`."""
+        return of_classes(self.records, self.labels, bool(self.parts.num_classes))
+
+    def _conditions(self, places):
+        """Returns the raw conditions of images at places of the grid, int (n,); None for none."""
+        if self.source is None:
+            return None
+        if self.source.records is None:
+            return self.source(places)
+        return {name: array[places] for name, array in self._real[0].items()}
+
+    def _given(self, places):
+        """Makes what the renderer takes for them, see `sample.given_by`."""
+        if (batch := self._conditions(places)) is None:
+            return None
+        given = jax.device_get(self.parts.codec.conditions_of(batch))
+        return lambda index: jax.tree.map(lambda rows: rows[index], given)
+
     def _rows(self, params, settings):
-        """Draws a row of the same noise and labels for each `sample.Setting`."""
-        rows = [image for s in settings for image in self.renderer(params, self.row, s)]
-        return sample.picture(np.concatenate(rows), len(self.row))
+        """Draws a row of the same noise and labels for each `sample.Setting`.
+
+        Where conditions come with the data, arrays among them stand above and the truth below.
+        """
+        labels, given = self.labels[self.places], self._given(self.places)
+        rows = [image for s in settings for image in self.renderer(params, labels, s, given)]
+        if (batch := self._conditions(self.places)) is not None:
+            rows = [*self.renderer.views(batch, rows[0].shape[1:]).values(), *rows]
+            rows += [self.renderer.truth(batch)] if self.source.records else []
+        return sample.picture(np.concatenate(rows), len(labels))
 
     def _save(self, step, writer, name, picture, suffix=""):
         tag = f"samples{suffix}" if name == "grid" else f"samples_by_{name}"
@@ -148,16 +180,18 @@ def of_classes(records, labels, labelled=True):
     most = min(records.num_records, SEARCHED, max(SEARCHED_BYTES // size, CHUNK))
     places = order.spread(records.num_records, most)
     filled = np.zeros(len(labels), bool)
-    batch = {
-        records.key: np.zeros((len(labels), *records.shape), records.dtype),
-        "label": np.asarray(labels, np.int32),
-    }
+    batch = {}
     for start in range(0, most, CHUNK):
         read = records.read(places[start : start + CHUNK], flipped=False)
-        for image, label in zip(read[records.key], read["label"], strict=True):
+        found = read.pop("label")
+        for name, rows in read.items():
+            batch.setdefault(name, np.zeros((len(labels), *rows.shape[1:]), rows.dtype))
+        for row, label in enumerate(found):
             free = np.flatnonzero(~filled & ((labels == label) | (not labelled)))
             if free.size:
-                batch[records.key][free[0]], filled[free[0]] = image, True
+                filled[free[0]] = True
+                for name, rows in read.items():
+                    batch[name][free[0]] = rows[row]
         if filled.all():
             break
-    return batch, filled
+    return batch | {"label": np.asarray(labels, np.int32)}, filled

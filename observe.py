@@ -15,7 +15,7 @@ from metrics import evaluators
 from parts import load_autoencoder
 from run import layout, metric_writer, results, spent
 from run import weights as weights_of
-from utils import averages, chips, files, identity, processes, train_metrics
+from utils import averages, chips, conditions, files, identity, processes, train_metrics
 
 LAG = 2  # steps by which metrics are read late, so that the device never waits for the host
 
@@ -43,17 +43,22 @@ def open_views(config, workdir, parts, records, when):
       when: `run.cadence.Cadences`.
     """
     data, fid, sampling, drawn, evaluation = config.dataset, config.fid, config.sampling, None, None
-    autoencoder = None
+    autoencoder = source = None
+    if when.grid.on or when.evaluation.on:
+        source = conditions.source(parts.codec.given, data, sampling)
     if when.grid.on or when.evaluation.on:
         autoencoder = load_autoencoder(data, sampling.vae_dtype)
         identity.check_autoencoder(records.identity, autoencoder.identity, data.root)
     if when.grid.on:
         renderer = sample.Renderer(parts, autoencoder, sampling.seed, fid.device_batch_size)
         steps = config.training.sample_steps
-        drawn = grids.Grids(sampling, steps, workdir, parts, renderer, records)
+        shown = source.records if source and source.records else records
+        drawn = grids.Grids(sampling, steps, workdir, parts, renderer, shown, source)
     if when.evaluation.on:
         described = evaluate.describe(config.training, saved.flat(config))
-        evaluation = evaluate.Evaluation(fid, sampling, parts, autoencoder, records, described)
+        evaluation = evaluate.Evaluation(
+            fid, sampling, parts, autoencoder, records, described, source
+        )
     about = {"weights": fid.weights[0], "num_steps": len(sample.times_of(sampling)[0]) - 1}
     score = f"{evaluators.tag('fid', fid.num_samples)}/{results.metric_name(about)}"
     return Views(drawn, evaluation, dict(autoencoder.identity) if autoencoder else {}, score)

@@ -29,7 +29,7 @@ from methods.sampler import SAMPLERS, check_times
 from metrics import evaluators, kernels
 from models import codec, dit, imf_dit, network, pmf_dit, unet, vae
 from models.frozen import FROZEN
-from utils import averages, dataset, sharding
+from utils import averages, conditions, dataset, sharding
 
 BACKBONES = (dit, imf_dit, pmf_dit, unet)
 OBJECTIVES = {
@@ -93,10 +93,11 @@ def make(config, mesh=None):
     data = config.dataset
     shape, dtype = image_shape(data), network_dtype(config.training)
     module = make_module(config.model, shape, data.num_classes, dtype)
-    method = make_method(config.method, data.num_classes)
-    records_codec = make_codec(data)
-    conditions = (*method.conditions, *records_codec.conditions)
-    module = module.serving(conditions, method.needs_v)
+    records_codec, method = make_codec(data), make_method(config.method, data.num_classes)
+    if not data.num_classes and all(one.kept for one in records_codec.given):
+        method.check_unguided()
+    told = (*method.conditions, *records_codec.conditions)
+    module = module.serving(told, method.needs_v).taking(records_codec.given)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     whole = sharding.gather(mesh)
     return Parts(
@@ -145,6 +146,7 @@ def open_records(data, batch_size):
             f"dataset.use_flip: {records.root} holds no moments_flipped; prepare them, or switch "
             "dataset.use_flip off"
         )
+    records = conditions.choose(records, conditions.of_options(data), data.use_flip)
     if records.num_records < batch_size:
         raise ValueError(
             f"training.batch_size {batch_size} is more than the {records.num_records} records of "
@@ -172,8 +174,8 @@ def check_network(parts, cls, name):
         (method.conditions, f"method.name {name}"),
         (parts.codec.conditions, "dataset.augment_prob"),
     )
-    for conditions, origin in origins:
-        lacking = [condition for condition in conditions if condition not in module.conditions]
+    for names, origin in origins:
+        lacking = [name for name in names if name not in module.conditions]
         if lacking:
             raise ValueError(
                 f"model.cls: {cls} does not take {', '.join(lacking)}, which {origin} gives to the "
@@ -315,6 +317,7 @@ def make_codec(data):
         flip=data.use_flip,
         labelled=data.num_classes > 0,
         augment_prob=data.augment_prob,
+        given=conditions.of_options(data),
     )
 
 

@@ -23,6 +23,7 @@ from parts import make as make_parts
 from run import inherit, layout, report
 from run import weights as weights_of
 from utils import compiling, files, processes, sharding
+from utils import conditions as given_conditions
 from utils import images as image_utils
 
 GENERATOR = "threefry2x32"  # by name: whoever draws from Python may have chosen another one
@@ -90,6 +91,25 @@ def conditions(index, labels, num_classes=0, seed=0, counts=None):
     if isinstance(labels, str):
         return {"y": draw_labels(seed, index, num_classes, labels, counts)}
     return {"y": labels[index % len(labels)]}
+
+
+def given_by(codec, source, labelled=True):
+    """Makes the function index (n,) -> conditions of these images, numpy (n, ...) by name.
+
+    Args:
+      codec: `models.codec.Codec`.
+      source: `utils.conditions.Source`, or None: then there is no such function, None.
+      labelled: whether `y` is one of them, where the source knows it.
+    """
+    if source is None:
+        return None
+
+    def given(index):
+        batch = source(index)
+        y = {"y": batch["label"]} if labelled and codec.labelled and "label" in batch else {}
+        return jax.device_get(codec.conditions_of(batch)) | y
+
+    return given
 
 
 @struct.dataclass
@@ -160,7 +180,7 @@ class Renderer:
     """
 
     def __init__(self, parts, autoencoder, seed, device_batch_size):
-        self.mesh = parts.mesh
+        self.mesh, self.codec = parts.mesh, parts.codec
         self.vae_params = sharding.place_everywhere(self.mesh, autoencoder.params)
         self.batch_size = device_batch_size * self.mesh.size
 
@@ -177,14 +197,18 @@ class Renderer:
         }
         self._images, self._decode = jax.jit(images, **how), jax.jit(decoded, **how)
 
-    def __call__(self, params, labels, setting):
-        """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C)."""
+    def __call__(self, params, labels, setting, given=None):
+        """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C).
+
+        `given`: of further conditions, or None; see `given_by`.
+        """
         labels, count = np.asarray(labels, np.int32), len(labels)
         size = min(self.batch_size, count)
         for start in range(0, count, size):
             # The last batch is filled up with the first images: one compiled function for all.
             index = np.arange(start, start + size, dtype=np.int32) % count
-            batch = jax.tree.map(self._place, (index, conditions(index, labels)))
+            more = given(index) if given else {}
+            batch = jax.tree.map(self._place, (index, conditions(index, labels) | more))
             images = self._images(params, self.vae_params, *batch, setting)
             yield np.asarray(images)[: count - start]
 
@@ -195,10 +219,36 @@ class Renderer:
         pairs = zip(images, batches, strict=True)
         return np.concatenate([np.asarray(image)[: len(batch)] for image, batch in pairs])
 
+    def truth(self, batch):
+        """Decodes the samples of a raw batch: images uint8 (N, H, W, C)."""
+        codec = self.codec._replace(flip=False, augment_prob=0.0)
+        options = compiling.quick(self.mesh)
+        x, _ = jax.jit(codec.encode, compiler_options=options)(batch, jax.random.key(0))
+        return self.decode(np.asarray(x))
+
+    def views(self, batch, shape):
+        """Draws the arrays among the conditions of a raw batch: {name: uint8 (N, *shape)}."""
+        found = jax.device_get(self.codec.conditions_of(batch))
+        arrays = [one for one in self.codec.given if one.kind == "array"]
+
+        def view(one):
+            if one.latent:
+                return self.decode(found[one.name])
+            stretched = found[one.name] if one.dtype == "uint8" else stretch(found[one.name])
+            return image_utils.to_uint8(stretched)
+
+        return {one.name: image_utils.fitted(view(one), shape) for one in arrays}
+
     def _place(self, rows):
         """Places rows on the devices; the first ones repeat until their number can be divided."""
         count = -(-len(rows) // self.mesh.size) * self.mesh.size
         return sharding.place(np.resize(rows, (count, *rows.shape[1:])), sharding.by_row(self.mesh))
+
+
+def stretch(array):
+    """Maps the least number to -1 and the largest to 1."""
+    low = array.min()
+    return (array - low) / max(array.max() - low, 1e-6) * 2 - 1
 
 
 def grid_labels(num_classes):
@@ -216,26 +266,31 @@ def picture(images, columns):
     return image_utils.grid(images, columns)
 
 
-def grid(renderer, params, labels, setting):
+def grid(renderer, params, labels, setting, given=None):
     """Draws a picture uint8 (H, W, C) of samples of classes `labels` from `grid_labels`."""
-    return picture(np.concatenate(list(renderer(params, labels, setting))), GRID_COLUMNS)
+    return picture(np.concatenate(list(renderer(params, labels, setting, given))), GRID_COLUMNS)
 
 
-def run(renderer, params, options, num_classes, output, setting):
+def run(renderer, params, options, num_classes, output, setting, source=None):
     """Draws `options.num_images` images and writes them into the folder `output`, which it returns.
 
     Writes grid.png (of the first images) and, by `options.format`, one PNG per image or
-    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels).
+    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Of a `utils.conditions.Source` the
+    labels are taken, unless options name some, and its conditions are written beside the images.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
-    labels = np.resize(classes, options.num_images)
+    labels, count = np.resize(classes, options.num_images), options.num_images
+    if source and num_classes and not options.labels:
+        labels = labels if (theirs := source.labels(count)) is None else theirs
     output = files.path(output)
     images = []
-    batches = renderer(params, labels, setting)
-    count = -(-len(labels) // renderer.batch_size)
-    for batch in processes.progress(batches, count, "batches", "sample", processes.is_writer()):
+    given = given_by(renderer.codec, source, labelled=False)
+    batches = renderer(params, labels, setting, given)
+    number = -(-count // renderer.batch_size)
+    for batch in processes.progress(batches, number, "batches", "sample", processes.is_writer()):
         processes.check_stop()
         images.extend(batch)
+    beside = pairs(renderer, source, np.stack(images), output) if source else {}
     if processes.is_writer():
         files.make_folder(output)
         columns = min(len(classes), GRID_WIDEST)
@@ -246,11 +301,32 @@ def run(renderer, params, options, num_classes, output, setting):
                 files.complete(output / "samples.npz") as unfinished,
                 unfinished.open("wb") as file,
             ):
-                np.savez(file, np.stack(images), labels)
+                np.savez(
+                    file, np.stack(images), labels, **(source(np.arange(count)) if source else {})
+                )
         else:
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 image_utils.save_png(output / f"{i:06d}_class{label}.png", image)
+                for name, views in beside.items():
+                    image_utils.save_png(output / f"{i:06d}_{name}.png", views[i])
     return output
+
+
+def pairs(renderer, source, images, output):
+    """Writes pairs.png, rows of conditions, images uint8 (N, H, W, C) and, where known, truth.
+
+    Returns the pictures of conditions, {name: uint8 (N, H, W, C)}.
+    """
+    batch = source(np.arange(len(images)))
+    views, n = renderer.views(batch, images.shape[1:]), min(len(images), GRID_COLUMNS)
+    rows = [*views.values(), images]
+    if source.records is not None:
+        rows.append(renderer.truth({name: array[:n] for name, array in batch.items()}))
+    if processes.is_writer():
+        files.make_folder(output)
+        together = np.concatenate([row[:n] for row in rows])
+        image_utils.save_png(output / "pairs.png", picture(together, n))
+    return views
 
 
 def sample_job(config, workdir):
@@ -271,13 +347,15 @@ def sample_job(config, workdir):
     report.tell(report.network(config.model.cls, parts))
     report.tell(report.sampling(report.origin(weights.step, where), options, files.path(workdir)))
     first, asked = settings(options)[0], guidances(options)
+    source = given_conditions.source(parts.codec.given, config.dataset, options)
     params, classes = weights_of.choose(weights, "ema"), config.dataset.num_classes
     for guidance in asked:
         name = f"step_{weights.step}"
         if len(asked) > 1:
             name += "".join(f"_{k}{getattr(guidance, k):g}" for k in ("omega", "t_min", "t_max"))
         output = files.path(workdir) / layout.SAMPLES / name
-        run(renderer, params, options, classes, output, first.replace(guidance=guidance))
+        setting = first.replace(guidance=guidance)
+        run(renderer, params, options, classes, output, setting, source)
         logging.info("%d images of step %d: %s", options.num_images, weights.step, output)
 
 

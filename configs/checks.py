@@ -28,6 +28,11 @@ def validate(config):
         "dataset.augment_prob",
         "is for pixels (dataset.vae: none); latents cannot be scaled and shifted",
     )
+    _require(
+        not (data.augment_prob and data.conditions),
+        "dataset.augment_prob",
+        "goes without dataset.conditions: those would have to be scaled and shifted too",
+    )
     _validate_training(config.training)
     _require(
         data.num_classes < 0 or all(0 <= y <= data.num_classes for y in config.sampling.labels),

@@ -34,6 +34,11 @@ class Dataset:
     latent_mean: Floats = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
     latent_std: Floats = ()  # per-channel standard deviation, together with latent_mean
     use_flip: bool = False  # mirror half of the images (latents: needs moments_flipped records)
+    conditions: Texts = ()  # names of what records hold beside, given to the network (low, text)
+    condition_shapes: Texts = ()  # dtype and shape of each, as uint8:8x8x1; empty: as the records
+    kept_conditions: Texts = ()  # those that stay where the label is dropped for guidance
+    condition_root: Place[Path] = ""  # records whose conditions images are drawn by; empty: root
+    condition_split: Free[str] = "train"  # their split
     augment_prob: Share = 0.0  # pixels: of each scale, stretch, shift; told to the UNet; 0: none
     num_workers: Free[Whole] = 4  # threads of each process that read records
     prefetch_factor: Free[Count] = 2  # batches that are read ahead
@@ -162,6 +167,7 @@ class Sampling:
     sampling_timesteps: Floats = ()  # explicit times 1 > ... > 0, instead of num_steps equal steps
     num_images: Count = 64  # of a sampling job
     labels: Ints = ()  # classes of a sampling job, repeated in turn; empty: all classes
+    conditions: Path = ""  # .npz or folder of .npy with a row for each image; empty: of records
     format: Literal["png", "npz"] = "png"  # what a sampling job writes beside its grid
     vae_dtype: Literal["float32", "bfloat16"] = "float32"  # of the decoder's products
 

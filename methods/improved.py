@@ -77,9 +77,10 @@ class Improved(objective.Objective):
         objective.check(
             self.omega_max >= 1, "omega_max", f"must not be below 1, got {self.omega_max}"
         )
-        possible = self.num_classes or self.omega_max == 1
+
+    def check_unguided(self):
         rule = "must be 1 where dataset.num_classes is 0: without classes there is no guidance"
-        objective.check(possible, "omega_max", rule)
+        objective.check(self.omega_max == 1, "omega_max", rule)
 
     def passes(self, batch_size):
         """Counts 5 at a share of 1/2, where a step with all rows alike takes 7."""

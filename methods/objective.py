@@ -79,12 +79,15 @@ class Objective:
         return net(params, (z, {"t": t, "h": t - r, **given}))[0].u
 
     def unconditional(self, given):
-        """Returns `given` with the label of no class in every row.
+        """Returns `given` with the label of no class in every row, and its conditions dropped.
 
         Args:
-          given: `y`, int32 (B,) or weights float32 (B, K + 1), and more.
+          given: `y`, int32 (B,) or weights float32 (B, K + 1), and more; `null`, {name: bool (B,)},
+            says of the conditions that can be dropped which ones are.
         """
         y = given["y"]
+        if "null" in given:
+            given = given | {"null": jax.tree.map(jnp.ones_like, given["null"])}
         if y.ndim == 1:
             return given | {"y": jnp.full_like(y, self.num_classes)}
         return given | {"y": jnp.zeros_like(y).at[:, self.num_classes].set(1)}
@@ -96,6 +99,11 @@ class Objective:
             return jnp.where(path.by_row(drop, own), without, own)
 
         return jax.tree.map(choose, self.unconditional(given), given)
+
+    def check_unguided(self):
+        """Raises ValueError where it is guided: for data with nothing to be guided by."""
+        rule = "must be none where dataset.num_classes is 0: without classes there is no guidance"
+        check(vars(self).get("guidance_eq", "none") == "none", "guidance_eq", rule)
 
     def guidance_at(self, guidance, t):
         """Returns the `Guidance` of a step that begins at the times t (B,), whatever its stages."""
@@ -152,9 +160,6 @@ def check_options(method):
         kinds = ("cfg", "mix", "none") if "mix" in options else ("cfg", "none")
         rule = f"is one of {' | '.join(kinds)}, not {method.guidance_eq!r}"
         check(method.guidance_eq in kinds, "guidance_eq", rule)
-        possible = method.num_classes or method.guidance_eq == "none"
-        rule = "must be none where dataset.num_classes is 0: without classes there is no guidance"
-        check(possible, "guidance_eq", rule)
         check(method.kappa < 1, "kappa", "must be below 1: the scale is omega / (1 - kappa)")
         check(method.kappa >= 0, "kappa", f"must not be negative, got {method.kappa}")
         check(method.t_start <= method.t_end, "t_start", "must not be above method.t_end")

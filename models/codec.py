@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from models import augment
+from utils import conditions, images
 
 # Per-channel variance of ImageNet latents is close to one after this factor
 # (Rombach et al., arXiv 2112.10752, appendix D.1).
@@ -62,12 +63,14 @@ class Codec(NamedTuple):
     flip: mirror each row with probability 1/2.
     labelled: whether there are classes; without, every row has the null label, which is 0.
     augment_prob: of each transform of models/augment.py, for pixels; 0: none at all.
+    given: the conditions of the records that go into the network.
     """
 
     normalisation: Normalisation = SD_NORMALISATION
     flip: bool = False
     labelled: bool = True
     augment_prob: float = 0.0
+    given: tuple[conditions.Condition, ...] = ()
 
     @property
     def conditions(self):
@@ -80,16 +83,17 @@ class Codec(NamedTuple):
         Args:
           batch: {"moments": (B, h, w, 2c) mean then std of the posterior, unscaled, and for flips
             "moments_flipped" of the same shape, those of the mirrored image} or
-            {"image": uint8 (B, h, w, c)}; and "label" int32 (B,).
+            {"image": uint8 (B, h, w, c)}; and "label" int32 (B,), and the conditions `given`.
           key: one key for the whole batch. The draws have the logical shape of the batch, so that
             they are the same on any number of devices.
 
         Returns:
           x, a fresh posterior sample or pixels in [-1, 1], and {"y": labels, int32 (B,)}, with
-          `augment`, float32 (B, 6), where images are augmented.
+          `augment`, float32 (B, 6), where images are augmented, and what `conditions_of` gives.
         """
         noise_key, flip_key = jax.random.split(key)
         given = {"y": batch["label"] if self.labelled else jnp.zeros_like(batch["label"])}
+        given |= self.conditions_of(batch, flip_key)
         if "moments" not in batch:
             image = batch["image"]  # (B, h, w, c)
             if self.flip:
@@ -106,6 +110,34 @@ class Codec(NamedTuple):
         mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # (B, h, w, c)
         z = mean + std * jax.random.normal(noise_key, mean.shape, jnp.float32)
         return self.normalisation.apply(z), given
+
+    def conditions_of(self, batch, flip_key=None):
+        """Makes the conditions of a raw batch as networks take them: {name: float32 (B, ...)}.
+
+        Arrays of bytes become [-1, 1], latents are normalised like those of the sample, all other
+        numbers stay. With them NAME_mask, bool (B, N), where the batch has one, and `null`, {name:
+        bool (B,)}, which of them are dropped: here none. Those that are kept have no such entry.
+
+        Args:
+          flip_key: that of `encode`; None: nothing is mirrored.
+        """
+        found, null = {}, {}
+        for one in self.given:
+            value, mask = jnp.asarray(batch[one.feature]), one.name + conditions.MASK
+            if self.flip and flip_key is not None and one.kind == "array":
+                mirrored = one.feature + conditions.FLIPPED
+                mirrored = batch[mirrored] if one.latent else value[:, :, ::-1]
+                value = _choose(flip_key, mirrored, value)
+            if one.latent:
+                value = self.normalisation.apply(value.astype(jnp.float32))
+            elif one.kind == "array" and value.dtype == jnp.uint8:
+                value = images.to_float(value)
+            found[one.name] = value.astype(jnp.float32)
+            if mask in batch:
+                found[mask] = jnp.asarray(batch[mask]).astype(bool)
+            if not one.kept:
+                null[one.name] = jnp.zeros(len(value), bool)
+        return found | ({"null": null} if null else {})
 
 
 def _choose(key, ours, theirs):

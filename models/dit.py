@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import hardware
+from models import conditions, hardware
 from models.blocks import SAVED, Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity, embed_labels, sides, sizes_of
+from utils.conditions import Condition
 
 FREQUENCIES = 256  # of the sinusoidal time embedding
 MAX_PERIOD = 10000.0
@@ -130,6 +131,7 @@ class DiT(Network):
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       time_cond: which times are embedded, of `t`, `r` and `h = t - r` (Table 1c of the paper).
       conditions: what is embedded beside them, of GUIDANCE.
+      given: conditions that come with the data, of `utils.conditions.Condition`.
       predicts_v: a second final layer, which gives the instantaneous velocity; where parameters
         hold none, v is None.
       dtype: of the matrix products; parameters stay float32. In float32 every operation is the
@@ -154,7 +156,9 @@ class DiT(Network):
     half_residual: bool = False
     conditions: tuple[str, ...] = ()
     predicts_v: bool = False
+    given: tuple[Condition, ...] = ()
 
+    kinds = ("vector", "tokens", "array")
     only_for_training = ("v_final_layer",)
     stacks = ("blocks",)
     label_table = "y_embedder/embedding"
@@ -172,14 +176,16 @@ class DiT(Network):
         embedded = (*self.time_cond, *self.conditions)
         embedders = {name: TimeEmbedder(D, name=f"{name}_embedder") for name in embedded}
         y_embedder = nn.Embed(self.num_classes + 1, D, embedding_init=normal, name="y_embedder")
+        embed_given = conditions.embedding(self.given, D, D, (p, q), self.dtype)
         residual = self.dtype if self.half_residual else jnp.float32
 
         def embed(z, c):
-            x = x_embedder(patchify(z, (p, q)))  # (B, N, D)
+            given = embed_given(c)
+            x = given.on_patches(x_embedder(patchify(z, (p, q))))  # (B, N, D)
             numbers = {"t": c["t"], "r": c["t"] - c["h"], "h": c["h"], **guidance_numbers(c)}
             vector = sum(embedder(numbers[name]) for name, embedder in embedders.items())
-            vector = vector + embed_labels(y_embedder, c["y"])  # (B, D)
-            x = x + position_embedding(D, h // p, w // q)
+            vector = given.on_vector(vector + embed_labels(y_embedder, c["y"]))  # (B, D)
+            x = given.before(x + position_embedding(D, h // p, w // q))
             # each adaLN begins with silu
             return x.astype(residual), nn.silu(vector)
 
@@ -203,6 +209,8 @@ class DiT(Network):
             unroll=unroll,
         )(D, self.num_heads, self.dtype, fused, jvp, through, name="blocks")
         xs, _ = blocks(xs, cs)
+        before = conditions.num_tokens(self.given)
+        xs = [x[:, before:] for x in xs] if before else xs
 
         def images(name):
             final_layer = FinalLayer(p * q * C, self.dtype, name=name)
@@ -238,9 +246,11 @@ class DiT(Network):
         height, width, channels = image_shape
         area = math.prod(sides(self.patch_size))
         tokens, D, patch = height * width // area, self.hidden_size, area * channels
-        block = tokens * (4 + 8) * D * D + 2 * tokens * tokens * D + 6 * D * D
+        long = tokens + conditions.num_tokens(self.given)
+        block = long * (4 + 8) * D * D + 2 * long * long * D + 6 * D * D
         times = len(self.time_cond + self.conditions) * (FREQUENCIES * D + D * D)
         final = tokens * patch * D + 2 * D * D
+        times += conditions.products(self.given, D, D)
         return 2 * (self.depth * block + times + tokens * patch * D + (1 + both) * final)
 
     def unrolled(self):

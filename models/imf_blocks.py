@@ -62,7 +62,8 @@ def turn(x, angle):
 class Embedding(nn.Module):
     """An image and its conditions as one sequence: (B, 20 + patches, D).
 
-    What a condition is embedded into, (B, D), is added to each of its learned tokens.
+    What a condition is embedded into, (B, D), is added to each of its learned tokens. Those of the
+    data (`models.conditions.Embedded`) come on top, their tokens in front of all.
     """
 
     hidden_size: int
@@ -84,7 +85,7 @@ class Embedding(nn.Module):
             name: self.param(f"{name}_tokens", init, (number, D)) for name, number in PREFIX.items()
         }
 
-    def __call__(self, z, c):
+    def __call__(self, z, c, given):
         numbers = guidance_numbers(
             {name: c.get(name, jnp.full_like(c["h"], value)) for name, value in CONSTANTS.items()}
         )
@@ -93,19 +94,20 @@ class Embedding(nn.Module):
             "omega": self.omega_embedder(numbers["omega"]),
             "t_min": self.t_min_embedder(numbers["t_min"]),
             "t_max": self.t_max_embedder(numbers["t_max"]),
-            "time": self.h_embedder(c["h"]),
+            "time": given.on_vector(self.h_embedder(c["h"])),
         }
         prefix = [self.tokens[name] + vectors[name][:, None] for name in PREFIX]
-        return jnp.concatenate([*prefix, self.patches(z).astype(jnp.float32)], axis=1)
+        patches = self.patches(z, given).astype(jnp.float32)
+        return given.before(jnp.concatenate([*prefix, patches], axis=1))
 
     def setup_patches(self):
         # The kernel has the shape of the convolution it stands for, (p, q, C, D).
         patch = dict(axis=(-3, -2, -1), kernel_init=xavier, dtype=self.dtype)
         self.x_embedder = nn.DenseGeneral(self.hidden_size, **patch)
 
-    def patches(self, z):
-        """Embeds the patches of an image: (B, N, D)."""
-        return self.x_embedder(patchify(z, self.patch_size))
+    def patches(self, z, given):
+        """Embeds the patches of an image, with those of arrays that are given: (B, N, D)."""
+        return given.on_patches(self.x_embedder(patchify(z, self.patch_size)))
 
 
 class Attention(nn.Module):

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import hardware, layers
+from models import conditions, hardware, layers
 from models.dit import FREQUENCIES, KERNEL_OPTIONS, unpatchify
 from models.imf_blocks import CONSTANTS, NUM_PREFIX, Block, Embedding, FinalLayer, mlp_size
 from models.network import Network, Velocity, sides, sizes_of
+from utils.conditions import Condition
 
 
 class ImfDiT(Network):
@@ -29,7 +30,7 @@ class ImfDiT(Network):
       aux_head_depth: blocks of each head.
       num_classes: labels are 0..num_classes-1, and num_classes is the null label.
       predicts_v: whether fresh parameters have a head of v.
-      dtype, unroll, remat, fused_attention, half_residual: as in models/dit.py.
+      dtype, unroll, remat, fused_attention, half_residual, given: as in models/dit.py.
     """
 
     depth: int
@@ -44,8 +45,10 @@ class ImfDiT(Network):
     remat: bool = False
     fused_attention: bool | None = False
     half_residual: bool = False
+    given: tuple[Condition, ...] = ()
 
     conditions = tuple(CONSTANTS)
+    kinds = ("vector", "tokens", "array")
     only_for_training = ("v_blocks", "v_final_layer")
     stacks = ("blocks", "u_blocks", "v_blocks")
     takes_t = False
@@ -62,6 +65,11 @@ class ImfDiT(Network):
         return Embedding(*sizes, self.dtype, name="embedding")
 
     @property
+    def patch_features(self):
+        """Counts the features of a patch that conditions of its kind are added to."""
+        return self.hidden_size
+
+    @property
     def mlp_features(self):
         """Counts the hidden features of the MLP."""
         return mlp_size(self.hidden_size)
@@ -75,7 +83,10 @@ class ImfDiT(Network):
         grid = shape[0] // p, shape[1] // q
         embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32
-        xs = [embed(*batch) for batch in batches]
+        embed_given = conditions.embedding(
+            self.given, self.hidden_size, self.patch_features, (p, q), self.dtype
+        )
+        xs = [embed(z, c, embed_given(c)) for z, c in batches]
         if hardware.platform() == "gpu":  # a TPU's compiler moves more for it
             xs = map(layers.lying_in_order, xs)
         xs = tuple(x.astype(residual) for x in xs)
@@ -86,6 +97,7 @@ class ImfDiT(Network):
         block = hardware.remat(self.block, policy, xs, in_all, unroll < self.depth)
 
         size = self.hidden_size, self.num_heads
+        before = conditions.num_tokens(self.given) + NUM_PREFIX
 
         def stack(length, name):
             return nn.scan(
@@ -99,7 +111,7 @@ class ImfDiT(Network):
         def head(name, xs):
             xs, _ = stack(self.aux_head_depth, f"{name}_blocks")(xs)
             final_layer = FinalLayer(p * q * shape[-1], self.dtype, name=f"{name}_final_layer")
-            outs = [final_layer(x[:, NUM_PREFIX:]) for x in xs]
+            outs = [final_layer(x[:, before:]) for x in xs]
             return [unpatchify(x, (p, q), shape).astype(jnp.float32) for x in outs]
 
         xs, _ = stack(self.depth - self.aux_head_depth, "blocks")(xs)
@@ -123,10 +135,11 @@ class ImfDiT(Network):
         height, width, channels = image_shape
         area = math.prod(sides(self.patch_size))
         patches = height * width // area
-        tokens = NUM_PREFIX + patches
+        tokens = conditions.num_tokens(self.given) + NUM_PREFIX + patches
         D, patch = self.hidden_size, area * channels
         block = tokens * (4 * D + 3 * self.mlp_features) * D + 2 * tokens * tokens * D
         scalars = 4 * (FREQUENCIES * D + D * D)
+        scalars += conditions.products(self.given, D, self.patch_features)
         blocks = self.depth + (self.aux_head_depth if both else 0)
         return 2 * (blocks * block + scalars + (2 + both) * patches * patch * D)
 

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models import conditions
+
 
 class Velocity(NamedTuple):
     """What a network predicts; each float32, like z."""
@@ -37,6 +39,8 @@ class Network(nn.Module):
     """
 
     conditions = ()
+    kinds = ()  # of the conditions of the data that it takes: vector | tokens | array
+    given = ()  # those conditions, each a `utils.conditions.Condition`; a field where it takes some
     stacks = ()  # first names of the parameters that have a leading axis by block
     label_table = ""  # name of the parameters with a row for each class and a last one for none
     predicts_v = False
@@ -52,7 +56,7 @@ class Network(nn.Module):
           z: what goes into the network, float32 (B, ..., C).
           c: conditions by row: `t`, `h` float32 (B,) in [0, 1] with h = t - r; `y` int32 (B,),
             whose last value stands for no label, or weights over all values (`embed_labels`); and
-            what the objective or the data add.
+            what the objective or the data add (models/conditions.py).
 
         Returns:
           `Velocity`.
@@ -83,6 +87,21 @@ class Network(nn.Module):
           v: whether the objective asks for it.
         """
         return self
+
+    def taking(self, given):
+        """Returns the network that takes the conditions of the data, a tuple of `Condition`.
+
+        Raises:
+          ValueError: it takes none of that kind.
+        """
+        for one in given:
+            if one.kind not in self.kinds:
+                known = f"only {' and '.join(self.kinds)}" if self.kinds else "none at all"
+                raise ValueError(
+                    f"model.cls: {type(self).__name__} takes no condition that is a {one.kind}, "
+                    f"{known}; dataset.conditions {one.name} is {one}"
+                )
+        return self.clone(given=given) if given else self
 
     def cast(self, params):
         """Casts the parameters to the type of their products, once for all passes of a step."""
@@ -136,6 +155,7 @@ def init_params(module, key, image_shape):
     zero = jnp.zeros(1)
     c = {"t": zero, "h": zero, "y": jnp.zeros(1, jnp.int32)}
     c |= {name: module.blank(name) for name in module.conditions}
+    c |= conditions.blank(module.given)
     return module.init(key, jnp.zeros((1, *image_shape)), c)["params"]
 
 

@@ -23,8 +23,8 @@ from models.network import Axes, sizes_of
 CLIP = 0.05  # the smallest time that is divided by
 
 
-def angles(grid, d):
-    """Returns the angles of queries and keys of a sequence, float32 (20 + patches, d / 2).
+def angles(grid, d, before=NUM_PREFIX):
+    """Returns the angles of queries and keys of a sequence, float32 (before + patches, d / 2).
 
     The first half of the pairs of channels is turned by the row, the second by the column; what
     stands before the patches is not turned.
@@ -32,7 +32,7 @@ def angles(grid, d):
     frequencies = MAX_PERIOD ** -(2 * np.arange(d // 4) / (d // 2))
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     patches = np.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1)
-    return np.pad(patches, ((NUM_PREFIX, 0), (0, 0)))
+    return np.pad(patches, ((before, 0), (0, 0)))
 
 
 class Embedding(imf_blocks.Embedding):
@@ -48,12 +48,13 @@ class Embedding(imf_blocks.Embedding):
         shape = NUM_PREFIX + self.grid[0] * self.grid[1], self.hidden_size
         self.positions = self.param("positions", nn.initializers.normal(0.02), shape)
 
-    def patches(self, z):
-        x = self.x_embedder(patchify(z, self.patch_size))  # (B, N, bottleneck)
+    def patches(self, z, given):
+        x = given.on_patches(self.x_embedder(patchify(z, self.patch_size)))  # (B, N, bottleneck)
         return self.x_embedder2(x[:, :, None, None])
 
-    def __call__(self, z, c):
-        return super().__call__(z, c) + self.positions
+    def __call__(self, z, c, given):
+        x = super().__call__(z, c, given._replace(tokens=None)) + self.positions
+        return given.before(x)
 
 
 class Attention(nn.Module):
@@ -68,6 +69,7 @@ class Attention(nn.Module):
     def __call__(self, x, tangent, plain):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
+        before = N - self.grid[0] * self.grid[1]
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
         products = nn.DenseGeneral((3, D), **dense, name="qkv")(x)  # kernel (D, 3, D)
         q, k, v = (products[:, :, i].reshape(B, N, H, d) for i in range(3))
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         def turned(a, name):
             scale = self.param(f"{name}_norm", ones, (d,))
             normed = rms_norm(a, scale, apart=self.fused)
-            return turn(normed, angles(self.grid, d)).astype(self.dtype)
+            return turn(normed, angles(self.grid, d, before)).astype(self.dtype)
 
         q, k = turned(q, "q"), turned(k, "k")
         x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
@@ -125,6 +127,10 @@ class PmfDiT(imf_dit.ImfDiT):
             self.hidden_size, self.patch_size, self.num_classes, self.dtype, self.bottleneck, grid,
             name="embedding",
         )  # fmt: skip
+
+    @property
+    def patch_features(self):
+        return self.bottleneck
 
     @property
     def mlp_features(self):

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from models import conditions
 from models.augment import LABELS
 from models.filters import SPACE, double, half
 from models.network import Network, Velocity, embed_labels
 from models.unet_layers import Layer, layers, products, window
+from utils.conditions import Condition
 
 MAX_PERIOD = 10000.0
 HALF = np.sqrt(0.5)  # keeps the variance of a sum of two
@@ -144,6 +146,7 @@ class UNet(Network):
       resample_filter: taps of the filter between two levels.
       augment_dim: number of augmentation labels; 0: none are taken.
       remat: save nothing of a block for the backward pass, and compute it there again.
+      given: conditions that come with the data, of `utils.conditions.Condition`.
       dtype: of the products; parameters, norms and what goes from block to block stay float32.
     """
 
@@ -159,7 +162,9 @@ class UNet(Network):
     augment_dim: int
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    given: tuple[Condition, ...] = ()
 
+    kinds = ("vector", "array")
     label_table = "label/embedding"
 
     @property
@@ -171,7 +176,9 @@ class UNet(Network):
 
     @nn.compact
     def __call__(self, z, c):
-        e = nn.silu(self.embedding(c))  # (B, E)
+        M, width = self.model_channels, 2 * self.model_channels * self.channel_mult_noise
+        given = conditions.embedding(self.given, width, M, (), self.dtype)(c)
+        e = nn.silu(self.embedding(c, given))  # (B, E)
         encoder, decoder = self.layers(z.shape[1:3])
         conv = dict(**window(z.shape[1] == 1), dtype=self.dtype)
         block = nn.remat(Block, policy=None if self.remat else _is_saved)
@@ -181,8 +188,8 @@ class UNet(Network):
             return block(layer, *options, name=layer.name)(x, e)
 
         first, last = (f"{part}_{z.shape[1]}x{z.shape[2]}" for part in ("enc", "dec"))
-        x = nn.Conv(self.model_channels, kernel_init=xavier, **conv, name=f"{first}_conv")(z)
-        skips = [x := x.astype(jnp.float32)]
+        x = nn.Conv(M, kernel_init=xavier, **conv, name=f"{first}_conv")(z)
+        skips = [x := given.on_patches(x.astype(jnp.float32))]
         for layer in encoder:
             skips.append(x := apply(layer, x))
         for layer in decoder:
@@ -192,8 +199,8 @@ class UNet(Network):
         x = nn.Conv(z.shape[-1], kernel_init=nearly_zero, **conv, name=f"{last}_aux_conv")(x)
         return Velocity(x.astype(jnp.float32))
 
-    def embedding(self, c):
-        """Embeds the conditions for all blocks, float32 (B, E), before its last silu."""
+    def embedding(self, c, given):
+        """Embeds c, and of the data's conditions `given`, for all blocks: (B, E) before silu."""
         width = self.model_channels * self.channel_mult_noise
         E = self.model_channels * self.channel_mult_emb
         exact = dict(kernel_init=xavier, precision="highest")  # its derivative enters the JVP
@@ -202,9 +209,9 @@ class UNet(Network):
             table = nn.Embed(self.num_classes + 1, 2 * width, embedding_init=xavier, name="label")
             e = e + embed_labels(table, c["y"])
         if self.augment_dim:
-            labels = c.get("augment", jnp.zeros((len(e), self.augment_dim), jnp.float32))
+            labels = c.get("augment", jnp.zeros((len(e), self.augment_dim)))
             e = e + nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)
-        e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(e))
+        e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(given.on_vector(e)))
         return nn.Dense(E, **exact, name="map_layer1")(e)
 
     def layers(self, size):
@@ -228,9 +235,9 @@ class UNet(Network):
         *size, channels = image_shape
         M, E = self.model_channels, self.model_channels * self.channel_mult_emb
         encoder, decoder = self.layers(size)
-        taps = math.prod(window(size[0] == 1)["kernel_size"])
+        taps, width = math.prod(window(size[0] == 1)["kernel_size"]), 2 * M * self.channel_mult_noise
         total = 2 * taps * math.prod(size) * M * channels  # the first and the last convolution
-        total += (2 * M * self.channel_mult_noise + E) * E
+        total += (width + E) * E + conditions.products(self.given, width, taps * M)
         return 2 * (total + sum(products(layer, E) for layer in encoder + decoder))
 
 

@@ -4,7 +4,7 @@ import parts
 from configs import load_config
 from configs.option import OF_RECORDS
 from run import inherit, weights
-from utils import dataset, sharding
+from utils import conditions, dataset, sharding
 
 
 def settle(config, workdir, given, sampling=False):
@@ -22,9 +22,15 @@ def settle(config, workdir, given, sampling=False):
       ValueError, FileNotFoundError: options that contradict the weights or do not fit, no records.
     """
     config = inherit.adopt(config, workdir, given, sampling)
-    if config.dataset.num_classes == OF_RECORDS:
-        records = dataset.open_records(config.dataset.root, stage=config.dataset.stage)
-        of_records = {"dataset.num_classes": records.num_classes}
+    data, of_records = config.dataset, {}
+    counted, shaped = data.num_classes != OF_RECORDS, data.condition_shapes or not data.conditions
+    if not (counted and shaped):
+        records = dataset.open_records(data.root, stage=data.stage)
+        if not counted:
+            of_records["dataset.num_classes"] = records.num_classes
+        if not shaped:
+            shapes = conditions.shapes_of(records, data.conditions)
+            of_records["dataset.condition_shapes"] = shapes
         config = load_config.make(load_config.options(config) | of_records)
     parts.check(config)
     return config

@@ -14,7 +14,7 @@ from formats import (
     sit,
     start,
 )
-from models import dit
+from models import conditions, dit
 from run import astray, checkpoint, layout, snapshots
 from utils import averages, files, moments, sharding, trees
 
@@ -248,6 +248,7 @@ def begin(path, data, module, fresh, name="ema", kind=""):
         arrays = {k: np.asarray(v) for k, v in trees.flatten(chosen).items()}
         found = start.Start(arrays, fresh=tuple(f"{part}/" for part in module.only_for_training))
     check_latents(path, latents, data)
+    found = found._replace(fresh=(*found.fresh, f"{conditions.NAME}/"))
     return start.merge(fresh, found, module.label_table, f"init_from {path}")
 
 

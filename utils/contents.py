@@ -58,7 +58,10 @@ def of_records(records, description):
         noted["content"] = noted["content"][records.split]
     except (ValueError, TypeError, KeyError):  # of before, or of other people
         noted.pop("content", None)
-    return noted | {"sample": identity.of_arrays(records.read(indices), count)}
+    batch = records.read(indices)
+    wanted = {name: batch.pop(name) for name in records.wanted}
+    more = {"conditions": identity.of_arrays(wanted, count)} if wanted else {}
+    return noted | {"sample": identity.of_arrays(batch, count)} | more
 
 
 def label_counts(records, num_classes, part=0, parts=1):

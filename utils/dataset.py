@@ -7,7 +7,8 @@ shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Ex
 - `moments` (h, w, 2c) float32, float16 or bfloat16: mean, then standard deviation, of the VAE's
   posterior, unscaled; beside it, where prepared so, `moments_flipped`, those of the mirrored image
 - or `image` (h, w, c) uint8, as raw bytes or as a lossless picture (`compressed`)
-- `label`, an index into the sorted classes; not there where there are no classes.
+- `label`, an index into the sorted classes; not there where there are no classes
+- any number of conditions by name, see utils/conditions.py.
 
 Tensors are stored as raw bytes and shards uncompressed: latents hardly compress, and reading is
 then one hash check and one copy. Pictures take half the bytes, and a millisecond to decode.
@@ -108,7 +109,9 @@ def shard_length(path):
     return length
 
 
-def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=False, settings=None):
+def write_metadata(
+    root, key, shape, dtype, classes, shard_lengths, flipped=False, settings=None, conditions=None
+):
     """Writes features.json and dataset_info.json: from here on `root` is a dataset.
 
     Args:
@@ -117,19 +120,22 @@ def write_metadata(root, key, shape, dtype, classes, shard_lengths, flipped=Fals
       shard_lengths: {split: [records in shard 0, 1, ...]}.
       settings: what it is made from and how, for JSON; with a digest of the records they become the
         description, which `Records.identity` tells. `encoding`: see `compressed`.
+      conditions: {name: (shape, dtype)} of further tensors.
     """
     root = files.path(root)
+    tensors = {key: (shape, dtype), **(conditions or {})}
+    if flipped:
+        tensors["moments_flipped"] = (shape, dtype)
+    features = {
+        name: tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
+        for name, (shape, dtype) in tensors.items()
+    }
     if encoding := (settings or {}).get("encoding"):
         known = "png" if encoding == "png" else None  # to tfds, which goes by content otherwise
-        tensor = tfds.features.Image(shape=shape, encoding_format=known)
-    else:
-        tensor = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
-    features = {key: tensor}
+        features[key] = tfds.features.Image(shape=shape, encoding_format=known)
     if classes:
         label = {"num_classes": classes} if isinstance(classes, int) else {"names": list(classes)}
         features["label"] = tfds.features.ClassLabel(**label)
-    if flipped:
-        features["moments_flipped"] = tensor
     builder = tfds.core.dataset_info.DatasetIdentity(
         name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(root), module_name=""
     )
@@ -212,21 +218,32 @@ class Records:
     readers: record_files.Readers = dataclasses.field(repr=False)
     description: str = dataclasses.field(default="", repr=False)  # in dataset_info.json
     pictures: bool = False  # whether each is encoded
+    features: dict = dataclasses.field(default_factory=dict)  # further tensors: (shape, dtype)
+    wanted: tuple[str, ...] = ()  # those of them that are read
 
     @functools.cached_property
     def identity(self):
         """What the records are, see `contents.of_records`; reads some of them."""
         return contents.of_records(self, self.description)
 
+    def holding(self, wanted):
+        """The same records, read with the tensors `wanted` of `features`."""
+        return dataclasses.replace(self, wanted=wanted)
+
     def read(self, indices, flipped=True):
         """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
 
         Without classes all labels are 0. Safe to call from several threads. With `flipped`,
-        `moments_flipped` too, where stored. Raises ValueError naming the shard where a record is
-        damaged, OSError where the system does not let it be read.
+        `moments_flipped` too, where stored; and what is `wanted`. Raises ValueError naming the
+        shard where a record is damaged, OSError where the system does not let it be read.
         """
         keys = [self.key] + ["moments_flipped"] * (flipped and self.has_flipped)
-        batch = {key: np.empty((len(indices), *self.shape), self.dtype) for key in keys}
+        tensors = dict.fromkeys(keys, (self.shape, self.dtype))
+        tensors |= {name: self.features[name] for name in self.wanted}
+        batch = {
+            name: np.empty((len(indices), *shape), dtype)
+            for name, (shape, dtype) in tensors.items()
+        }
         batch["label"] = np.zeros(len(indices), np.int32)
         shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
         rows_of = collections.defaultdict(list)
@@ -250,8 +267,9 @@ class Records:
                     out[row] = features[key].int64_list.value[0]
             else:
                 content = features[key].bytes_list.value[0]
-                values = _pixels(content) if self.pictures else np.frombuffer(content, self.dtype)
-                out[row] = values.reshape(self.shape)
+                encoded = self.pictures and key == self.key
+                values = _pixels(content) if encoded else np.frombuffer(content, out.dtype)
+                out[row] = values.reshape(out.shape[1:])
 
 
 STAGES = {"cache": None, "shm": "/dev/shm/meanflow"}  # by a word; other names are folders
@@ -310,6 +328,7 @@ def open_records(root, split="train", stage="cache"):
         readers=readers,
         description=info.description,
         pictures=isinstance(feature, tfds.features.Image),
+        features=_further(info.features, key),
     )
     if records.num_records == 0:
         raise ValueError(f"{root}: the split '{split}' is empty")

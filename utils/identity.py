@@ -15,7 +15,11 @@ from utils import environment, trees
 
 MODULUS = 2**128  # of the sums of digests
 SHOWN = 12  # characters of a digest in a line
-OF_RECORDS = ("content", "sample")  # digests of the records themselves, see utils/contents.py
+OF_RECORDS = (
+    "content",
+    "sample",
+    "conditions",
+)  # digests of the records themselves, see utils/contents.py
 
 
 def of_arrays(tree, *more):

@@ -55,6 +55,20 @@ def grid(images, columns):
     return cells.reshape(rows * h, columns * w, c)
 
 
+def fitted(images, shape):
+    """Brings images uint8 (N, h, w, c) to (N, *shape) for people: repeats or leaves out pixels.
+
+    Gray becomes colours by repeating it, colours gray by their mean; else the first channels count.
+    """
+    images, (H, W, C) = np.asarray(images), shape
+    rows, columns = (np.arange(n) * m // n for n, m in zip((H, W), images.shape[1:3], strict=True))
+    images = images[:, rows][:, :, columns]
+    if images.shape[-1] != C:
+        gray = images.mean(axis=-1, keepdims=True) if C == 1 else images[..., :1]
+        images = images[..., :C] if images.shape[-1] > C > 1 else gray.repeat(C, axis=-1)
+    return images.astype(np.uint8)
+
+
 def save_png(path, image):
     """Writes one image uint8 (h, w, c), c = 1 or 3, as PNG; the file appears complete or not."""
     image = np.asarray(image)
