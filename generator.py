@@ -44,11 +44,12 @@ import numpy as np
 import parts
 import sample
 from configs import saved
-from methods.sampler import SAMPLERS, check_times, integrate, sample_times
+from methods.sampler import SAMPLERS, integrate, times_of
 from run import config as run_config
 from run import inherit
 from run import weights as weights_of
 from utils import compiling, environment, sharding
+from utils import conditions as given_conditions
 from utils import images as image_utils
 
 OUTPUTS = ("uint8", "float", "latents")
@@ -112,16 +113,20 @@ class Generator:
 
     `labels` and `y` are either classes, whole numbers (N,) in 0..K-1 or K for no label; or weights
     over the classes, float (N, K) or (N, K + 1) with no label last, whose embeddings are mixed
-    accordingly. Of an unconditional network they only say how many. All arrays are numpy's, but
-    for those of `function`.
+    accordingly. Of an unconditional network they only say how many. `conditions` is {name: array}
+    for those of `dataset.conditions` (`Generator.conditions`): (N, ...), or one row for all images;
+    bytes of an image or numbers as the network takes them, of latents normalised. One that is left
+    out is dropped; where the network always has it (`kept_conditions`) that is an error. All arrays
+    are numpy's, but for those of `function`.
     """
 
     def __init__(self, config, parts, params, source, step, options, identity):
-        # On one device nothing has to be gathered, and others may differentiate it as they like.
+        # Nothing has to be gathered on one device, and others may differentiate it as they like.
         self.parts = parts._replace(gather=parts.module.cast)
         self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
         self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
+        self.conditions = parts.codec.given
         self._device = parts.mesh.devices.flat[0]
         self.params = jax.device_put(params, self._device)
         options = compiling.quick(parts.mesh)
@@ -135,21 +140,22 @@ class Generator:
 
     @environment.pinned()
     def sample(
-        self, labels, noise=None, num_steps=1, omega=None, seed=0, *, output="uint8", sampler="ode"
-    ):
+        self, labels, noise=None, num_steps=1, omega=None, seed=0, *, output="uint8",
+        sampler="ode", conditions=None
+    ):  # fmt: skip
         """Draws images of the classes `labels`.
 
         Args:
           labels: (N,) or (N, K), see the class.
           noise: z_1, float (N, h, w, c); None: `noise(N, seed)`.
           num_steps: network evaluations, or the times themselves, falling from 1 to 0.
-          omega: guidance scale, for networks that are guided in sampling (method.name improved or
-            flow), in the interval that their config names (sampling.t_min, t_max); None: that of
-            the config, or none. Others are trained with their guidance, and refuse one.
+          omega: guidance scale, where it is chosen in sampling (method.name improved or flow), in
+            the interval of sampling.t_min and t_max; None: that of the config, or none.
           output: `uint8`: images (N, H, W, C); `float`: the same before rounding, near [-1, 1] and
             not clipped; `latents`: x as the network gives it, (N, h, w, c), for which no
             autoencoder is needed.
           sampler: see `methods.sampler.integrate`.
+          conditions: see the class.
 
         Raises:
           ValueError: an argument that does not fit; FileNotFoundError: no weights of the
@@ -163,19 +169,21 @@ class Generator:
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
         vae_params = {} if output == "latents" else self.vae_params
-        size = sample.padded(len(y))
-        given, z = sample.conditions(np.arange(size), y), np.resize(z, (size, *self.image_shape))
+        rows = sample.padded(len(y))
+        given, z = jax.tree.map(
+            lambda a: np.resize(a, (rows, *a.shape[1:])), (self._given(y, conditions), z)
+        )
         arguments = self.params, vae_params, z, given, setting, np.int32(seed)
         return _numbers(self._sample(*arguments, output=output))[: len(y)]
 
     @environment.pinned()
-    def u(self, z, t, h, y, omega=None):
+    def u(self, z, t, h, y, omega=None, conditions=None):
         """Computes the average velocity over [t - h, t] at z; h = 0: the velocity v.
 
         Args:
           z: float (N, h, w, c).
           t, h: numbers or (N,), in [0, 1] with h <= t; t = 1 is noise, t = 0 is data.
-          y: labels of z, see the class.
+          y: labels of z, see the class; so are conditions.
           omega: see `sample`.
 
         Returns:
@@ -184,7 +192,7 @@ class Generator:
         y = _numbers(self._labels(y))
         z = _numbers(self._images(z, len(y), "z"))
         t, h = (np.broadcast_to(_numbers(a, np.float32), len(y)) for a in (t, h))
-        given = sample.conditions(np.arange(len(y)), y)
+        given = self._given(y, conditions)
         arguments = self.params, z, t, t - h, given, self.guidance(omega)
         return _numbers(self._velocity(*arguments))
 
@@ -203,16 +211,16 @@ class Generator:
           output: `float` or `latents`, as there.
 
         Returns:
-          images(params, z, labels, vae_params=None, fresh=None) -> float32 (N, H, W, C), which can
-          be differentiated by each argument, by `labels` where they are weights. `params` as
+          images(params, z, labels, vae_params=None, fresh=None, conditions=None) -> float32
+          (N, H, W, C), which can be differentiated by each argument, by `labels` where they are
+          weights. `params` as
           `Generator.params`; `z` the noise (N, h, w, c); `labels` as in `sample`, traced ones are
           not checked for their range; `vae_params` as `Generator.vae_params`, where images of
           latents are asked for; `fresh` (num_steps - 1, N, h, w, c) the noise before each further
           step of the sampler `consistency`.
 
         Raises:
-          ValueError: an argument that does not fit, here or in a call; FileNotFoundError: see
-            `sample`.
+          ValueError: an argument that does not fit, here or in a call.
         """
         _one_of("output", output, OUTPUTS[1:])
         setting = self._setting(sampler, num_steps, omega)
@@ -220,9 +228,9 @@ class Generator:
         needs = bool(decode and self.vae_params)
 
         @environment.pinned()
-        def images(params, z, labels, vae_params=None, fresh=None):
+        def images(params, z, labels, vae_params=None, fresh=None, conditions=None):
             y = self._labels(labels)
-            given, z = sample.conditions(np.arange(len(y)), y), self._images(z, len(y), "z")
+            given, z = self._given(y, conditions), self._images(z, len(y), "z")
             if needs and vae_params is None:
                 raise ValueError("vae_params: images need those of the generator, model.vae_params")
             if sampler == "consistency":
@@ -257,7 +265,6 @@ class Generator:
 
     @functools.cached_property
     def _autoencoder(self):
-        """The autoencoder of `dataset.vae`."""
         try:
             vae = parts.load_autoencoder(self.config.dataset, self.config.sampling.vae_dtype)
         except FileNotFoundError as error:
@@ -288,6 +295,13 @@ class Generator:
         kinds = f"classes 0..{classes} ({classes}: none), or finite weights (N, {classes})"
         raise ValueError(f"labels: {kinds if classes else 'whole numbers'}, not {_shown(labels)}")
 
+    def _given(self, y, rows):
+        given = sample.conditions(np.arange(len(y)), y)
+        missing, batch = given_conditions.batch_of(self.conditions, rows or {}, len(y))
+        made = self.parts.codec.conditions_of(batch)
+        null = {name: jnp.full(len(y), name in missing) for name in made.pop("null", {})}
+        return given | made | ({"null": null} if null else {})
+
     def _images(self, array, count, name):
         array = _array(array)
         _check_shape(name, array.shape, (count, *self.image_shape))
@@ -295,7 +309,7 @@ class Generator:
 
     def _setting(self, sampler, num_steps, omega):
         _one_of("sampler", sampler, SAMPLERS)
-        return sample.Setting(sampler, _times(num_steps), self.guidance(omega))
+        return sample.Setting(sampler, times_of(num_steps), self.guidance(omega))
 
     def guidance(self, omega=None):
         """What `omega` stands for, see `sample`: a `Guidance`, or None."""
@@ -332,16 +346,6 @@ def _check_shape(name, shape, expected):
 def _one_of(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-
-
-@jax.ensure_compile_time_eval()
-def _times(num_steps):
-    if not np.ndim(num_steps):
-        if num_steps != int(num_steps) or num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
-        return np.asarray(sample_times(int(num_steps)))
-    check_times(times := tuple(map(float, num_steps)))
-    return np.asarray(sample_times(0, times))
 
 
 def _shown(labels):

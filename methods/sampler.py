@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from methods import path
 
@@ -24,6 +25,20 @@ def sample_times(num_steps, timesteps=()):
     if timesteps:
         return jnp.array(timesteps, jnp.float32)
     return jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
+
+
+@jax.ensure_compile_time_eval()
+def times_of(num_steps):
+    """Makes times as `sample_times` does, numpy, of a number of steps or of the times themselves.
+
+    Raises ValueError for what is neither.
+    """
+    if not np.ndim(num_steps):
+        if num_steps != int(num_steps) or num_steps < 1:
+            raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
+        return np.asarray(sample_times(int(num_steps)))
+    check_times(times := tuple(map(float, num_steps)))
+    return np.asarray(sample_times(0, times))
 
 
 def integrate(

@@ -51,8 +51,7 @@ def groups(channels):
 
 def group_norm(channels):
     """Makes a GroupNorm in float32."""
-    exact = dict(dtype=jnp.float32, use_fast_variance=False)
-    return nn.GroupNorm(groups(channels), epsilon=1e-6, **exact)
+    return nn.GroupNorm(groups(channels), epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False)
 
 
 def attention(q, k, v):
@@ -210,7 +209,7 @@ class UNet(Network):
             e = e + embed_labels(table, c["y"])
         if self.augment_dim:
             labels = c.get("augment", jnp.zeros((len(e), self.augment_dim)))
-            e = e + nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)
+            e += nn.Dense(2 * width, use_bias=False, **exact, name="map_augment")(labels)
         e = nn.silu(nn.Dense(E, **exact, name="map_layer0")(given.on_vector(e)))
         return nn.Dense(E, **exact, name="map_layer1")(e)
 

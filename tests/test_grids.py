@@ -88,7 +88,7 @@ class Renderer:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, params, labels, setting):
+    def __call__(self, params, labels, setting, given=None):
         times, guidance = setting.times, setting.guidance
         steps = int((np.diff(times) < 0).sum())
         scale = 0 if guidance is None else float(guidance.omega)

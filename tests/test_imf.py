@@ -93,7 +93,6 @@ def test_draws():
     "options, named",
     [
         ({"omega_max": 0.5}, "omega_max must not be below 1"),
-        ({"num_classes": 0}, "omega_max must be 1 where dataset.num_classes is 0"),
         ({"data_proportion": 1.5}, "data_proportion"),
         ({"norm_eps": 0.0}, "norm_eps"),
     ],
@@ -101,6 +100,12 @@ def test_draws():
 def test_bad_options_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
         make.method("improved", **options)
+
+
+def test_without_classes_there_is_no_guidance():
+    words = [*make.PIXELS, *make.NETWORKS["imfDiT"], "dataset.num_classes=0"]
+    with pytest.raises(ValueError, match="omega_max must be 1 where dataset.num_classes is 0"):
+        parts.make(make.config(*words))
 
 
 # Its cost -------------------------------------------------------------------------------------

@@ -189,6 +189,43 @@ def source(given, data, sampling):
     return Source(records, {}, places)
 
 
+def batch_of(given, rows, count):
+    """Makes a raw batch of arrays that somebody gives: (names of those that are not, batch).
+
+    Args:
+      given: of `of_options`.
+      rows: {name: (count, ...), or one row for all}; masks of tokens as NAME_mask.
+
+    Raises:
+      ValueError: one that is unknown, is needed, or of another shape.
+    """
+    known = {one.name: one.shape for one in given}
+    known |= {f"{one.name}{MASK}": one.shape[:1] for one in given if one.kind == "tokens"}
+    if unknown := sorted(rows.keys() - known.keys()):
+        names = ", ".join(known) or "none"
+        raise ValueError(f"conditions: {unknown[0]} is none of those of the network: {names}")
+    from jax import numpy as jnp  # late: readers of a folder need none
+
+    missing, batch = [one.name for one in given if one.name not in rows], {}
+    for one in given:
+        if one.kept and one.name in missing:
+            raise ValueError(
+                f"conditions: {one.name} ({one}) is needed, the network is never without"
+            )
+        batch[one.feature] = rows.get(one.name, np.zeros(one.shape, np.float32))
+        if (mask := f"{one.name}{MASK}") in rows:
+            batch[mask] = rows[mask]
+    shapes = [known[name.removesuffix(f"_{LATENT}")] for name in batch]
+    for (name, array), shape in zip(batch.items(), shapes, strict=True):
+        traced = hasattr(array, "aval")  # or an array of jax
+        if np.shape(array) not in (shape, (count, *shape)):
+            raise ValueError(f"conditions: {name} {np.shape(array)} instead of {(count, *shape)}")
+        if not (traced or np.isfinite(array).all()):
+            raise ValueError(f"conditions: {name} is not finite")
+        batch[name] = (jnp if traced else np).broadcast_to(array, (count, *shape))
+    return missing, batch
+
+
 def of_file(path, given):
     """Reads {feature: (M, ...)} of a .npz, or of a folder of NAME.npy; with `label`, where there.
 

@@ -358,6 +358,15 @@ def _tensor_of(features):
     raise ValueError(f"has the features {', '.join(features)}, neither 'moments' nor 'image'")
 
 
+def _further(features, key):
+    """{name: (shape, dtype)} of the tensors beside the sample `key`."""
+    return {
+        name: (tuple(tensor.shape), np.dtype(tensor.np_dtype))
+        for name, tensor in features.items()
+        if name not in (key, "moments_flipped") and type(tensor) is tfds.features.Tensor
+    }
+
+
 def _no_dataset(root):
     if not root.is_dir():
         return f"no dataset at {root}: the folder does not exist; set dataset.root, or prepare it"
