@@ -146,7 +146,9 @@ def open_records(data, batch_size):
             f"dataset.use_flip: {records.root} holds no moments_flipped; prepare them, or switch "
             "dataset.use_flip off"
         )
-    records = conditions.choose(records, conditions.of_options(data), data.use_flip)
+    records = conditions.choose(
+        records, conditions.of_options(data, image_shape(data)[:2]), data.use_flip
+    )
     if records.num_records < batch_size:
         raise ValueError(
             f"training.batch_size {batch_size} is more than the {records.num_records} records of "
@@ -317,7 +319,7 @@ def make_codec(data):
         flip=data.use_flip,
         labelled=data.num_classes > 0,
         augment_prob=data.augment_prob,
-        given=conditions.of_options(data),
+        given=conditions.of_options(data, image_shape(data)[:2]),
     )
 
 

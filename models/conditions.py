@@ -148,13 +148,6 @@ class OfTokens(One):
 # Sizes --------------------------------------------------------------------------------------------
 
 
-def blank(given):
-    """Makes a row of each condition, to make parameters with: {name: (1, ...)}."""
-    rows = {one.name: jnp.zeros((1, *one.shape)) for one in given}
-    droppable = [one.name for one in given if not one.kept]
-    return rows | ({"null": {name: jnp.zeros(1, bool) for name in droppable}} if droppable else {})
-
-
 def num_tokens(given):
     """Counts the tokens in front of the patches."""
     return sum(one.shape[0] for one in given if one.kind == "tokens")

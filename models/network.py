@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import conditions
+from utils import conditions
 
 
 class Velocity(NamedTuple):

@@ -234,7 +234,10 @@ class UNet(Network):
         *size, channels = image_shape
         M, E = self.model_channels, self.model_channels * self.channel_mult_emb
         encoder, decoder = self.layers(size)
-        taps, width = math.prod(window(size[0] == 1)["kernel_size"]), 2 * M * self.channel_mult_noise
+        taps, width = (
+            math.prod(window(size[0] == 1)["kernel_size"]),
+            2 * M * self.channel_mult_noise,
+        )
         total = 2 * taps * math.prod(size) * M * channels  # the first and the last convolution
         total += (width + E) * E + conditions.products(self.given, width, taps * M)
         return 2 * (total + sum(products(layer, E) for layer in encoder + decoder))

@@ -129,6 +129,7 @@ def _add_images(add):
         "--check", type=_bool, default=True, help="whether it is whole and CIFAR-10's own"
     )
     for command in (folders, tables, tars):
+        _add_conditions(command)
         command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
         command.add_argument(
             "--image_size", type=_positive, default=256, help="pixels, after ADM's crop"
@@ -182,11 +183,19 @@ def _add_latents(add):
         command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
         command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
     _add_form(arrays)
+    _add_conditions(arrays)
     _add_form(caches, None)
     for command in (files, caches, arrays):
         command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
         command.add_argument("--vae", default="auto", help=DECODER)
         _add_shared(command)
+
+
+def _add_conditions(command):
+    command.add_argument(
+        "--conditions", type=_places, default={}, metavar="NAME=PLACE,...",
+        help="more for each record: a folder, column, ending or array; docs/conditions.md",
+    )  # fmt: skip
 
 
 def _add_form(command, scaled_by=1.0):
@@ -266,6 +275,13 @@ def _factor(text):
 
 def _words(text):
     return tuple(text.split(","))
+
+
+def _places(text):
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if not all(name.isidentifier() for name, _, _ in pairs):
+        raise argparse.ArgumentTypeError("NAME=PLACE,NAME=PLACE, with plain names")
+    return {name: place or name for name, _, place in pairs}
 
 
 def _bool(text):

@@ -57,7 +57,7 @@ def passed(model, params, raw, null=(), dtype=None):
 
 @pytest.mark.parametrize("cls", NETWORKS)
 def test_a_network_heeds_each_condition_by_row(cls):
-    """Another value changes its rows alone; a dropped one and a token that is not true do not count."""
+    """Another value changes its rows alone; what is dropped or no true token does not count."""
     model = made(cls)
     params, raw, other = make.params(model.module, model.image_shape, 0.3), batch(), batch(seed=1)
     plain = passed(model, params, raw)

@@ -135,7 +135,7 @@ def test_pictures_by_steps_and_by_guidance(drawn, tmp_path):
     assert set(rows(folder / "grid_00000007.png")) == {25}
     # One compiled function for all that is beside the grids: one size, one number of times.
     assert {asked[:2] for asked in found.renderer.asked[:7]} == {(10, 4)}
-    assert found.row.tolist() == list(range(10))
+    assert found.labels[found.places].tolist() == list(range(10))
     assert "steps 1, 2, 4; by guidance 1, 1.59, 2.52, 4" in found.describe()
 
 

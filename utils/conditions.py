@@ -50,8 +50,10 @@ class Condition(NamedTuple):
         return f"{self.dtype}:{'x'.join(map(str, self.shape))}"
 
 
-def of_options(data):
+def of_options(data, size):
     """Makes the conditions of the options `dataset`, a tuple of `Condition`.
+
+    `size`: (h, w) of the sample.
 
     Raises:
       ValueError: options that do not fit together.
@@ -79,8 +81,7 @@ def of_options(data):
         except ValueError as error:
             raise ValueError(f"dataset.condition_shapes: {text!r} is not as uint8:8x8x1") from error
         found.append(Condition(name, shape, dtype, name in data.kept_conditions))
-        size = (data.image_size, data.image_size)
-        if len(shape) > 3 or (len(shape) == 3 and shape[:2] != size):
+        if len(shape) > 3 or (len(shape) == 3 and shape[:2] != tuple(size)):
             raise ValueError(
                 f"dataset.conditions: {name} is {text}; there are vectors (D,), tokens (N, D) and "
                 f"arrays of the sample's size {size[0]}x{size[1]}"
@@ -130,6 +131,13 @@ def choose(records, given, flipped):
     wanted += [f"{one.name}{MASK}" for one in given if f"{one.name}{MASK}" in records.features]
     wanted += [one.feature + FLIPPED for one in given if flipped and one.latent]
     return records.holding(tuple(wanted))
+
+
+def blank(given):
+    """Makes a row of each condition, as networks take them, to make parameters with."""
+    rows = {one.name: np.zeros((1, *one.shape), np.float32) for one in given}
+    null = {one.name: np.zeros(1, bool) for one in given if not one.kept}
+    return rows | ({"null": null} if null else {})
 
 
 # Of images that are drawn -------------------------------------------------------------------------

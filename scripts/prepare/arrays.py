@@ -10,6 +10,7 @@ the path, as in `labels.by_split`.
 """
 
 import collections
+import functools
 import re
 import threading
 import types
@@ -81,7 +82,7 @@ def of_rows(root, names, listing, only=None):
         content = "either"
     return latents.Cache(
         title, rows, opened.item, opened.where, {"source": "arrays"}, content, scaled,
-        name=f"{first} {opened.key(first)}", foreign=content == "either",
+        name=f"{first} {opened.key(first)}", foreign=content == "either", fetch=opened.beside,
     )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ class Arrays:
     def __init__(self, root, there):
         self._root, self._there, self._lock = root, there, threading.Lock()
         self._open = collections.OrderedDict()
+        self._whole = functools.lru_cache(OPEN)(self._columns)
 
     def where(self, key):
         """The place of a record (file, row), for people."""
@@ -164,6 +166,19 @@ class Arrays:
             views = self._open[name]
         with files.reading(self.where(key), "damaged"):
             return latents.Item(*(view if view is None else view[row] for view in views))
+
+    def beside(self, key, column):
+        """(place, array) of a condition of a record: an array of the same file, or of the .npy that
+        is called like that of the latents, with the name in the place of their word."""
+        (name, row), where = key, self.where(key)
+        if name.endswith(".npy"):
+            other = column.join(name.rsplit(_word(name) or name.removesuffix(".npy"), 1))
+            with files.reading(self._root / other, "not an array of conditions"):
+                columns = {column: npy.mapped(self._root / other)}
+        else:
+            columns = self._whole(name)
+        with files.reading(where, f"no array '{column}' with a row for it"):
+            return where, columns[column][row]
 
     def _columns(self, name, scan=False):
         """{name: array} of a file; with `scan` those of a .npz have no more than a shape."""

@@ -44,8 +44,15 @@ def run(args):
         table, _, row = name.rpartition(":")
         return where(name), picture(tables.value(table, int(row), image_key), where(name))
 
+    def fetch(name, column):
+        table, _, row = name.rpartition(":")
+        return where(name), tables.value(table, int(row), column)
+
+    if unknown := {*args.conditions.values()}.difference(there := tables.columns(names[0])):
+        raise ValueError(f"--conditions: {min(unknown)} is no column; there are {', '.join(there)}")
     settings = {"source": "huggingface", "image_key": image_key, "label_key": label_key}
-    return images.convert(args, classes, items, find, settings | {"labels": labels.digest(items)})
+    settings["labels"] = labels.digest(items)
+    return images.convert(args, classes, items, find, settings, fetch)
 
 
 def columns(tables, image_key=None, label_key=None):
@@ -169,7 +176,7 @@ class Tables:
         from pyarrow import parquet
 
         with self._lock:
-            at = (name, group)
+            at = (name, group, key)
             if at not in self._groups:
                 with (
                     files.reading(self.root / name, f"damaged, group of rows {group}"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from metrics import inception_weights
 from models import vae
-from scripts.prepare import folders, moments, shards, statistics
+from scripts.prepare import conditions, folders, moments, shards, statistics
 from utils import dataset, environment, files, images, pictures, sharding
 
 
@@ -28,7 +28,8 @@ def run(args):
     if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
         i = next(i for i, name in enumerate(sorted(names, key=int)) if name != names[i])
         print(f"the class folders are numbers, and sorted as text: label {i} is {names[i]}")
-    return convert(args, classes, items, find, settings)
+    fetch = conditions.in_folders(args.conditions.values(), listing)
+    return convert(args, classes, items, find, settings, fetch)
 
 
 def counted(items):
@@ -36,7 +37,7 @@ def counted(items):
     return ", ".join(f"{len(rows)} {split}" for split, rows in items.items())
 
 
-def convert(args, classes, items, find, settings=None):
+def convert(args, classes, items, find, settings=None, fetch=None):
     """Labelled images from wherever -> records, statistics, or both, as `args` asks for.
 
     Args:
@@ -44,6 +45,7 @@ def convert(args, classes, items, find, settings=None):
       find: function of a name -> (where the image is, for people; opened file of it, or None where
         that is a path). Called from several threads.
       settings: beside the options, what has to be equal for a run to go on with another's shards.
+      fetch: see `conditions.Beside`; what `args.conditions` names is stored beside the images.
 
     Returns whether the records are complete.
     """
@@ -64,7 +66,7 @@ def convert(args, classes, items, find, settings=None):
         inception_weights.find(args.inception_weights)  # its lack is told before hours of encoding
         statistics.check(args, split, items[split])
     if args.compute_latent:
-        complete = write_records(args, classes, items, decode, settings or {})
+        complete = write_records(args, classes, items, decode, settings or {}, fetch)
     if args.compute_fid:
         statistics.write(args, split, items[split], decode)
     notes.report()
@@ -138,7 +140,7 @@ def _colour(image):
 # Records
 
 
-def write_records(args, classes, items, decode, settings):
+def write_records(args, classes, items, decode, settings, fetch=None):
     """Writes latents, or with `--vae=none` pixels, as records; returns whether all are there."""
     settings = {"image_size": args.image_size, "vae": args.vae} | settings
     if args.exif_orientation:
@@ -147,20 +149,24 @@ def write_records(args, classes, items, decode, settings):
         settings["background"] = args.background
     if args.vae == "none":
         key, shape, dtype, flipped = "image", (args.image_size, args.image_size, 3), np.uint8, False
-        make = functools.partial(_pixels, decode, args.encoding, args.workers)
+        encoder, make = None, functools.partial(_pixels, decode, args.encoding, args.workers)
         if args.encoding != "raw":
             settings["encoding"] = args.encoding
     elif args.encoding != "raw":
         raise ValueError(f"--encoding={args.encoding} is for pixels: choose --vae=none")
     else:
-        encode = Encoder(args.vae, args.image_size, args.device_batch_size, args.flip, args.store)
+        encoder = functools.partial(
+            Encoder, args.vae, args.image_size, args.device_batch_size, args.flip, args.store
+        )
+        encode = encoder()
         key, shape, dtype, flipped = "moments", encode.shape, encode.dtype, args.flip
         settings |= {"store": args.store, "flip": args.flip, "encoder": encode.digest}
         make = lambda items: encode(decode(items))  # noqa: E731
     names = {split: [name for name, _ in rows] for split, rows in items.items()}
+    make, more = conditions.beside(args, make, fetch, items, args.image_size, shape, encoder)
     complete = shards.make(
         args, make, key=key, shape=shape, dtype=dtype, classes=classes, flipped=flipped,
-        items=items, names=names, settings=settings
+        items=items, names=names, settings=settings | more.pop("settings", {}), **more
     )  # fmt: skip
     if key == "moments":
         encode.report()
@@ -188,7 +194,7 @@ class Encoder:
         autoencoder = vae.load(name)
         mesh = sharding.make_mesh(1, jax.local_devices())
         self.digest, self._name = autoencoder.identity["encoder"], name
-        self.dtype, self._flip, self._size = np.dtype(store), flip, size
+        self.dtype, self.flips, self._size = np.dtype(store), flip, size
         self._batch_size = device_batch_size * mesh.size
         self._rows = sharding.by_row(mesh)
         self._params = jax.device_put(autoencoder.params, sharding.replicated(mesh))

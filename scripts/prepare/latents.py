@@ -9,7 +9,7 @@ import numpy as np
 
 from models import vae
 from models.codec import SD_SCALE
-from scripts.prepare import labels, moments, shards
+from scripts.prepare import conditions, labels, moments, shards
 from utils import dataset, processes
 
 LOOKED_AT = 16  # records that say what the others are
@@ -45,6 +45,7 @@ class Cache(NamedTuple):
     settings: beside what they are taken for: what has to be equal to go on with another's shards.
     name: what they are called in their files.
     foreign: whether nothing is known of their writer but that name.
+    fetch: see `conditions.Beside`, where there may be conditions.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Cache(NamedTuple):
     inside: bool = False
     name: str = ""
     foreign: bool = False
+    fetch: Callable | None = None
 
 
 def bring(args, cache, listing):
@@ -105,7 +107,7 @@ def bring(args, cache, listing):
     settings = cache.settings | form_.settings()
     if not deferred:
         settings["labels"] = labels.digest(items)
-    return write(args, classes, items, names, read, settings, flipped)
+    return write(args, classes, items, names, read, settings, flipped, cache.fetch)
 
 
 def _with_labels(cache, workers):
@@ -122,7 +124,7 @@ def _with_labels(cache, workers):
     return rows
 
 
-def write(args, classes, items, names, read, settings, flipped=False):
+def write(args, classes, items, names, read, settings, flipped=False, fetch=None):
     """Writes latents as records.
 
     Args:
@@ -133,6 +135,7 @@ def write(args, classes, items, names, read, settings, flipped=False):
         standard deviation, unscaled, and where `flipped` "moments_flipped"}; label or None). Called
         from several threads.
       settings: what has to be equal for a run to go on with the shards of another.
+      fetch: see `conditions.Beside`, where there may be conditions.
 
     Returns whether the records are complete.
     """
@@ -142,10 +145,12 @@ def write(args, classes, items, names, read, settings, flipped=False):
     count = classes if isinstance(classes, int) else len(classes)
     spread = moments.Spread()
     stream = functools.partial(examples, read, shape, dtype, count, args.workers, spread)
-    settings = settings | {"store": args.store}
+    settings, more = settings | {"store": args.store}, {}
+    if fetch:
+        stream, more = conditions.beside(args, stream, fetch, items, None, shape)
     complete = shards.make(
         args, stream, key="moments", shape=shape, dtype=dtype, classes=classes, flipped=flipped,
-        items=items, names=names, settings=settings
+        items=items, names=names, settings=settings | more.pop("settings", {}), **more
     )  # fmt: skip
     spread.report(f"; --scaled_by={SD_SCALE} divides" if hasattr(args, "scaled_by") else "")
     return complete

@@ -31,6 +31,7 @@ class Job(NamedTuple):
     items: {split: one entry per record, in order}; names: {split: [str]}, what identifies them.
     settings: JSON-able; what has to be equal for a run to go on with the shards of another.
     classes: names in the order of the labels, or their number.
+    conditions: {name: (shape, dtype)} of what is stored beside.
     """
 
     output: Path
@@ -43,6 +44,7 @@ class Job(NamedTuple):
     settings: dict
     dtype: np.dtype = np.dtype(np.uint8)
     flipped: bool = False
+    conditions: dict = {}
 
 
 class Shard(NamedTuple):
@@ -117,7 +119,8 @@ def write(job, examples, process_index=0, process_count=1, overwrite=False):
 
 def _check_room(job, count):
     """Raises OSError where the disk has no room for `count` records more."""
-    size = int(np.prod(job.shape)) * np.dtype(job.dtype).itemsize * (2 if job.flipped else 1)
+    tensors = [(job.shape, job.dtype)] * (2 if job.flipped else 1) + [*job.conditions.values()]
+    size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in tensors)
     needed, free = count * (size + OVERHEAD), files.free(job.output)
     if needed > free:
         raise OSError(
@@ -231,6 +234,7 @@ def _finish(job, every):
         lengths,
         flipped=job.flipped,
         settings=job.settings,
+        conditions=job.conditions,
     )
     counts = ", ".join(f"{sum(n)} records in {len(n)} shards ({s})" for s, n in lengths.items())
     print(f"{counts} -> {job.output}", flush=True)

@@ -30,7 +30,7 @@ def run(args):
     settings = {"source": "webdataset", "labels": labels.digest(items)}
     args.vae = args.vae or "mse"
     find = lambda name: (where(name), io.BytesIO(index.content(name)))  # noqa: E731
-    return images.convert(args, classes, items, find, settings)
+    return images.convert(args, classes, items, find, settings, index.beside)
 
 
 def open_cache(root, args, listing):
@@ -48,7 +48,7 @@ def _cache(index, records):
         title, content = "MaskDiT's or TREAD's cache: .latent in .tar", "either"
     return latents.Cache(
         title, records, index.item, lambda name: index.root / name, {"source": "webdataset"},
-        content, name=first,
+        content, name=first, fetch=index.beside,
     )  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def open_index(root, args, listing):
     config = getattr(args, "config_name", None)
     root, names, said = manifest.find(root, (".tar",), listing, config)
     skip = getattr(args, "on_bad_image", "fail") == "skip"
-    index, records = Index(root, args.label_key, listing, skip), {}
+    more = getattr(args, "conditions", {}).values()
+    index, records = Index(root, args.label_key, listing, skip, tuple(more)), {}
     for split, of_split in labels.by_split(names, args.splits, said).items():
         bar = processes.progress(of_split, len(of_split), "shards", f"labels ({split})")
         records[split] = [record for name in bar for record in index.scan(name)]
@@ -76,11 +77,12 @@ class Index:
     label_key: of JSON, or the ending of the files of labels; None: a `.cls` file, or where there is
       none "label" of JSON.
     skip: whether to leave out records without an image.
+    more: endings of the files of conditions.
     kind: "images" or "latents", as in the first record.
     """
 
-    def __init__(self, root, label_key, listing, skip=False):
-        self.root, self.kind, self._skip = root, None, skip
+    def __init__(self, root, label_key, listing, skip=False, more=()):
+        self.root, self.kind, self._skip, self._more = root, None, skip, more
         self._label_key, self._listing, self._places = label_key, listing, {}
 
     def scan(self, shard):
@@ -99,7 +101,12 @@ class Index:
                     name = f"{shard}:{member.name}"
                     if name in self._places:  # as `tar -r` leaves it
                         raise ValueError(f"{path}:{member.name} is there twice")
+                    if lacks := [ending for ending in self._more if ending not in members]:
+                        raise ValueError(f"{path}:{stem} has no .{lacks[0]} (--conditions)")
                     self._places[name] = (shard, member.offset_data, member.size)
+                    for ending in self._more:
+                        at = members[ending]
+                        self._places[name, ending] = (shard, at.offset_data, at.size)
                     records.append((name, label))
         return records
 
@@ -138,8 +145,9 @@ class Index:
 
     def _record(self, path, stem, members, archive):
         """(member that holds the image or array, label); None where there is none."""
-        found = [end for end in members if end in ARRAYS or end in PICTURES]
-        found = found or [e for e in members if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
+        ends = [end for end in members if end not in self._more]
+        found = [end for end in ends if end in ARRAYS or end in PICTURES]
+        found = found or [e for e in ends if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
         if len(found) > 1:
             raise ValueError(f"{path}:{stem} has {' and '.join(found)}: which one is the record?")
         label, where = self._label(path, members, archive)
@@ -190,6 +198,12 @@ class Index:
         with open(self.root / shard, "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+    def beside(self, name, ending):
+        """(place, bytes or JSON) of a condition of a record, see `conditions.Beside`."""
+        where, content = f"{self.root / name}, its .{ending}", self.content((name, ending))
+        with files.reading(where, "not JSON"):
+            return where, json.loads(content) if ending.endswith("json") else content
 
     def item(self, name):
         """The `latents.Item` of a record."""
