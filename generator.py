@@ -115,13 +115,13 @@ class Generator:
     over the classes, float (N, K) or (N, K + 1) with no label last, whose embeddings are mixed
     accordingly. Of an unconditional network they only say how many. `conditions` is {name: array}
     for those of `dataset.conditions` (`Generator.conditions`): (N, ...), or one row for all images;
-    bytes of an image or numbers as the network takes them, of latents normalised. One that is left
-    out is dropped; where the network always has it (`kept_conditions`) that is an error. All arrays
-    are numpy's, but for those of `function`.
+    bytes of an image, else numbers as records have them. One that is left out is dropped; where the
+    network always has it (`kept_conditions`) that is an error. All arrays are numpy's, but for
+    those of `function`.
     """
 
     def __init__(self, config, parts, params, source, step, options, identity):
-        # Nothing has to be gathered on one device, and others may differentiate it as they like.
+        # On one device nothing has to be gathered, and others may differentiate it as they like.
         self.parts = parts._replace(gather=parts.module.cast)
         self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
@@ -169,10 +169,7 @@ class Generator:
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
         vae_params = {} if output == "latents" else self.vae_params
-        rows = sample.padded(len(y))
-        given, z = jax.tree.map(
-            lambda a: np.resize(a, (rows, *a.shape[1:])), (self._given(y, conditions), z)
-        )
+        given, z = sample.filled_up((self._given(y, conditions), z), sample.padded(len(y)))
         arguments = self.params, vae_params, z, given, setting, np.int32(seed)
         return _numbers(self._sample(*arguments, output=output))[: len(y)]
 
@@ -213,11 +210,10 @@ class Generator:
         Returns:
           images(params, z, labels, vae_params=None, fresh=None, conditions=None) -> float32
           (N, H, W, C), which can be differentiated by each argument, by `labels` where they are
-          weights. `params` as
-          `Generator.params`; `z` the noise (N, h, w, c); `labels` as in `sample`, traced ones are
-          not checked for their range; `vae_params` as `Generator.vae_params`, where images of
-          latents are asked for; `fresh` (num_steps - 1, N, h, w, c) the noise before each further
-          step of the sampler `consistency`.
+          weights. `params` as `Generator.params`; `z` the noise (N, h, w, c); `labels` and
+          `conditions` as in `sample`, traced ones are not checked; `vae_params` as
+          `Generator.vae_params`, where images of latents are asked for; `fresh` (num_steps - 1, N,
+          h, w, c) the noise before each further step of the sampler `consistency`.
 
         Raises:
           ValueError: an argument that does not fit, here or in a call.
@@ -296,11 +292,9 @@ class Generator:
         raise ValueError(f"labels: {kinds if classes else 'whole numbers'}, not {_shown(labels)}")
 
     def _given(self, y, rows):
-        given = sample.conditions(np.arange(len(y)), y)
         missing, batch = given_conditions.batch_of(self.conditions, rows or {}, len(y))
-        made = self.parts.codec.conditions_of(batch)
-        null = {name: jnp.full(len(y), name in missing) for name in made.pop("null", {})}
-        return given | made | ({"null": null} if null else {})
+        given = self.parts.codec.conditions_of(batch, missing=missing)
+        return sample.conditions(np.arange(len(y)), y) | given
 
     def _images(self, array, count, name):
         array = _array(array)

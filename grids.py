@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sample
+import views
 from methods import objective
 from methods.sampler import sample_times
 from run import layout
-from utils import compiling, files, order, processes
+from utils import files, order, processes
 from utils import images as image_utils
 
 SCALES = 4  # rows by guidance
@@ -93,7 +94,7 @@ class Grids:
         if processes.from_writer(file.exists()):
             return False
         batch, filled = self._real
-        images = self.renderer.truth(batch)
+        images = views.truth(self.renderer, batch)
         images[~filled] = 0
         picture = sample.picture(images, sample.GRID_COLUMNS)
         writer.image(step, "real", picture)
@@ -126,10 +127,11 @@ class Grids:
         Where conditions come with the data, arrays among them stand above and the truth below.
         """
         labels, given = self.labels[self.places], self._given(self.places)
-        rows = [image for s in settings for image in self.renderer(params, labels, s, given)]
+        rows = [images for s in settings for images in self.renderer(params, labels, s, given)]
         if (batch := self._conditions(self.places)) is not None:
-            rows = [*self.renderer.views(batch, rows[0].shape[1:]).values(), *rows]
-            rows += [self.renderer.truth(batch)] if self.source.records else []
+            above = views.conditions(self.renderer, batch, rows[0].shape[1:])
+            rows = [*above.values(), *rows]
+            rows += [views.truth(self.renderer, batch)] if self.source.records else []
         return sample.picture(np.concatenate(rows), len(labels))
 
     def _save(self, step, writer, name, picture, suffix=""):

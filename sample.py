@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import struct
 
+import views
 from configs import saved
 from methods import objective
 from methods.sampler import integrate, sample_times
@@ -91,6 +92,11 @@ def conditions(index, labels, num_classes=0, seed=0, counts=None):
     if isinstance(labels, str):
         return {"y": draw_labels(seed, index, num_classes, labels, counts)}
     return {"y": labels[index % len(labels)]}
+
+
+def filled_up(tree, count):
+    """Fills arrays (N, ...) up to (count, ...): the first rows repeat; numpy."""
+    return jax.tree.map(lambda a: np.resize(a, (count, *a.shape[1:])), tree)
 
 
 def given_by(codec, source, labelled=True):
@@ -219,36 +225,10 @@ class Renderer:
         pairs = zip(images, batches, strict=True)
         return np.concatenate([np.asarray(image)[: len(batch)] for image, batch in pairs])
 
-    def truth(self, batch):
-        """Decodes the samples of a raw batch: images uint8 (N, H, W, C)."""
-        codec = self.codec._replace(flip=False, augment_prob=0.0)
-        options = compiling.quick(self.mesh)
-        x, _ = jax.jit(codec.encode, compiler_options=options)(batch, jax.random.key(0))
-        return self.decode(np.asarray(x))
-
-    def views(self, batch, shape):
-        """Draws the arrays among the conditions of a raw batch: {name: uint8 (N, *shape)}."""
-        found = jax.device_get(self.codec.conditions_of(batch))
-        arrays = [one for one in self.codec.given if one.kind == "array"]
-
-        def view(one):
-            if one.latent:
-                return self.decode(found[one.name])
-            stretched = found[one.name] if one.dtype == "uint8" else stretch(found[one.name])
-            return image_utils.to_uint8(stretched)
-
-        return {one.name: image_utils.fitted(view(one), shape) for one in arrays}
-
     def _place(self, rows):
         """Places rows on the devices; the first ones repeat until their number can be divided."""
         count = -(-len(rows) // self.mesh.size) * self.mesh.size
         return sharding.place(np.resize(rows, (count, *rows.shape[1:])), sharding.by_row(self.mesh))
-
-
-def stretch(array):
-    """Maps the least number to -1 and the largest to 1."""
-    low = array.min()
-    return (array - low) / max(array.max() - low, 1e-6) * 2 - 1
 
 
 def grid_labels(num_classes):
@@ -290,12 +270,16 @@ def run(renderer, params, options, num_classes, output, setting, source=None):
     for batch in processes.progress(batches, number, "batches", "sample", processes.is_writer()):
         processes.check_stop()
         images.extend(batch)
-    beside = pairs(renderer, source, np.stack(images), output) if source else {}
+    beside = views.around(renderer, source, np.stack(images)) if source else {}
     if processes.is_writer():
         files.make_folder(output)
         columns = min(len(classes), GRID_WIDEST)
         first = np.stack(images[: columns * GRID_WIDEST])
         image_utils.save_png(output / "grid.png", picture(first, columns))
+        if beside:
+            rows = np.concatenate([row[:GRID_COLUMNS] for row in (*beside.values(), first)])
+            path = output / "pairs.png"
+            image_utils.save_png(path, picture(rows, min(count, GRID_COLUMNS)))
         if options.format == "npz":
             with (
                 files.complete(output / "samples.npz") as unfinished,
@@ -307,26 +291,9 @@ def run(renderer, params, options, num_classes, output, setting, source=None):
         else:
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 image_utils.save_png(output / f"{i:06d}_class{label}.png", image)
-                for name, views in beside.items():
-                    image_utils.save_png(output / f"{i:06d}_{name}.png", views[i])
+                for name, others in beside.items():
+                    image_utils.save_png(output / f"{i:06d}_{name}.png", others[i])
     return output
-
-
-def pairs(renderer, source, images, output):
-    """Writes pairs.png, rows of conditions, images uint8 (N, H, W, C) and, where known, truth.
-
-    Returns the pictures of conditions, {name: uint8 (N, H, W, C)}.
-    """
-    batch = source(np.arange(len(images)))
-    views, n = renderer.views(batch, images.shape[1:]), min(len(images), GRID_COLUMNS)
-    rows = [*views.values(), images]
-    if source.records is not None:
-        rows.append(renderer.truth({name: array[:n] for name, array in batch.items()}))
-    if processes.is_writer():
-        files.make_folder(output)
-        together = np.concatenate([row[:n] for row in rows])
-        image_utils.save_png(output / "pairs.png", picture(together, n))
-    return views
 
 
 def sample_job(config, workdir):

@@ -111,15 +111,16 @@ class Codec(NamedTuple):
         z = mean + std * jax.random.normal(noise_key, mean.shape, jnp.float32)
         return self.normalisation.apply(z), given
 
-    def conditions_of(self, batch, flip_key=None):
+    def conditions_of(self, batch, flip_key=None, missing=()):
         """Makes the conditions of a raw batch as networks take them: {name: float32 (B, ...)}.
 
         Arrays of bytes become [-1, 1], latents are normalised like those of the sample, all other
         numbers stay. With them NAME_mask, bool (B, N), where the batch has one, and `null`, {name:
-        bool (B,)}, which of them are dropped: here none. Those that are kept have no such entry.
+        bool (B,)}, which of them are dropped. Those that are kept have no such entry.
 
         Args:
           flip_key: that of `encode`; None: nothing is mirrored.
+          missing: names of those that are dropped in all rows; else none is.
         """
         found, null = {}, {}
         for one in self.given:
@@ -136,7 +137,7 @@ class Codec(NamedTuple):
             if mask in batch:
                 found[mask] = jnp.asarray(batch[mask]).astype(bool)
             if not one.kept:
-                null[one.name] = jnp.zeros(len(value), bool)
+                null[one.name] = jnp.full(len(value), one.name in missing)
         return found | ({"null": null} if null else {})
 
 

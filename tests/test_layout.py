@@ -16,6 +16,7 @@ FLOORS = (
     ("formats",),
     ("methods", "models", "metrics"),
     ("parts", "run", "optimizer"),
+    ("views",),
     ("train", "sample", "evaluate", "observe", "grids"),
     ("generator",),
     ("main", "scripts", "benchmarks"),

@@ -191,7 +191,14 @@ def source(given, data, sampling):
         arrays = of_file(sampling.conditions, given)
         return Source(None, arrays, np.arange(len(next(iter(arrays.values())))))
     root = data.condition_root or data.root
-    records = choose(dataset.open_records(root, data.condition_split, data.stage), given, False)
+    try:
+        records = dataset.open_records(root, data.condition_split, data.stage)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; images are drawn by the conditions of records (dataset.condition_root, or "
+            "root), or of a file (sampling.conditions)"
+        ) from error
+    records = choose(records, given, False)
     count = records.num_records
     places = order.shuffled_indices(0, count, count, sampling.seed, count > order.LARGE)
     return Source(records, {}, places)

@@ -287,9 +287,9 @@ def open_records(root, split="train", stage="cache"):
     """
     root = origin = files.path(root)
     if not is_dataset(root):
-        raise FileNotFoundError(_no_dataset(root))
+        raise FileNotFoundError(record_files.no_dataset(root, NAME))
     if files.is_remote(root) and stage != "none":
-        root = _staged(root, split, STAGES.get(stage, stage))
+        root = record_files.staged(root, NAME, split, STAGES.get(stage, stage))
     try:
         info = tfds.builder_from_directory(root).info
         key, feature = _tensor_of(info.features)
@@ -328,25 +328,12 @@ def open_records(root, split="train", stage="cache"):
         readers=readers,
         description=info.description,
         pictures=isinstance(feature, tfds.features.Image),
-        features=_further(info.features, key),
+        features=record_files.further(info.features, key),
     )
     if records.num_records == 0:
         raise ValueError(f"{root}: the split '{split}' is empty")
     records.read(np.zeros(1, np.int64))
     return records
-
-
-def _staged(root, split, folder):
-    """The copy of a dataset in a bucket on this machine, without the shards of other splits."""
-    from utils import processes  # late: it brings jax, which readers of a folder do not need
-
-    def wanted(name):
-        return not name.startswith(f"{NAME}-") or name.startswith(f"{NAME}-{split}.")
-
-    def bar(done, total):
-        return processes.progress(done, total, "files", f"copy {root}")
-
-    return files.local(root, folder, wanted, bar)
 
 
 def _tensor_of(features):
@@ -356,23 +343,3 @@ def _tensor_of(features):
                 raise ValueError(f"'{key}' holds pictures of several sizes")
             return key, features[key]
     raise ValueError(f"has the features {', '.join(features)}, neither 'moments' nor 'image'")
-
-
-def _further(features, key):
-    """{name: (shape, dtype)} of the tensors beside the sample `key`."""
-    return {
-        name: (tuple(tensor.shape), np.dtype(tensor.np_dtype))
-        for name, tensor in features.items()
-        if name not in (key, "moments_flipped") and type(tensor) is tfds.features.Tensor
-    }
-
-
-def _no_dataset(root):
-    if not root.is_dir():
-        return f"no dataset at {root}: the folder does not exist; set dataset.root, or prepare it"
-    if any(root.glob(f"{NAME}-*.array_record-*")):
-        return f"the dataset at {root} is not finished; run its preparation again to complete it"
-    if any(root.glob("*.pt")) or any(root.glob("train/*.pt")):
-        command = f"python -m scripts.prepare_dataset pt --input {root} --output NEW_FOLDER"
-        return f"{root} holds .pt files; turn them into records first: {command}"
-    return f"no dataset at {root}: no dataset_info.json in it; set dataset.root, or prepare it"

@@ -1,8 +1,10 @@
-"""Readers of the shards of a dataset, each an ArrayRecord file."""
+"""Readers of the shards of a dataset, each an ArrayRecord file, and what lies around them."""
 
 import collections
 import threading
 
+import numpy as np
+import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from utils import files
@@ -63,3 +65,37 @@ def unreadable(path, error):
 def damaged(path, reason):
     mend = "delete the file and run the preparation again"
     return f"damaged shard {path}: {files.first_line(reason)}; {mend}"
+
+
+def staged(root, name, split, folder):
+    """The copy of a dataset in a bucket on this machine, without the shards of other splits."""
+    from utils import processes  # late: it brings jax, which readers of a folder do not need
+
+    def wanted(file):
+        return not file.startswith(f"{name}-") or file.startswith(f"{name}-{split}.")
+
+    def bar(done, total):
+        return processes.progress(done, total, "files", f"copy {root}")
+
+    return files.local(root, folder, wanted, bar)
+
+
+def no_dataset(root, name):
+    """What to say where `root` holds no finished dataset."""
+    if not root.is_dir():
+        return f"no dataset at {root}: the folder does not exist; set dataset.root, or prepare it"
+    if any(root.glob(f"{name}-*.array_record-*")):
+        return f"the dataset at {root} is not finished; run its preparation again to complete it"
+    if any(root.glob("*.pt")) or any(root.glob("train/*.pt")):
+        command = f"python -m scripts.prepare_dataset pt --input {root} --output NEW_FOLDER"
+        return f"{root} holds .pt files; turn them into records first: {command}"
+    return f"no dataset at {root}: no dataset_info.json in it; set dataset.root, or prepare it"
+
+
+def further(features, key):
+    """{name: (shape, dtype)} of the tensors beside the sample `key`."""
+    return {
+        name: (tuple(tensor.shape), np.dtype(tensor.np_dtype))
+        for name, tensor in features.items()
+        if name not in (key, "moments_flipped") and type(tensor) is tfds.features.Tensor
+    }
