@@ -5,6 +5,7 @@ import types
 from functools import partial
 
 import jax
+import make
 import numpy as np
 import plain_score
 import pytest
@@ -12,7 +13,10 @@ from inception_writer import random_weights, write_pth
 from jobs import ALONE
 
 import evaluate
+import generator
 import main
+import parts
+from formats import published_pmf
 from metrics import distances, inception, inception_weights, neighbours
 from metrics.reference import load_reference, save_reference
 from utils import dataset
@@ -182,6 +186,31 @@ def test_precision_and_recall_are_those_of_the_images_by_hand(
     expected = neighbours.precision_recall(*pools)
     assert 0 < expected[1] < 1  # else it would say little
     assert (found["precision"], found["recall"]) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_pixels_are_measured_as_they_are(weights, reference, features_of, tmp_path):
+    """Pixel MeanFlow without an autoencoder: the FID of what a generator draws."""
+    sizes = "depth=2 aux_head_depth=1 hidden_size=16 num_heads=2 patch_size=4"
+    words = ["model.cls=pmfDiT", *(f"model.{word}" for word in sizes.split()), "method.name=pixel"]
+    words += ["dataset.image_size=16", "dataset.image_channels=3", "dataset.num_classes=3"]
+    words += ["dataset.vae=none", "sampling.omega=2", "sampling.t_min=0.2"]
+    config = make.config(*words, "training.ema_val=", "training.ema_half_life=500")
+    params = make.params(parts.make(config).module, parts.image_shape(config.dataset), 0.2)
+    published_pmf.export(params, {"500": params}, 7, tmp_path)
+    measured = [f"fid.{word}" for word in (f"cache_ref={reference}", f"inception_weights={weights}",
+                f"num_samples={SAMPLES}", "labels=balanced", "device_batch_size=4")]  # fmt: skip
+    argv = ["--config=configs/load_config.py:default", f"--workdir={tmp_path / 'run'}", ALONE]
+    options = [f"load_from={tmp_path}", "eval_only=True", *words, *measured]
+    assert main.main([*argv, *(f"--config.{word}" for word in options)]) == 0
+    (result,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (result["labels"], result["omega"], result["t_min"]) == ("balanced", 2.0, 0.2)
+    images = generator.load(tmp_path, *words, config="default").sample(np.arange(SAMPLES) % 3)
+    pool = np.asarray(features_of(images)["pool"], np.float64)
+    known = load_reference(reference)
+    moments = pool.mean(0), np.cov(pool, rowvar=False)
+    expected = distances.frechet_distance(*moments, known["mu"], known["sigma"])
+    assert result["fid"] == pytest.approx(expected, rel=1e-3)
 
 
 def expected_labels(count, command):
