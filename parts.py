@@ -63,7 +63,7 @@ class Parts(NamedTuple):
 
     @property
     def frozen(self):
-        """The frozen networks that the objective asks for: name -> `Frozen`."""
+        """Returns the frozen networks that the objective asks for: {name: `Frozen`}."""
         return {name: FROZEN[name] for name in self.method.frozen}
 
     def param_shapes(self):

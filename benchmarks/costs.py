@@ -47,7 +47,7 @@ def frozen_shapes(model):
 
 
 def counted_flops(step, *arguments):
-    """FLOPs of a step over all devices, counted by XLA in the program that is handed to it.
+    """Counts FLOPs of a step over all devices, by XLA, in the program that is handed to it.
 
     Args:
       step: pure, without shardings, and of a network without a loop (`Network.unrolled`), since

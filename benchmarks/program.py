@@ -90,7 +90,7 @@ def total(text):
 
 
 def product_flops(i, defined):
-    """FLOPs of a matrix product or a convolution, 0 for anything else."""
+    """Counts FLOPs of a matrix product or a convolution, 0 for anything else."""
     if "__cudnn$conv" in i.text:
         return convolution_flops(i, defined)
     is_call = i.operation == "custom-call" and re.search("matmul|gemm", i.text)
@@ -103,7 +103,7 @@ def product_flops(i, defined):
 
 
 def convolution_flops(i, defined):
-    """FLOPs of one of cuDNN's convolutions y = w * x, or of its derivative by x or w."""
+    """Counts FLOPs of a convolution of cuDNN, y = w * x, or of its derivative by x or w."""
     arrays = [shapes(defined[name].result)[0] for name in i.operands[:2]]
     result = shapes(i.result)[0]
     y, w = result, arrays[1]

@@ -114,7 +114,7 @@ class Option(NamedTuple):
 
     @property
     def may_change(self):
-        """Whether a run goes on with another value."""
+        """Tells whether a run goes on with another value."""
         return Role.MAY_CHANGE in self.roles
 
     def fault(self, value):

@@ -26,7 +26,7 @@ SAFETENSORS = {
 
 
 def parse(name, content, where):
-    """One latent with what belongs to it: the bytes of a file with an ending of `ITEMS` -> dict.
+    """Reads the bytes of a file of one latent, with an ending of `ITEMS`: {name: value}.
 
     An array alone has the name "". Raises ValueError in a line that begins with `where`.
     """
@@ -47,7 +47,7 @@ def parse(name, content, where):
 
 
 def safetensors(path):
-    """The tensors of a file, mapped: {name: array}."""
+    """Returns the tensors of a file, mapped: {name: array}."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         head = file.read(size) if size < 2**27 else b""
@@ -115,7 +115,7 @@ class Lmdb:
                 raise ValueError(f"{COUNT} is {self.count}, and {there - 1} records are there")
 
     def read(self, number):
-        """Record `number`, a dict. Safe to call from several threads."""
+        """Reads record `number`, a dict. Safe to call from several threads."""
         where = f"{self.path}, record {number}"
         with files.reading(where, "damaged"), self._env.begin() as transaction:
             content = transaction.get(str(number).encode())

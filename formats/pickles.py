@@ -45,7 +45,7 @@ class RefusedError(ValueError):
 
 class _Dict(dict):
     def __setstate__(self, state):
-        """The attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
+        """Returns the attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
 
 
 class _Namespace(dict):

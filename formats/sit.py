@@ -186,7 +186,7 @@ EMBEDDER = ("fc1/kernel", "fc1/bias", "fc2/kernel", "fc2/bias")
 
 
 def _embed(value, kernel1, bias1, kernel2, bias2):
-    """`models.dit.TimeEmbedder` of one number, in float64: (D,)."""
+    """Computes `models.dit.TimeEmbedder` of one number, in float64: (D,)."""
     half = FREQUENCIES // 2
     angle = value * MAX_PERIOD ** -(np.arange(half) / half)
     x = np.concatenate([np.cos(angle), np.sin(angle)]) @ np.float64(kernel1) + bias1

@@ -53,7 +53,7 @@ def load(path):
 
 
 def read(file, path, size):
-    """The same of an open file of `size` bytes, whose name in errors is `path`."""
+    """Reads the same from an open file of `size` bytes, whose name in errors is `path`."""
     try:
         return _load_stream(file, path, size)
     except pickles.RefusedError:
@@ -143,7 +143,7 @@ def _check_inflation(members, path, size):
 
 
 def _load_legacy(file, path, size):
-    """Header, pickle, list of storage keys, then per storage its length and its bytes."""
+    """Reads header, pickle, list of storage keys, then per storage its length and its bytes."""
     try:
         magic = pickles.Unpickler(file, path).load()
     except _DAMAGE:

@@ -106,10 +106,8 @@ def _table(arrays, where):
         ours, theirs = f"blocks/{name.partition('.')[2]}", f"blocks.{{}}.{name}"
         table[f"{ours}/kernel"] = ([f"{theirs}.weight"], shape)
         table[f"{ours}/bias"] = ([f"{theirs}.bias"], shape[:1])
-    for ours, theirs in (
-        ("norm", "norm"),
-        *((f"blocks/norm{i}", f"blocks.{{}}.norm{i}") for i in "12"),
-    ):
+    norms = {"norm": "norm", "blocks/norm1": "blocks.{}.norm1", "blocks/norm2": "blocks.{}.norm2"}
+    for ours, theirs in norms.items():
         table[f"{ours}/scale"] = ([f"{theirs}.weight"], (width,))
         table[f"{ours}/bias"] = ([f"{theirs}.bias"], (width,))
     return table | {f"blocks/ls{i}": ([f"blocks.{{}}.ls{i}.gamma"], (width,)) for i in "12"}

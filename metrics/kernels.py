@@ -42,7 +42,7 @@ def check_subsets(count, what, subset_size=SUBSET_SIZE):
 
 
 def subset_rows(num_generated, num_reference, subsets, subset_size, seed):
-    """Pairs of rows of the two sets, a pair for each subset; see `kid`."""
+    """Yields pairs of rows of the two sets, a pair for each subset; see `kid`."""
     check_subsets(num_generated, "generated samples", subset_size)
     check_subsets(num_reference, "reference samples", subset_size)
     random = np.random.RandomState(seed)

@@ -50,7 +50,7 @@ class Reference:
             check_records(options, records, score.image_shape)
 
     def statistics(self):
-        """As `load_reference` returns them; also sees to what `pool` returns.
+        """Returns them as `load_reference` does; also sees to what `pool` returns.
 
         Raises:
           ValueError: fewer images than a metric needs.

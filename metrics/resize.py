@@ -66,7 +66,7 @@ def bicubic(size, out):
 
 
 def pil_bicubic(images, out):
-    """Pillow's `resize((out, out), BICUBIC)` of images uint8 (N, H, W, C), bit by bit.
+    """Resizes uint8 (N, H, W, C) as Pillow's `resize((out, out), BICUBIC)`, bit by bit.
 
     Columns first, then rows; after each of the two the values are rounded and clipped to uint8.
     Whole numbers throughout, so the devices agree.

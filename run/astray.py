@@ -32,7 +32,7 @@ def check(path):
 
 
 def _holds(place):
-    """Whether a folder holds weights that are read, or is the folder's one file of them."""
+    """Tells whether a folder holds weights that are read, or is the folder's one file of them."""
     try:
         known = layout.steps(place) or hugging_face.find(place) or published_imf.find(place)
         return bool(known or (place.is_dir() and published.is_published(place)))
@@ -54,7 +54,7 @@ def _kind(place):
 
 
 def _above(place):
-    """The nearest folder above a path that holds weights; or None."""
+    """Returns the nearest folder above a path that holds weights; or None."""
     return next((above for above in list(place.parents)[:NEAR] if _holds(above)), None)
 
 

@@ -16,7 +16,7 @@ SHARED_TIMEOUT = 60.0  # seconds in which a new file must be seen by all process
 
 
 def make(workdir):
-    """The folder of a run, made if need be.
+    """Makes the folder of a run, if need be, and returns it.
 
     Raises:
       ValueError: it cannot be made or written to, in one line.

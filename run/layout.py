@@ -43,22 +43,22 @@ GRID = re.compile(r"(grid|steps|guidance)_(\d{8,10})(?:_(.+))?\.png")  # see gri
 
 
 def folder(workdir):
-    """Where the checkpoints of a run lie."""
+    """Returns where the checkpoints of a run lie."""
     return files.path(workdir) / CHECKPOINTS
 
 
 def snapshots(workdir):
-    """Where the snapshots of a run lie: a folder like a run's own."""
+    """Returns where the snapshots of a run lie: a folder like a run's own."""
     return files.path(workdir) / SNAPSHOTS
 
 
 def checkpoint_path(workdir, step):
-    """The folder of one checkpoint."""
+    """Returns the folder of one checkpoint."""
     return files.absolute(folder(workdir) / str(step))
 
 
 def damaged_path(workdir, step):
-    """A free name for a checkpoint that is damaged."""
+    """Returns a free name for a checkpoint that is damaged."""
     path = folder(workdir) / f"damaged-{step}"
     while path.exists():
         path = path.with_name(f"{path.name}-again")
@@ -77,7 +77,7 @@ def steps(workdir):
 
 
 def ends_by_file(workdir):
-    """Whether a checkpoint is complete when a file says so, not when it has its name.
+    """Tells whether a checkpoint is complete when a file says so, not when it has its name.
 
     So in a bucket, and where run/folder.py saw that folders cannot be renamed; the note of that
     holds for the folders of a run's form within, too.
@@ -88,7 +88,7 @@ def ends_by_file(workdir):
 
 
 def options(workdir):
-    """The options of a run, nested, as its newest checkpoint has them, or None."""
+    """Reads the options of a run, nested, from its newest checkpoint; or None."""
     for step in reversed(steps(workdir)):
         try:
             found = json.loads((checkpoint_path(workdir, step) / "config" / "metadata").read_text())
@@ -100,7 +100,7 @@ def options(workdir):
 
 
 def metric_lines(workdir):
-    """The lines of metrics.jsonl, and how many more are no lines of metrics.
+    """Reads the lines of metrics.jsonl, and counts those that are none.
 
     Of two lines of one step that have the same name the later counts, as whoever reads them in
     order finds. A run that writes, or that was killed, may have a half-written last line.
@@ -126,7 +126,7 @@ def metric_lines(workdir):
 
 
 def grids(workdir):
-    """The sample grids of a run: {what is special about them, mostly "": {step: path}}."""
+    """Lists the sample grids of a run: {what is special, mostly "": {step: path}}."""
     found = {}
     for path in sorted((files.path(workdir) / SAMPLES).glob("*.png")):
         if match := GRID.fullmatch(path.name):

@@ -143,7 +143,7 @@ class MetricWriter:
 
 
 def _next_events(workdir):
-    """A new file of events, behind all that are there: they are read in the order of their names.
+    """Names a new file of events, behind all others: they are read in the order of their names.
 
     The names begin with a second by custom. Clocks differ between machines and are set back, so
     the second is at least the one after the last.
@@ -165,7 +165,7 @@ def _wandb_module():
 
 
 def _start_wandb(project, workdir):
-    """The run of Weights & Biases that belongs to a workdir; its id is kept there, to resume it."""
+    """Starts or resumes the run of Weights & Biases of a workdir, whose id is kept there."""
     wandb, path = _wandb_module(), workdir / layout.WANDB
     known = path.read_text() if path.exists() else None
     place = None if files.is_remote(workdir) else str(workdir)

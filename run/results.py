@@ -16,17 +16,17 @@ GUIDANCE = ("omega", "t_min", "t_max")
 
 
 def numbers(result):
-    """The metrics of a result, name -> float; everything else says what they depend on."""
+    """Returns the metrics of a result, {name: float}; the rest says what they depend on."""
     return {name: result[name] for name in evaluators.NUMBERS if name in result}
 
 
 def settings(result):
-    """What the metrics of a result depend on."""
+    """Returns what the metrics of a result depend on."""
     return {name: value for name, value in result.items() if name not in evaluators.NUMBERS}
 
 
 def guidance_of(result):
-    """The guidance of a result, where there was one: name -> float."""
+    """Returns the guidance of a result, where there was one: {name: float}."""
     return {name: result[name] for name in GUIDANCE if name in result}
 
 
@@ -59,7 +59,7 @@ def measure(result, metric):
 
 
 def report(result):
-    """One result as a line for people."""
+    """Writes one result as a line for people."""
     count = result["num_samples"]
     found = ", ".join(
         f"{evaluators.tag(name, count)} {value:.4f}" for name, value in numbers(result).items()
@@ -78,7 +78,7 @@ def _sampler(result):
 
 
 def metric_name(result):
-    """What follows `fid/` and the others in the name of a metric: "ema_1step"."""
+    """Returns what follows `fid/` and the others in the name of a metric: "ema_1step"."""
     guidance = [f"{name}{value:g}" for name, value in guidance_of(result).items()]
     steps = f"{result['num_steps']}step{_sampler(result).replace(' ', '_')}"
     return "_".join([result["weights"], steps, *guidance])
@@ -94,12 +94,12 @@ def scalars(results):
 
 
 def is_score(name):
-    """Whether a name in the log is one of those that `scalars` gives."""
+    """Tells whether a name in the log is one of those that `scalars` gives."""
     return bool(re.search(r"/.*_\d+step", name))
 
 
 def table(results):
-    """Several results as a table for people, the best first: a line for each."""
+    """Writes several results as a table for people, the best first: a line for each."""
     guidance = [name for name in GUIDANCE if name in results[0]]
     lines = [["weights", "sampler", "steps", *guidance, *numbers(results[0])]]
     for result in by_first_metric(results):
@@ -143,7 +143,7 @@ def plot(results, path):
 
 
 def _lines(results):
-    """The name of the axis, and {label: [(x, y), ...]} with two different x at least, or {}."""
+    """Returns the axis, and {label: [(x, y), ...]} with two different x at least, or {}."""
     first = next(iter(numbers(results[0])))
     for axis, value_of in (("omega", lambda r: r.get("omega")), ("sigma_rel", _sigma)):
         points = [(value_of(result), result) for result in results]
@@ -173,7 +173,7 @@ def _sigma(result):
 
 
 def load(workdir):
-    """The results in WORKDIR/results.json, [] where there are none.
+    """Reads the results in WORKDIR/results.json, [] where there are none.
 
     Raises:
       ValueError: it is no list of results.
@@ -191,7 +191,7 @@ def load(workdir):
 
 
 def find(workdir, described, names):
-    """The stored result with these settings and all metrics `names`, or None. All processes ask."""
+    """Finds the result with these settings and all metrics `names`, or None. All processes ask."""
     from utils import processes  # late: it brings jax, which readers of the file do not need
 
     found = None

@@ -39,7 +39,7 @@ class Controls(NamedTuple):
 
 
 def controls(model, columns):
-    """The `Controls` of a `generator.Generator`, for a grid of so many columns."""
+    """Returns the `Controls` of a `generator.Generator`, for a grid of so many columns."""
     import sample
 
     config, omega = model.config, None
@@ -53,7 +53,7 @@ def controls(model, columns):
 
 
 def answer(model, offered, label=None, seed=0, num_steps=1, omega=None):
-    """A grid of images, and a line about it.
+    """Draws a grid of images, and tells a line about it.
 
     Args:
       model: `generator.Generator`.
@@ -96,7 +96,7 @@ def _is_number(value):
 
 
 def label_of(choice):
-    """What the page says of the class -> a class as a number, or None: every class."""
+    """Turns the class of the page into a number, or None: every class."""
     return None if choice in (None, EVERY) else int(choice)
 
 
@@ -114,7 +114,7 @@ def check_address(host, port):
 
 
 def page(gradio, model, offered, title):
-    """The page as a `gradio.Blocks`."""
+    """Returns the page as a `gradio.Blocks`."""
 
     def draw(choice, seed, num_steps, omega=None):
         try:

@@ -25,7 +25,7 @@ SHUFFLE_SEED = 2020
 
 
 def open_images(path, notes):
-    """(read, count, image shape): `read(index)` gives images number `index` (N,) as uint8.
+    """Returns (read, count, image shape): `read(index)` gives images number `index` (N,) as uint8.
 
     notes: a `pictures.Notes` of what is done to pictures.
 
@@ -48,7 +48,7 @@ def open_images(path, notes):
 
 
 def open_folder(path, notes):
-    """`open_images` of a folder of pictures, those in deeper folders too."""
+    """Opens a folder of pictures as `open_images`, those in deeper folders too."""
     listing = pictures.Listing()
     files = pictures.below(path, listing)
     grids = [file for file in files if file.name == "grid.png"]  # of the sampling job
@@ -83,7 +83,7 @@ def open_folder(path, notes):
 
 
 def read_npz(path):
-    """The images of an npz, uint8 (N, H, W, C); they stay in the file until they are asked for."""
+    """Maps the images of an npz, uint8 (N, H, W, C); they are read when they are asked for."""
     try:
         with path.open("rb") as file:
             if file.read(len(npy.MAGIC)) == npy.MAGIC:
@@ -109,7 +109,7 @@ def read_npz(path):
 
 
 def shuffled(read, count):
-    """`read` in another order: images often come sorted by class, and the Inception score compares
+    """Reorders `read`: images often come sorted by class, and the Inception score compares
     tenths of them. The order is that of torch-fidelity."""
     order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
     return lambda index: read(order[index])

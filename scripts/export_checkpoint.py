@@ -99,7 +99,7 @@ def export_safetensors(source, folder, step=None, *, weights="ema", license="unk
 
 
 def all_options(saved):
-    """All options of a run, nested: one that it does not name had its default."""
+    """Returns all options of a run, nested: one that it does not name had its default."""
     nested = {}
     for name, value in of_run(saved).items():
         section, _, key = name.rpartition(".")
@@ -108,7 +108,7 @@ def all_options(saved):
 
 
 def command(saved):
-    """The command that trains a run with these options, without what belongs to one machine."""
+    """Writes the command that trains with these options, without what belongs to one machine."""
     usual = flat(default.get_config())
     words = ["python main.py --workdir=WORKDIR --config=configs/load_config.py:default"]
     for name, value in of_run(hugging_face.portable(all_options(saved))).items():
@@ -118,7 +118,7 @@ def command(saved):
 
 
 def measured(source, checksum):
-    """What results.json beside a run says of the weights with this checksum, as lines."""
+    """Returns what results.json beside a run says of the weights with this checksum, as lines."""
     folder = files.path(source)
     folders = [folder, folder.parent] if folder.name == layout.BEST else [folder]
     known = [r for place in folders for r in results.load(place) if isinstance(r, dict)]
@@ -156,7 +156,7 @@ def export_sit(source, folder, step=None, *, weights="ema", steps=None, omega=No
 
 
 def constants(model, steps, omega=None):
-    """What the embedders beside that of t are told throughout sampling: {name: number}.
+    """Returns what the embedders beside that of t are told throughout sampling: {name: number}.
 
     Raises:
       ValueError: a network that is told more than t in so many steps.

@@ -109,7 +109,7 @@ def parse(argv):
 
 
 def _add_images(add):
-    """What encodes images, or stores their pixels."""
+    """Adds the commands that encode images, or store their pixels."""
     folders = add("images", help="a folder of images, or a .zip: in class folders, or with a list")
     folders.add_argument(
         "--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/; docs/data.md"
@@ -170,7 +170,7 @@ def _add_images(add):
 
 
 def _add_latents(add):
-    """What stores latents that are there."""
+    """Adds the commands that store latents."""
     files = add("pt", help="a folder of published .pt latents")
     files.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
     files.add_argument("--num_classes", type=int, default=1000)
@@ -199,7 +199,7 @@ def _add_conditions(command):
 
 
 def _add_form(command, scaled_by=1.0):
-    """What arrays of latents hold."""
+    """Adds the options of what arrays of latents hold."""
     command.add_argument("--layout", choices=("auto", "nhwc", "nchw"), default="auto")
     contents = ("auto", "moments", "log_moments", "samples")
     command.add_argument("--content", choices=contents, default="auto")
@@ -229,7 +229,7 @@ def _add_background(command):
 
 
 def _add_labels(command):
-    """Where labels are to be from."""
+    """Adds the options of where labels are from."""
     command.add_argument(
         "--labels", choices=("auto", "folders", "none"), default="auto",
         help="auto: a list such as dataset.json, else the class folders",
@@ -238,7 +238,7 @@ def _add_labels(command):
 
 
 def _add_shared(command):
-    """What all commands have whose work can be shared."""
+    """Adds the options of all commands whose work can be shared."""
     command.add_argument("--output", required=True, help="folder of the records")
     command.add_argument("--records_per_shard", type=_positive, default=4096)
     command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)

@@ -281,7 +281,7 @@ def test_both_forms_of_the_weights_are_the_same(tmp_path, published, monkeypatch
         ({"norm.bias": None}, r"missing: norm\.bias"),
         ({"head.weight": np.zeros(3, np.float32)}, r"left over: head\.weight"),
         ({"blocks.0.ls1.gamma": np.zeros(7, np.float32)}, r"blocks\.0\.ls1\.gamma \(7,\) instead"),
-        ({"pos_embed": None}, "no pos_embed of 3 axes"),
+        ({"pos_embed": None}, "missing or misshapen: pos_embed"),
         (
             {"norm.bias": np.full(32, np.nan, np.float32)},
             "norm.bias has values that are not finite",

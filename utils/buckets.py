@@ -35,7 +35,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 @functools.cache
 def filesystem():
-    """gcsfs' file system, which keeps no listings; etils.epath has its own with the same settings.
+    """Returns gcsfs' file system, which keeps no listings, as etils.epath has it.
 
     Raises:
       ValueError: gcsfs is not installed.
@@ -55,7 +55,7 @@ def filesystem():
 
 
 def is_address(name, what=""):
-    """Whether a name is one in a bucket, gs://BUCKET/...
+    """Tells whether a name is one in a bucket, gs://BUCKET/...
 
     Raises:
       ValueError: an address of another kind; `what` is put in front.
@@ -69,7 +69,7 @@ def is_address(name, what=""):
 
 
 def path(name):
-    """The path of an object, as `etils.epath` has it; `name` begins with gs://."""
+    """Returns the path of an object, as `etils.epath` has it; `name` begins with gs://."""
     bucket = name.removeprefix(SCHEME).partition("/")[0]
     if not bucket:
         raise ValueError(f"{name}: expected {SCHEME}BUCKET/...")
@@ -117,7 +117,7 @@ def explained(place):
 
 
 def reason(error):
-    """What a bucket said, where an exception comes of that and not of what an object holds; ""."""
+    """Returns what a bucket said, if an exception comes of that and not of an object; or ""."""
     while error is not None:
         text, kind = str(error).strip(), type(error)
         line = (text or kind.__name__).splitlines()[-1][:200]
@@ -171,7 +171,7 @@ def upload(local, remote):
 
 
 def last(name):
-    """The place of a name in the order: what makes a folder complete comes last, outermost last."""
+    """Places a name in the order: what makes a folder complete comes last, outermost last."""
     return name.rpartition("/")[2] in LAST, -name.count("/")
 
 
@@ -232,7 +232,7 @@ def _place(local, name):
 
 
 def _note(local, name):
-    """The file that says which object a copy is of, beside the folder of copies."""
+    """Returns the file that says which object a copy is of, beside the folder of copies."""
     return local.with_name(f".{local.name}.objects") / f"{name}.object"
 
 

@@ -56,7 +56,7 @@ def check_flags(coordinator_address, num_processes, process_id):
 
 
 def find(timeout, described=False):
-    """The `Job` that the environment announces; None where there is none, or it does not say all.
+    """Returns the `Job` of the environment; None where there is none, or it does not say all.
 
     What is announced and cannot be read is no reason not to run: it is said in a line, unless the
     user has `described` the job.
@@ -99,12 +99,12 @@ def find(timeout, described=False):
 
 
 def own_devices(found):
-    """The numbers of this process's GPUs; None for all, or where jax's own variable names them."""
+    """Numbers this process's GPUs; None for all, or where jax's own variable names them."""
     return None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found
 
 
 def gpus_of_task(environ):
-    """The numbers of the GPUs of a task of SLURM among those that it sees; None: all of them.
+    """Numbers the GPUs of a task of SLURM among those that it sees; None: all of them.
 
     A task whose GPUs are its own (`--gpus-per-task`, `--gpu-bind`) sees no others.
     """
@@ -115,7 +115,7 @@ def gpus_of_task(environ):
 
 
 def share(environ, tasks, number, there=0):
-    """The numbers of the GPUs of process `number` of the `tasks` on this machine; None: all.
+    """Numbers the GPUs of process `number` of the `tasks` on this machine; None: all.
 
     Those that a process sees are shared evenly, in order. One that sees a single GPU, or is alone,
     takes what it sees; where nothing tells how many there are, there is one for each.
@@ -143,7 +143,7 @@ def _tasks_on_node(environ):
 
 
 def _open_mpi_5(environ, name):
-    """The job of an `mpirun` of Open MPI 5, which names its host in PMIX_NAMESPACE.
+    """Returns the job of an `mpirun` of Open MPI 5, which names its host in PMIX_NAMESPACE.
 
     As jax does for version 4: process 0 is taken to run where mpirun does, and the port to follow
     from what tells one mpirun from another.
@@ -162,7 +162,7 @@ def _gpus_of_rank(environ):
 
 
 def _by_torch_names(environ, name):
-    """The job that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe; None without them."""
+    """Returns the job of WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; None without them."""
     if not {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return None
     tasks, number = environ.get("LOCAL_WORLD_SIZE", 1), environ.get("LOCAL_RANK", 0)
@@ -174,7 +174,7 @@ def _by_torch_names(environ, name):
 
 
 def announcement(job, timeout):
-    """What is said at once about a job that the user has not described."""
+    """Says at once what a job is that the user has not described."""
     return (
         f"{job.name} announced {job.count} processes, and this one as number {job.index}: waiting "
         f"up to {timeout} s for the others at {job.address}{alone(job)}"
@@ -182,7 +182,7 @@ def announcement(job, timeout):
 
 
 def alone(job):
-    """How to run without the others."""
+    """Says how to run without the others."""
     started = "; srun starts them all" if job.name == NAMES["SlurmCluster"] else ""
     return f"{started}; --num_processes=1 runs this one alone"
 

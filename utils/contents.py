@@ -27,7 +27,7 @@ def _note(path):
 
 
 def of_shards(paths, read):
-    """The digest of the records of all shards; `read(path)` gives the records of one as bytes."""
+    """Digests the records of all shards; `read(path)` returns the records of one as bytes."""
     total = identity.Sum()
     for path in paths:
         try:
@@ -45,7 +45,7 @@ def forget(root, name):
 
 
 def of_records(records, description):
-    """The identity of opened records: what `description`, JSON, says of them, and their `sample`.
+    """Identifies opened records: by what `description`, JSON, says of them, and a sample.
 
     Reads some of them.
     """

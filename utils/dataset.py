@@ -231,7 +231,7 @@ class Records:
         return dataclasses.replace(self, wanted=wanted)
 
     def read(self, indices, flipped=True):
-        """Records number `indices` (n,) -> {key: (n, h, w, c'), "label": int32 (n,)}.
+        """Reads records number `indices` (n,): {key: (n, h, w, c'), "label": int32 (n,)}.
 
         Without classes all labels are 0. Safe to call from several threads. With `flipped`,
         `moments_flipped` too, where stored; and what is `wanted`. Raises ValueError naming the

@@ -80,7 +80,7 @@ def _switched(name, value):
 
 
 def describe():
-    """What the numbers of this process depend on beside options and data: a dict for JSON."""
+    """Tells what numbers depend on beside options and data, as a dict for JSON."""
     return {
         "generator": str(jax.config.jax_default_prng_impl),
         "partitionable": bool(getattr(jax.config, "jax_threefry_partitionable", True)),
@@ -94,7 +94,7 @@ def describe():
 
 
 def installed():
-    """The versions this process runs with, {name: version}: of the packages that requirements.txt
+    """Returns the versions at work, {name: version}: of the packages that requirements.txt
     names, of all that these need in turn, and of what makes jax run on the devices."""
     # Each time that a distribution is asked for its metadata it reads the file.
     files = [found.metadata for found in importlib.metadata.distributions()]
@@ -114,5 +114,5 @@ def installed():
 
 
 def normal(name):
-    """A package's name as all its spellings are compared (packaging.python.org, PEP 503)."""
+    """Spells a package's name as names are compared (packaging.python.org, PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()

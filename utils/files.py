@@ -39,7 +39,7 @@ ROOM = (errno.ENOSPC, errno.EDQUOT)  # too little of it
 
 
 def path(name):
-    """The path of a file or folder on a file system, or in a bucket: gs://BUCKET/...
+    """Returns the path of a file or folder on a file system, or in a bucket: gs://BUCKET/...
 
     Raises:
       ValueError: an address of another kind; or gcsfs is not installed.
@@ -57,22 +57,22 @@ def check_arguments(args):
 
 
 def is_remote(path):
-    """Whether a path, from `path`, is in a bucket."""
+    """Tells whether a path, from `path`, is in a bucket."""
     return str(path).startswith(buckets.SCHEME)
 
 
 def user_path(name):
-    """A path as a user writes it, `~` expanded where it is known whose home that is."""
+    """Expands `~` in a path as a user writes it, where it is known whose home that is."""
     return path(os.path.expanduser(name))
 
 
 def absolute(path):
-    """A path that does not depend on the folder in which the process runs."""
+    """Makes a path independent of the folder in which the process runs."""
     return path if is_remote(path) else path.absolute()
 
 
 def cache_folder():
-    """Where is kept what can be had again: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
+    """Returns where copies are kept: `meanflow` in $XDG_CACHE_HOME, else in ~/.cache.
 
     A user without a home has no such folder: the path then begins with `~`, and nothing is kept.
     """
@@ -80,7 +80,7 @@ def cache_folder():
 
 
 def local(name, folder=None, wanted=lambda name: True, progress=None):
-    """A file or folder on this machine: the path itself, or a copy of what is in a bucket.
+    """Brings a file or folder onto this machine: the path itself, or a copy from a bucket.
 
     The copy is made once for all processes of a machine, and again where the bucket has another
     object; see `buckets.stage`.
@@ -126,17 +126,17 @@ def check_writable(path):
 
 
 def names(folder):
-    """The names in a folder, a set, empty where there is none."""
+    """Returns the names in a folder, a set, empty where there is none."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def size(path):
-    """Bytes of a file."""
+    """Returns the bytes of a file."""
     return path.stat().length if is_remote(path) else path.stat().st_size
 
 
 def free(folder):
-    """Bytes that can still be written into a folder."""
+    """Returns the bytes that can still be written into a folder."""
     return float("inf") if is_remote(folder) else shutil.disk_usage(folder).free
 
 
@@ -225,7 +225,7 @@ def outgoing(name):
 
 
 def append(path):
-    """The file to open for what grows at `path`, or the folder: it lies on this machine.
+    """Returns the file to open for what grows at `path`, or the folder: it lies on this machine.
 
     For a bucket it is put there every minute and by `sync`; what is there already is fetched.
     """
@@ -258,7 +258,7 @@ sync_soon = mirrors.soon  # without waiting for it
 
 
 def link(source, target):
-    """A folder again under another name, whole or not at all; its files take no more room, where
+    """Gives a folder a second name, whole or not at all; its files take no more room, where
     the file system has second names for one file."""
     if is_remote(target):
         return buckets.copy(source, target)
@@ -307,7 +307,7 @@ def first_line(error):
 
 
 def system_reason(error):
-    """What the system said, where an exception comes of that and not of what a file holds; or "".
+    """Returns what the system said, if an exception comes of that and not of a file; or "".
 
     Libraries put it into exceptions of their own, as a cause or as words.
     """

@@ -11,7 +11,7 @@ NO_RENAMES = (errno.EMFILE, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP)  # of f
 
 
 def link(source, target):
-    """A second name for a file, which takes no room, or a copy where there can be none."""
+    """Gives a file a second name, which takes no room; or copies it, where there can be none."""
     try:
         os.link(source, target)
     except OSError:
@@ -40,7 +40,7 @@ def copy(source, target, file=shutil.copy2):
 
 
 def renames_folders(folder):
-    """Whether the file system of a folder can rename one that is not empty."""
+    """Tells whether the file system of a folder can rename one that is not empty."""
     probe = folder / f"unfinished-probe-{socket.gethostname()}-{os.getpid()}"
     renamed = probe.with_name(f"{probe.name}-renamed")
     try:

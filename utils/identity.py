@@ -23,7 +23,7 @@ OF_RECORDS = (
 
 
 def of_arrays(tree, *more):
-    """Digest (hex) of a nested dict of arrays, and of whatever else `repr` tells apart."""
+    """Digests (hex) a nested dict of arrays, and whatever else `repr` tells apart."""
     total = hashlib.sha256(repr(more).encode())
     for name, value in sorted(trees.flatten(tree).items()):
         value = np.ascontiguousarray(value)
@@ -55,7 +55,7 @@ class Sum:
 
 
 def differences(before, now, names=None):
-    """{name: "name A, now B"} for what both sides say and say differently.
+    """Returns {name: "name A, now B"} for what both sides say and say differently.
 
     Args:
       names: which entries to compare; None: all.

@@ -29,12 +29,12 @@ def center_crop(image, size):
 
 
 def to_float(images):
-    """uint8 [0, 255] -> float32 [-1, 1], numpy or jax, any shape."""
+    """Turns uint8 [0, 255] into float32 [-1, 1], numpy or jax, any shape."""
     return images.astype("float32") / 127.5 - 1
 
 
 def to_uint8(images, rounding="nearest"):
-    """float [-1, 1] -> uint8, numpy or jax, any shape.
+    """Turns float [-1, 1] into uint8, numpy or jax, any shape.
 
     `nearest`: `clip(127.5 x + 128, 0, 255)` truncated, the published sampler's; it is the inverse
     of `to_float` on its values. `down`: `clip(127.5 (x + 1), 0, 255)` truncated, ADM's, half a

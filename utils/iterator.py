@@ -64,7 +64,7 @@ class RecordIterator:
         return self._records.read(self._draws(start, stop), self._flipped)
 
     def _draws(self, start, stop):
-        """The numbers of the records of draws [start, stop)."""
+        """Returns the numbers of the records of draws [start, stop)."""
         count = self._records.num_records
         return shuffled_indices(start, stop, count, self._seed, self._keyed)
 
@@ -106,7 +106,7 @@ class RecordIterator:
         return batch
 
     def get_state(self):
-        """The place: the number of records drawn so far by all processes, and what fixes them."""
+        """Returns the place: the number of records drawn by all processes, and what fixes them."""
         count = self._records.num_records
         place = {"position": self._position, "seed": self._seed, "num_records": count}
         return place | ({"keyed": True} if self._keyed else {})

@@ -117,7 +117,7 @@ class Lease:
         return True
 
     def _is_gone(self, value):
-        """Whether the process that holds it ran on this machine and does not any more."""
+        """Tells whether the process that holds it ran on this machine and does not any more."""
         now = _process(value.get("process"))
         return value.get("host") == now["host"] and value.get("began") != now["began"]
 
@@ -139,7 +139,7 @@ def _is_local(value):
 
 
 def _process(number):
-    """What tells a process of this machine from others: its host, its number and its beginning."""
+    """Names a process of this machine: by its host, its number and its beginning."""
     began = None
     with contextlib.suppress(OSError, IndexError):
         began = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]

@@ -23,7 +23,7 @@ class _Mirror:
         self._folder = None
 
     def add(self, remote, local=None):
-        """The file or folder that is put in the place of `remote`; what is there is fetched first.
+        """Returns the file or folder in the place of `remote`; fetches first what is there.
 
         Args:
           remote: an `etils.epath` path.

@@ -15,7 +15,7 @@ CHUNK = 2**20
 
 
 def parse(content):
-    """The bytes of a `.npy` -> its array, which shares their memory.
+    """Reads the array in the bytes of a `.npy`; it shares their memory.
 
     Raises:
       ValueError: no array, one of Python's objects, or a cut one.
@@ -29,7 +29,7 @@ def parse(content):
 
 
 def header(head):
-    """The beginning of a `.npy` -> (where the numbers begin, shape, Fortran's order, dtype)."""
+    """Reads the beginning of a `.npy`: (where numbers begin, shape, Fortran's order, dtype)."""
     if head[:6] != MAGIC:
         raise ValueError(f"no .npy but {_kind(head)}")
     if len(head) < 12:
@@ -43,7 +43,7 @@ def header(head):
 
 
 def _kind(head):
-    """What a file is that begins with these bytes, for people."""
+    """Says for people what a file is that begins with these bytes."""
     known = {MAGIC: "a .npy", b"PK": "a .npz or .zip", b"\x80": "a pickle"}
     return next((kind for first, kind in known.items() if head.startswith(first)),
                 f"something that begins with {bytes(head[:6])!r}" if head else "empty")  # fmt: skip
@@ -59,7 +59,7 @@ def _described(text):
 
 
 def mapped(path, offset=0):
-    """The array of a `.npy`, or of one that begins within a file, mapped into memory.
+    """Maps the array of a `.npy`, or of one that begins within a file, into memory.
 
     path: of a file, or one that is opened.
     """
@@ -82,7 +82,7 @@ def release(array):
 
 
 def load_npz(path):
-    """`numpy.load` of a `.npz`, without pickles; a ValueError says what else is there."""
+    """Opens a `.npz` as `numpy.load`, without pickles; a ValueError says what else is there."""
     with open(path, "rb") as file:
         head = file.read(len(MAGIC))
     if not head.startswith(b"PK"):
@@ -91,13 +91,13 @@ def load_npz(path):
 
 
 def names(path):
-    """What the arrays of a `.npz` are called."""
+    """Lists the arrays of a `.npz`."""
     with zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def member(path, name):
-    """One array of a `.npz`, mapped; a compressed one is inflated into a file without a name.
+    """Maps an array of a `.npz`; a compressed one is inflated into a file without a name.
 
     Raises:
       KeyError: no such array; zipfile.BadZipFile: its checksum is another.
@@ -119,7 +119,7 @@ def member(path, name):
 
 
 def header_of_member(path, name):
-    """Shape and dtype of an array of a `.npz`, of which no more is read."""
+    """Reads shape and dtype of an array of a `.npz`, and no more."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         _, shape, _, dtype = header(file.read(2**16))
     return shape, dtype

@@ -16,7 +16,7 @@ _ROUNDS = 4
 
 
 def shuffled_indices(start, stop, num_records, seed, keyed=False):
-    """The record indices of draws [start, stop), int64, each epoch in an order of its own."""
+    """Returns the records of draws [start, stop), int64, each epoch in an order of its own."""
     permutation = _keyed if keyed else _stored
     parts = []
     for epoch in range(start // num_records, (stop - 1) // num_records + 1):
@@ -77,7 +77,7 @@ def _keyed(begin, end, num_records, key):
 
 
 def _hash(x):
-    """64 bits into 64 bits, every one of which depends on all (splitmix64, Steele et al. 2014)."""
+    """Mixes 64 bits into 64, every one of which depends on all (splitmix64, Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

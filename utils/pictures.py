@@ -38,12 +38,12 @@ class Listing:
 
 
 def is_ours(name):
-    """Whether a person put something of this name there, not a system or a program."""
+    """Tells whether a person put something of this name there, not a system or a program."""
     return not name.startswith(".") and name.casefold() not in SYSTEM_NAMES
 
 
 def entries(folder, listing, links_matter=True):
-    """The names in a folder that people put there, sorted: (folders, files).
+    """Lists the names in a folder that people put there, sorted: (folders, files).
 
     Args:
       links_matter: whether a link to nothing may stand for a folder, and is refused.
@@ -80,7 +80,7 @@ def check_name(folder, name):
 
 
 def wanted(folder, names, listing, extensions=EXTENSIONS):
-    """Those of the names of files that have one of the endings; the others are left out."""
+    """Filters names of files by their endings; the others are left out."""
     found = [name for name in names if name.lower().endswith(extensions)]
     for name in sorted({*names}.difference(found)):
         ending = os.path.splitext(name)[1]
@@ -90,7 +90,7 @@ def wanted(folder, names, listing, extensions=EXTENSIONS):
 
 
 def below(folder, listing, extensions=EXTENSIONS, seen=()):
-    """The paths of the pictures in a folder and in all folders below it, sorted."""
+    """Lists the pictures in a folder and in all folders below it: paths, sorted."""
     here = os.path.realpath(folder)
     if here in seen:
         raise ValueError(f"{folder} is a link to a folder that it is in")
@@ -111,7 +111,7 @@ class Notes:
         self.say, self._paths, self._largest = say, collections.defaultdict(set), {}
 
     def tell(self, line, path, value=None):
-        """value: a number of the picture of which the largest is told in the end."""
+        """Notes a line about a picture, and a number of which the largest is told in the end."""
         if line not in self._paths:
             self.say(f"{path}, and maybe others, {line}")
         self._paths[line].add(path)
@@ -131,7 +131,7 @@ class Notes:
 
 
 def read(path, turn=False, notes=None, file=None, background=None):
-    """A picture of 8 bits, a PIL image in mode L or RGB, whatever the file holds.
+    """Reads a picture of 8 bits, a PIL image in mode L or RGB, whatever the file holds.
 
     16 bits become 8 by 1 / 257; palettes and CMYK become RGB.
 
@@ -157,7 +157,7 @@ def read(path, turn=False, notes=None, file=None, background=None):
 
 @contextlib.contextmanager
 def _opened(path, file=None):
-    """The picture by its content (ImageNet has a PNG named JPEG); one line for all that fails."""
+    """Opens a picture by its content (ImageNet has a PNG named JPEG); all errors in one line."""
     try:
         with Image.open(file or path) as image:
             yield image
@@ -202,11 +202,11 @@ def _eight_bits(image, kind, notes, background, deep):
 
 
 def is_gray(image):
-    """Whether `read` makes an opened picture, of which the header is enough, one of mode L."""
+    """Tells whether `read` makes an opened picture, by its header, one of mode L."""
     return image.mode == "L" or image.mode.startswith("I")
 
 
 def shape(path):
-    """(height, width, 1 or 3) of what `read` makes of a file, from its header; raises as it."""
+    """Returns (height, width, 1 or 3) of what `read` makes of a file, by its header."""
     with _opened(path) as image:
         return image.height, image.width, 1 if is_gray(image) else 3

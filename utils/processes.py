@@ -102,7 +102,7 @@ def join(
 
 
 def is_writer():
-    """Whether this process is the one that writes files and prints."""
+    """Tells whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
@@ -110,7 +110,7 @@ def is_writer():
 
 
 def progress(iterable, total, unit, name=None, shown=True):
-    """A bar with speed and time left; in a log file a line every half minute."""
+    """Shows a bar with speed and time left; in a log file a line every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable, name, total, unit=f" {unit}", smoothing=0.05, leave=name is None,
@@ -122,7 +122,7 @@ _questions = itertools.count()
 
 
 def from_writer(value):
-    """The writer's `value`, in all processes, which all have to ask.
+    """Returns the writer's `value`, in all processes, which all have to ask.
 
     Args:
       value: anything that JSON can hold; that of other processes does not count.
@@ -136,7 +136,7 @@ def from_writer(value):
 
 
 def all_true(value):
-    """Whether `value` is true in every process. All processes have to ask."""
+    """Tells whether `value` is true in every process. All processes have to ask."""
     if jax.process_count() == 1:
         return bool(value)
     return bool(np.all(multihost_utils.process_allgather(np.asarray(bool(value)))))
@@ -170,7 +170,7 @@ _calls = 0
 
 
 def listen():
-    """From here on SIGTERM, Ctrl-C and a hang-up ask the job to stop; a second one ends it at once.
+    """Lets SIGTERM, Ctrl-C and a hang-up ask the job to stop; a second one ends it at once.
 
     One signal may come twice: from a scheduler that sends it to every process, and from launch.sh.
     Of several processes jax listens to SIGTERM in each, and tells the others.
@@ -192,7 +192,7 @@ def listen():
 
 
 def stop_requested():
-    """Whether to stop, in all processes from the same call on. Each has to ask equally often."""
+    """Tells whether to stop, in all processes from the same call on; all ask equally often."""
     global _stopping, _calls
     _calls += 1
     if jax.process_count() == 1:
@@ -251,7 +251,7 @@ def leave():
 
 
 def lost_peer(error):
-    """Whether an exception says that another process is gone, not that something is wrong here."""
+    """Tells whether an exception says that another process is gone, not a fault here."""
     said = []
     while error is not None:  # what was raised for it, such as that a checkpoint was not written
         said.append(str(error))

@@ -23,7 +23,7 @@ class Readers:
         self._open, self._lock = collections.OrderedDict(), threading.Lock()
 
     def get(self, shard):
-        """The reader of shard number `shard`."""
+        """Returns the reader of shard number `shard`."""
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
@@ -36,7 +36,7 @@ class Readers:
         return reader
 
     def length(self, shard):
-        """Number of records of a shard."""
+        """Returns the number of records of a shard."""
         return self.get(shard).num_records()
 
 
@@ -56,7 +56,7 @@ def open_shard(path):
 
 
 def unreadable(path, error):
-    """The exception for a shard that cannot be read: damaged, or kept from us by the system."""
+    """Returns the exception for a shard that is damaged, or kept from us by the system."""
     if reason := files.system_reason(error):
         return OSError(f"{path} cannot be read: {reason}; the shard itself may be whole")
     return ValueError(damaged(path, error))

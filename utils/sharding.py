@@ -18,7 +18,7 @@ NOWHERE = AbstractMesh((1, 1), ("data", "fsdp"))  # a mesh for shapes alone, of 
 
 
 def make_mesh(fsdp, devices=None):
-    """Mesh (data, fsdp) over `devices` (default: all devices of all processes).
+    """Makes a mesh (data, fsdp) over `devices` (default: all devices of all processes).
 
     Args:
       fsdp: 0: see `best_fsdp`.
@@ -57,12 +57,12 @@ def check_batch(name, size, mesh):
 
 
 def replicated(mesh):
-    """Every device holds a copy."""
+    """Returns the sharding of a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_row(mesh):
-    """The first axis is split over all devices."""
+    """Returns the sharding that splits the first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -93,7 +93,7 @@ def by_parameter(mesh, shapes):
 
 
 def gather(mesh):
-    """A function that brings a tree of parameters together: whole on every device.
+    """Makes a function that brings a tree of parameters together: whole on every device.
 
     Their gradient is split again as `by_parameter` says. Used before the products, so that these
     are split by row alone: left to itself the compiler splits them by features too where the
@@ -117,13 +117,13 @@ def gather(mesh):
 
 
 def to_global(mesh, batch):
-    """A tree of this process's rows (numpy) -> global arrays, split by row."""
+    """Turns a tree of this process's rows (numpy) into global arrays, split by row."""
     sharding = by_row(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def place(tree, shardings):
-    """A tree of host arrays, equal on all processes -> global arrays with the given shardings."""
+    """Places a tree of host arrays, equal on all processes: global arrays of these shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(
             np.shape(x), sharding, lambda index: np.asarray(x)[index]
@@ -134,7 +134,7 @@ def place(tree, shardings):
 
 
 def place_everywhere(mesh, tree):
-    """A tree of host arrays, equal on all processes -> global arrays, a copy on every device."""
+    """Places a tree of host arrays, equal on all processes: a copy on every device."""
     return place(tree, jax.tree.map(lambda x: replicated(mesh), tree))
 
 
@@ -164,7 +164,7 @@ def hold_back(mesh, tree):
 
 
 def with_shardings(shapes, shardings):
-    """A tree of `ShapeDtypeStruct` -> the same with shardings, as orbax wants to restore into."""
+    """Gives a tree of `ShapeDtypeStruct` its shardings, as orbax wants to restore into."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -12,7 +12,7 @@ SAID = "stopped as asked, before anything was begun; the same command begins aga
 
 
 def end_at_once(status):
-    """Until `listen_to` takes over, SIGTERM, Ctrl-C and a hang-up end the process with one line.
+    """Lets SIGTERM, Ctrl-C and a hang-up end the process with one line, up to `listen_to`.
 
     A thread of its own does it, as the main one may wait in jax for minutes. What is ignored, as
     a hang-up is under nohup, stays ignored.
@@ -34,13 +34,13 @@ def end_at_once(status):
 
 
 def listen_to(numbers, handler):
-    """From here on `handler` (number, frame) hears of signals, in the main thread."""
+    """Lets `handler` (number, frame) hear of signals from here on, in the main thread."""
     signal.set_wakeup_fd(-1)
     _handle(numbers, handler)
 
 
 def ignore():
-    """What is saved and about to exit need not be told again, and must not die of it."""
+    """Ignores further stop signals: the run is saved and about to exit."""
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
 
@@ -52,7 +52,7 @@ def _handle(numbers, handler):
 
 
 def outlive_readers():
-    """A reader of the output that goes away (`| head`, a closed terminal) is no error from here on.
+    """Makes a reader of the output that goes away (`| head`, a closed terminal) no error.
 
     Nor are a full disk below it, and names that are not text.
     """

@@ -16,17 +16,17 @@ KINDS = ("r=t", "r<t")
 
 
 def errors_of(rows):
-    """Those names of rows that are errors."""
+    """Returns those names of rows that are errors."""
     return [name for name in rows if name.split("_")[0] == "error"]
 
 
 def scalars_of(rows):
-    """The names of the means: the loss, rows that are no errors, and the norms."""
+    """Returns the names of the means: the loss, rows that are no errors, and the norms."""
     return ("loss", *(name for name in rows if name not in errors_of(rows)), *NORMS)
 
 
 def zero_sums(rows):
-    """The sums at the start of a log period: name -> float32 () or (TIME_BUCKETS,).
+    """Returns sums for the start of a log period: {name: float32 () or (TIME_BUCKETS,)}.
 
     Args:
       rows: names of what the objective tells by row.

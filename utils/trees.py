@@ -7,7 +7,7 @@ LONGEST = 200  # characters of names in an error line; the rest is counted
 
 
 def flatten(tree):
-    """A nested dict -> {"a/b/c": leaf}; {} for anything else."""
+    """Turns a nested dict into {"a/b/c": leaf}; {} for anything else."""
     return traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
 
 
@@ -28,7 +28,7 @@ def check_names(tree, where):
 
 
 def unflatten(arrays):
-    """The inverse of `flatten`."""
+    """Returns the inverse of `flatten`."""
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -51,7 +51,7 @@ def check_shapes(shapes, arrays, where):
 
 
 def check_tree(expected, tree, where):
-    """`check_shapes` for nested dicts; `expected` has anything with a shape as leaves."""
+    """Does `check_shapes` for nested dicts; `expected` has anything with a shape as leaves."""
     shapes = {name: leaf.shape for name, leaf in flatten(expected).items()}
     check_shapes(shapes, flatten(tree), where)
 

@@ -76,7 +76,7 @@ def why_not(path):
 
 
 def resolved(path):
-    """A path without links, where there can be some."""
+    """Resolves the links in a path, where there can be some."""
     return path if files.is_remote(path) else path.resolve()
 
 

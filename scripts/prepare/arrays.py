@@ -27,7 +27,7 @@ FAST_DIT = re.compile(r".*features/\d+\.npy")
 
 
 def run(args):
-    """The job behind `prepare_dataset arrays`; returns whether the records are complete."""
+    """Runs `prepare_dataset arrays`; returns whether the records are complete."""
     root, listing = files.local(args.input), pictures.Listing()
     args.labels = "auto"
     if root.is_dir() or root.suffix == ".zip":
@@ -44,13 +44,13 @@ def run(args):
 
 
 def of_file(path, listing):
-    """The `Cache` of one file, whose labels may lie in another one beside it."""
+    """Returns the `Cache` of one file, whose labels may lie in another one beside it."""
     beside = [p.name for p in path.parent.iterdir() if p.name.endswith(".npy")]
     return of_rows(path.parent, [*beside, path.name], listing, only=path.name)
 
 
 def of_rows(root, names, listing, only=None):
-    """The `Cache` of files `names` below `root`.
+    """Returns the `Cache` of files `names` below `root`.
 
     Args:
       listing: counts what is left out.
@@ -87,7 +87,7 @@ def of_rows(root, names, listing, only=None):
 
 
 def _word(name):
-    """What the latents are called in a path, the last of such words; "" in that of labels."""
+    """Finds the last word in a path that latents are called by; "" in that of labels."""
     word = max((LABELS, *WORDS), key=name.rfind)
     return word if word != LABELS else ""
 
@@ -115,11 +115,11 @@ class Arrays:
         self._whole = functools.lru_cache(OPEN)(self._columns)
 
     def where(self, key):
-        """The place of a record (file, row), for people."""
+        """Returns the place of a record (file, row), for people."""
         return f"{self._root / key[0]}, record {key[1]}"
 
     def rows(self, name):
-        """[((file, row), label)] of a file, where its latents and labels fit together."""
+        """Returns [((file, row), label)] of a file, where its latents and labels fit together."""
         path = self._root / name
         columns = self._columns(name, scan=True)
         shape, found = columns[self.key(name, columns)].shape, columns[LABELS]
@@ -140,7 +140,7 @@ class Arrays:
         ]
 
     def key(self, name, columns=None):
-        """What the latents of a file are called in it; "" where it is one array."""
+        """Names the latents of a file in it; "" where it is one array."""
         if name.endswith(".npy"):
             return ""
         names = list(self._columns(name, scan=True) if columns is None else columns)
@@ -154,7 +154,7 @@ class Arrays:
         return keys[0]
 
     def item(self, key):
-        """The `latents.Item` of a record (file, row)."""
+        """Returns the `latents.Item` of a record (file, row)."""
         name, row = key
         with self._lock:
             if name not in self._open:
@@ -181,7 +181,7 @@ class Arrays:
             return where, columns[column][row]
 
     def _columns(self, name, scan=False):
-        """{name: array} of a file; with `scan` those of a .npz have no more than a shape."""
+        """Reads {name: array} of a file; with `scan` those of a .npz have no more than a shape."""
         path = self._root / name
         with files.reading(path, "not an array of latents, or damaged"):
             if name.endswith(".npy"):
@@ -198,7 +198,7 @@ class Arrays:
             }
 
     def _pair(self, name, scan):
-        """A .npy, and where it is there that of the mirrored images; with `scan` its labels too."""
+        """Maps a .npy, and that of the mirrored images, if any; with `scan` its labels too."""
         path, word = self._root / name, _word(name) or name
         columns = {"": npy.mapped(path)}
         flip = name.replace(".npy", f"{FLIP}.npy")

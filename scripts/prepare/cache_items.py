@@ -13,7 +13,7 @@ BUNDLE = re.compile(r"(.*/)?\d{5}/img(-mean-std-)?\d{8}\.npy")
 
 
 def item(found, where):
-    """The `latents.Item` of a dict as `formats.caches.parse` gives it."""
+    """Returns the `latents.Item` of a dict as `formats.caches.parse` gives it."""
     keys = [key for key in found if key in KEYS]
     flips = [key for key in found if str(key).endswith((FLIP, f"{FLIP}ped"))]
     if len(keys) != 1 or [key for key in flips if key.partition(FLIP)[0] != keys[0]]:
@@ -24,7 +24,7 @@ def item(found, where):
 
 
 def of_tree(tree, args, listing):
-    """The `Cache` of a tree with files of one of the endings `caches.ITEMS`.
+    """Returns the `Cache` of a tree with files of one of the endings `caches.ITEMS`.
 
     args: `labels` (auto, folders, none).
 
@@ -63,7 +63,7 @@ def of_tree(tree, args, listing):
 
 
 def _without_flips(tree):
-    """(names without those of mirrored images, {name: that of its mirrored image})."""
+    """Returns (names without those of mirrored images, {name: that of its mirrored image})."""
     there, flips = set(tree.names), {}
     for name in tree.names:
         stem, ending = posixpath.splitext(name)
@@ -85,7 +85,7 @@ def _without_flips(tree):
 
 
 def _of_folders(tree, ending, wanted):
-    """Labels by class folders, where they can be no bundles and nothing else."""
+    """Reads labels off class folders, where they can be no bundles and nothing else."""
     if wanted == "auto" and any(map(BUNDLE.fullmatch, tree.names)):
         raise ValueError(
             f"{tree.root}: bundles of EDM2 or REPA without the dataset.json that has their labels; "
@@ -104,7 +104,7 @@ def _of_folders(tree, ending, wanted):
 
 
 def _known(ending, first, name, foldered):
-    """(whose cache it is, what its writer is known to write)."""
+    """Returns (whose cache it is, what its writer is known to write)."""
     if ending == ".npz" and "moments" in first:
         if foldered:
             return "MAR's cache: one .npz an image", "log_moments"

@@ -27,7 +27,7 @@ STATS = "latents_stats.pt"  # of LightningDiT: mean and std by channel
 
 
 def run(args):
-    """The job behind `prepare_dataset latents`; returns whether the records are complete."""
+    """Runs `prepare_dataset latents`; returns whether the records are complete."""
     listing = pictures.Listing()
     cache = find(files.local(args.input), args, listing)
     complete = latents.bring(args, cache, listing)
@@ -38,7 +38,7 @@ def run(args):
 
 
 def find(root, args, listing):
-    """The `Cache` at `root`, a folder or a file.
+    """Returns the `Cache` at `root`, a folder or a file.
 
     Raises:
       FileNotFoundError: nothing is there. ValueError: no cache that is known, or several.
@@ -80,7 +80,7 @@ def find(root, args, listing):
 
 
 def _of_arrays(root, tree, kind, args, listing):
-    """Rows with labels beside them, or an item a file?"""
+    """Tells rows with labels beside them from files of one item; returns the `Cache`."""
     lists = any(Path(name).name in manifest.LISTS for name in tree.names)
     rows = kind in ROWS
     if kind in (".npy", ".npz") and root.is_dir() and not lists and args.labels == "auto":
@@ -97,7 +97,7 @@ def _of_arrays(root, tree, kind, args, listing):
 
 
 def _lmdbs(root):
-    """The LMDBs at or below a place: folders with data.mdb, or files."""
+    """Returns the LMDBs at or below a place: folders with data.mdb, or files."""
     if root.is_file():
         return [root] if root.suffix in LMDB else []
     places = [path.parent for path in (*root.glob("data.mdb"), *sorted(root.glob("*/data.mdb")))]
@@ -119,7 +119,7 @@ def _of_lmdbs(places):
 
 
 def statistics(path):
-    """The lines of a YAML file that normalise latents as the statistics at a path say."""
+    """Returns the lines of a YAML file that normalise latents as the statistics at a path say."""
     found = torch_files.load(path)
     if not isinstance(found, dict) or not {"mean", "std"} <= set(found):
         raise ValueError(f"{path}: no statistics, which have 'mean' and 'std'")

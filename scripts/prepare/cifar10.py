@@ -52,7 +52,7 @@ class Split(NamedTuple):
 
 
 def run(args):
-    """The job behind `prepare_dataset cifar10`: records, and statistics where asked for."""
+    """Runs `prepare_dataset cifar10`: records, and statistics where asked for."""
     splits = load(files.local(args.input), args.check)
     counts = ", ".join(f"{len(split.labels)} {name}" for name, split in splits.items())
     print(f"{args.input}: {counts} images", flush=True)
@@ -84,7 +84,7 @@ def run(args):
 
 
 def digest(split):
-    """What stands for the images and labels of a split in their order."""
+    """Digests the images and labels of a split in their order."""
     content = hashlib.sha256(split.images.tobytes())
     content.update(split.labels.astype(np.int64).tobytes())
     return content.hexdigest()
@@ -173,7 +173,7 @@ def _check_files(files, folder):
 
 
 def _from_batches(files, where):
-    """{file name: bytes} of the batches for Python or of the binary ones."""
+    """Returns {file name: bytes} of the batches for Python or of the binary ones."""
     splits = {}
     for split, names in BATCHES.items():
         parts = []
@@ -207,12 +207,12 @@ def _binary_batch(content, where):
 
 
 def _planes(rows):
-    """(N, 3072), red, green and blue one after the other -> (N, 32, 32, 3)."""
+    """Turns rows (N, 3072), red, then green, then blue, into images (N, 32, 32, 3)."""
     return rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
 
 
 def _from_tfrecords(paths):
-    """What TensorFlow Datasets has prepared: PNG files in tf.train.Examples, in TFRecord files."""
+    """Reads what TensorFlow Datasets prepares: PNG files in tf.train.Examples, in TFRecords."""
     found = {}
     for path in paths:
         split = path.name.split(".")[0].removeprefix("cifar10-")
@@ -230,7 +230,7 @@ def _from_tfrecords(paths):
 
 
 def _tfrecords(path):
-    """The records of a TFRecord file; lengths and their checksums are not looked at."""
+    """Returns the records of a TFRecord file; lengths and their checksums are not looked at."""
     with open(path, "rb") as file:
         while header := file.read(12):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else None
@@ -241,7 +241,7 @@ def _tfrecords(path):
 
 
 def _from_pictures(path):
-    """PNG files below SPLIT/CLASS/, or CLASS/ for the training images alone."""
+    """Reads PNG files below SPLIT/CLASS/, or CLASS/ for the training images alone."""
     names = [name for name in ("train", "test") if (path / name).is_dir()]
     classes, items = folders.list_images(path, names)
     if len(classes) != len(CLASSES):

@@ -9,7 +9,7 @@ from utils import dataset, files
 
 
 def run(args):
-    """The job behind `prepare_dataset digits`: 1,797 real 8x8 images, 0..16 stretched to 0..255.
+    """Runs `prepare_dataset digits`: 1,797 real 8x8 images, 0..16 stretched to 0..255.
 
     Returns True: the dataset is complete.
     """

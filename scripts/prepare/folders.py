@@ -10,7 +10,7 @@ KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")  # where the competition's archive ha
 
 
 def find_images(root, args, listing):
-    """The images at `root` -> (classes, {split: [(name, label)]}, find, settings) for `convert`.
+    """Finds the images at `root`: classes, {split: [(name, label)]}, find, settings for `convert`.
 
     The labels are those of a list, such as dataset.json, where there is one; else those of class
     folders; where there is neither, or with `labels` none, there are 0 classes.
@@ -41,7 +41,7 @@ def find_images(root, args, listing):
 
 
 def list_images(root, splits=(), listing=None):
-    """Image files below `root/SPLIT/CLASS/`, or `root/CLASS/` where there is no `root/train`.
+    """Lists images below `root/SPLIT/CLASS/`, or `root/CLASS/` where there is no `root/train`.
 
     Returns (class names sorted, {split: [(path below root, label)] sorted}); the label is the
     index of the class folder among the sorted ones of the first split. Where that has no class
@@ -74,7 +74,7 @@ def list_images(root, splits=(), listing=None):
 
 
 def _of_class_folders(folder, found, classes, listing):
-    """(classes, [(name, label)]) of a split; `classes` are those of the first, None in it."""
+    """Returns (classes, [(name, label)]) of a split; `classes`: of the first, None in it."""
     first, classes = classes is None, found if classes is None else classes
     numbers = {name: label for label, name in enumerate(classes or ())}
     if unknown := [name for name in found if name not in numbers]:
@@ -96,7 +96,7 @@ def _of_class_folders(folder, found, classes, listing):
 
 
 def _of_flat_folder(root, split, folder, loose, classes, listing):
-    """The same of a split without class folders."""
+    """Returns the same of a split without class folders."""
     names = pictures.wanted(folder, loose, listing)
     if not names and not classes:
         raise ValueError(
@@ -131,7 +131,7 @@ def _nothing(folder, listing):
 
 
 def list_class(folder, listing):
-    """The names of the images in a class folder, sorted."""
+    """Returns the names of the images in a class folder, sorted."""
     deeper, names = pictures.entries(folder, listing, links_matter=False)
     for name in deeper:
         for path in pictures.below(folder / name, pictures.Listing()):

@@ -19,7 +19,7 @@ OPEN = 4  # groups of rows in memory
 
 
 def run(args):
-    """The job behind `prepare_dataset huggingface`; returns whether the records are complete."""
+    """Runs `prepare_dataset huggingface`; returns whether the records are complete."""
     root, listing = files.local(args.input), pictures.Listing()
     root, names, said = manifest.find(root, ENDINGS, listing, args.config_name)
     tables = Tables(root, names)
@@ -56,7 +56,7 @@ def run(args):
 
 
 def columns(tables, image_key=None, label_key=None):
-    """The names of the columns of images and labels, those that are given or the ones there are.
+    """Finds the columns of images and labels: those that are named, or the only ones.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -84,7 +84,7 @@ def _kind(feature):
 
 
 def picture(value, place):
-    """What stands in the column of images -> an opened file: its bytes, or where only the path of a
+    """Opens what stands in the column of images: its bytes, or where only the path of a
     file is stored (`to_parquet` of a set from local files), that."""
     path = None
     if isinstance(value, dict):
@@ -120,7 +120,7 @@ class Tables:
                 )
 
     def _open(self, name):
-        """(schema, rows in each group, the Arrow table of a file that is mapped or None)."""
+        """Returns (schema, rows in each group, Arrow table of a file that is mapped, or None)."""
         import pyarrow
         from pyarrow import parquet
 
@@ -134,11 +134,11 @@ class Tables:
             return table.schema, [table.num_rows], table
 
     def columns(self, name):
-        """The names of the columns."""
+        """Returns the names of the columns."""
         return list(self._files[name][0].names)
 
     def features(self, name):
-        """What Hugging Face's metadata say of the columns; {} without."""
+        """Returns what Hugging Face's metadata say of the columns; {} without."""
         try:
             metadata = self._files[name][0].metadata or {}
             return dict(json.loads(metadata[b"huggingface"])["info"]["features"])
@@ -146,12 +146,12 @@ class Tables:
             return {}
 
     def class_names(self, name, key):
-        """The names of the classes; () where they are not known."""
+        """Returns the names of the classes; () where they are not known."""
         feature = self.features(name).get(key)
         return (feature.get("names") or ()) if _kind(feature) == "ClassLabel" else ()
 
     def column(self, name, key):
-        """All values of a column."""
+        """Reads all values of a column."""
         from pyarrow import parquet
 
         table = self._files[name][2]
@@ -161,7 +161,7 @@ class Tables:
             return table[key].to_pylist()
 
     def value(self, name, row, key):
-        """One value; the latest groups of rows stay in memory."""
+        """Reads one value; the latest groups of rows stay in memory."""
         _, sizes, table = self._files[name]
         group = 0
         while row >= sizes[group]:

@@ -16,7 +16,7 @@ from utils import dataset, environment, files, images, pictures, sharding
 
 
 def run(args):
-    """The job behind `prepare_dataset images`: records, statistics, or both.
+    """Runs `prepare_dataset images`: records, statistics, or both.
 
     Returns whether the records are complete.
     """
@@ -38,7 +38,7 @@ def counted(items):
 
 
 def convert(args, classes, items, find, settings=None, fetch=None):
-    """Labelled images from wherever -> records, statistics, or both, as `args` asks for.
+    """Writes records of labelled images, statistics, or both, as `args` asks for.
 
     Args:
       items: {split: [(name, label)]}, in the order of the records.
@@ -97,7 +97,7 @@ class Notes(pictures.Notes):
 
 
 def decoded(items, find, size, workers, notes, read=pictures.read):
-    """(name, label) -> (uint8 (size, size, 3) or None where unreadable, label), in order.
+    """Decodes (name, label): yields (uint8 (size, size, 3) or None where unreadable, label).
 
     Decodes and crops in `workers` threads (PIL lets go of the interpreter), not far ahead.
     """
@@ -215,7 +215,7 @@ class Encoder:
         self._spread, self._error = moments.Spread(), 0.0
 
     def __call__(self, stream):
-        """(image or None, label) -> examples or None. One batch is computed while one is read."""
+        """Encodes (image or None, label): yields examples or None, a batch ahead of the reading."""
         waiting = collections.deque()
         while rows := list(itertools.islice(stream, self._batch_size)):
             batch = np.zeros((self._batch_size, self._size, self._size, 3), np.uint8)

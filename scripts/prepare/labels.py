@@ -24,7 +24,7 @@ WRAPPED = re.compile(
 
 
 def by_split(names, chosen=(), said=None):
-    """{split: names} of relative paths, from a word such as `train` in the file's name, or else in
+    """Sorts relative paths by split, by a word such as `train` in the file's name, or else in
     that of a folder above it; train where there is none. Train comes first, then val, then test.
 
     Args:
@@ -47,7 +47,7 @@ def by_split(names, chosen=(), said=None):
 
 
 def read(where, value):
-    """One label as it stands in a file: an int, or the name of a class, str.
+    """Reads one label as it stands in a file: an int, or the name of a class, str.
 
     A number may be written as str() of any library does it, or as a vector of one 1 among zeros.
 
@@ -71,7 +71,7 @@ def read(where, value):
 
 
 def whole_number(where, label):
-    """A label as int; ValueError where it is no whole number."""
+    """Reads a label as int; ValueError where it is no whole number."""
     value = np.asarray(label) if np.isscalar(label) or isinstance(label, np.ndarray) else None
     if value is None or value.size != 1 or value.dtype.kind not in "iuf" or value.item() % 1 != 0:
         found = " ".join(repr(label).split())[:60]
@@ -80,7 +80,7 @@ def whole_number(where, label):
 
 
 def of_folders(tree, endings, without=False):
-    """{split: [(file, name of its class folder, or None)]} of a tree of SPLIT/CLASS/ or CLASS/.
+    """Reads labels off SPLIT/CLASS/ or CLASS/: {split: [(file, class folder or None)]}.
 
     Args:
       endings: of the files that count.
@@ -117,7 +117,7 @@ def of_folders(tree, endings, without=False):
 
 
 def numbered(found, args, where, names=()):
-    """{split: [(name, label as `read` gives it, or None)]} -> (classes, the same with numbers).
+    """Numbers the labels of {split: [(name, label as `read` gives it)]}: (classes, the same).
 
     Args:
       args: `splits`, those that are wanted, and `num_classes`.
@@ -143,7 +143,7 @@ def numbered(found, args, where, names=()):
 
 
 def settle(found, where, num_classes=None, names=()):
-    """Labels of all splits, as `read` gives them -> (classes, {split: [int]}).
+    """Numbers labels, as `read` gives them: (classes, {split: [int]}).
 
     Numbers have to be 0, 1, ... without a hole in the first split, unless `num_classes` or `names`
     say how many there are; names of classes are numbered in their order as text; where all are None
@@ -194,7 +194,7 @@ def _each(found):
 
 
 def _numbered(found, where):
-    """Names of classes, those of the first split, and {name: label}."""
+    """Returns names of classes, those of the first split, and {name: label}."""
     names = sorted(set(next(iter(found.values()))))
     number = {name: i for i, name in enumerate(names)}
     for split, i, name in _each(found):

@@ -62,7 +62,7 @@ class Cache(NamedTuple):
 
 
 def bring(args, cache, listing):
-    """The job behind all that stores latents; returns whether the records are complete.
+    """Returns the job behind all that stores latents; returns whether the records are complete.
 
     Args:
       args: the options of `write` and of `form`, `splits`, `num_classes` and `labels`.
@@ -111,7 +111,7 @@ def bring(args, cache, listing):
 
 
 def _with_labels(cache, workers):
-    """The rows of a cache whose labels are known only with the latents: it is read through."""
+    """Reads a cache through for its rows, where labels are known only with the latents."""
     rows = {}
     for split, of_split in cache.rows.items():
         keys = [key for key, _ in of_split]
@@ -157,7 +157,7 @@ def write(args, classes, items, names, read, settings, flipped=False, fetch=None
 
 
 def examples(read, shape, dtype, num_classes, workers, spread, items):
-    """Items -> examples, in order; anything odd is an error that names the record."""
+    """Yields examples of items, in order; anything odd is an error that names the record."""
 
     def example(item):
         where, views, label = read(item)
@@ -175,7 +175,7 @@ def examples(read, shape, dtype, num_classes, workers, spread, items):
 
 
 def _in_threads(function, items, workers):
-    """function(item) of each, in order; some at a time, as each is too little for a thread."""
+    """Yields function(item) of each, in order; some at a time, as each is little for a thread."""
     if items:
         parts = [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
         source = grain.MapDataset.source(parts).map(lambda part: [function(item) for item in part])
@@ -199,7 +199,7 @@ class Form(NamedTuple):
     scaled_by: float
 
     def __call__(self, array):
-        """One record -> moments (h, w, 2c) float32. A sample becomes a mean of deviation 0."""
+        """Turns one record into moments (h, w, 2c) float32; a sample into a mean of deviation 0."""
         array = _channels_last(array, self.channels_first)
         h, w, c = array.shape
         found = (np.zeros if self.content == "samples" else np.empty)(
@@ -214,13 +214,13 @@ class Form(NamedTuple):
         return found
 
     def settings(self):
-        """What of it has to be equal for a run to go on with the shards of another."""
+        """Returns what of it has to be equal for a run to go on with the shards of another."""
         logs = ["log"] if self.content == "log_moments" else []
         return {"arrays": [self.channels_first, self.content == "samples", self.scaled_by, *logs]}
 
 
 def form(args, arrays, where, cache):
-    """The `Form` of records like `arrays`, each (h, w, c) or (c, h, w), said in a line.
+    """Returns the `Form` of records like `arrays`, each (h, w, c) or (c, h, w), said in a line.
 
     Args:
       args: `layout` nhwc, nchw or auto, `content` of `WHAT` or auto, `scaled_by` or None for auto.
@@ -262,7 +262,7 @@ def form(args, arrays, where, cache):
 
 
 def _content(arrays, where, cache):
-    """What records (h, w, c) hold, by what their writer writes and by the second half of the
+    """Tells what records (h, w, c) hold, by what their writer writes and by the second half of the
     channels: deviations have no negative number there, logarithms nearly all, samples half."""
     half = arrays[0].shape[-1] // 2
     negative = np.mean([np.mean(array[..., half:] < 0) for array in arrays])
@@ -288,7 +288,7 @@ def _content(arrays, where, cache):
 
 
 def _scale(values, where, cache):
-    """What latents, each (h, w, c), were multiplied by; of other autoencoders than SD's 1."""
+    """Finds the factor in latents, each (h, w, c); of other autoencoders than SD's 1."""
     spread = float(np.concatenate([np.ravel(a) for a in values]).astype(np.float64).std())
     if values[0].shape[-1] != moments.SD_CHANNELS or (spread < SCALED_BELOW) == cache.scaled:
         return SD_SCALE if cache.scaled else 1.0
@@ -305,7 +305,7 @@ def _channels_last(array, channels_first):
 
 
 def checked(where, array):
-    """The array of one latent, (h, w, c) or (c, h, w); one axis of length 1 before may go.
+    """Returns the array of one latent, (h, w, c) or (c, h, w); one axis of length 1 before may go.
 
     Raises:
       ValueError: it is no latent, in a line that begins with `where`.

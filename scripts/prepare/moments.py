@@ -8,7 +8,7 @@ SD_CHANNELS = 4  # of the latents of Stable Diffusion's autoencoder
 
 
 def check(where, moments, dtype):
-    """Moments (..., 2c), mean then standard deviation, in the type in which they are stored.
+    """Casts moments (..., 2c), mean then standard deviation, to the type of the records.
 
     Raises:
       ValueError: they cannot be that; in one line that begins with `where`.
@@ -48,7 +48,7 @@ class Spread:
             setattr(self, name, getattr(self, name) + total)
 
     def std(self):
-        """Standard deviation of the latents themselves."""
+        """Returns the standard deviation of the latents themselves."""
         mean = np.sum(self._sum) / self.count
         return np.sqrt(max(np.sum(self._square) / self.count - mean**2, 0.0))
 
@@ -84,7 +84,7 @@ class Spread:
 
 
 def yaml_lines(mean, std):
-    """`dataset.latent_mean` and `latent_std` by channel, as a YAML file has them."""
+    """Writes `dataset.latent_mean` and `latent_std` by channel, as a YAML file has them."""
     rows = {"latent_mean": mean, "latent_std": std}
     texts = {name: ", ".join(f"{x:.6g}" for x in values) for name, values in rows.items()}
     return "\n".join(["dataset:", *(f"  {name}: [{text}]" for name, text in texts.items())])

@@ -21,12 +21,12 @@ STAND_IN = 3.0  # scaled latents from -3 to 3 become dark to bright
 
 
 def run(args):
-    """The job behind `prepare_dataset preview`."""
+    """Runs `prepare_dataset preview`."""
     draw(args.root, args.output, vae=args.vae, split=args.split, count=args.count)
 
 
 def after(args):
-    """What every preparation ends with; `args.preview` records.
+    """Draws `args.preview` records, with which every preparation ends.
 
     A picture that is there stays: it is removed with the records that it is of.
     """
@@ -60,7 +60,7 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
 
 
 def first_split(root):
-    """`train`, or where there is none the first split of the dataset at `root`."""
+    """Returns `train`, or where there is none the first split of the dataset at `root`."""
     try:
         found = json.loads((files.path(root) / "dataset_info.json").read_text())["splits"]
         names = [split["name"] for split in found]
@@ -70,7 +70,7 @@ def first_split(root):
 
 
 def class_names(root):
-    """The names of the classes in the order of their labels; () where they are their numbers."""
+    """Reads the names of the classes in the order of the labels; () where they are numbers."""
     try:
         names = (files.path(root) / "label.labels.txt").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -79,7 +79,7 @@ def class_names(root):
 
 
 def to_images(batch, vae_name):
-    """Records -> (uint8 (N, h, w, 1 or 3), a few words on what is shown)."""
+    """Turns records into uint8 (N, h, w, 1 or 3), with a few words on what is shown."""
     if "image" in batch:
         pixels = batch["image"]
         n, h, w, c = pixels.shape
@@ -106,7 +106,7 @@ def to_images(batch, vae_name):
 
 
 def _autoencoder(name, channels):
-    """The name of the autoencoder that is to decode; None for none."""
+    """Returns the name of the autoencoder that is to decode; None for none."""
     if name != "auto":
         return None if name == "none" else name
     if channels != moments.SD_CHANNELS:
@@ -156,7 +156,7 @@ def _image_of(autoencoder, x):
 
 
 def sheet(pictures, labels, title):
-    """Images uint8 (N, h, w, 1 or 3) in a square with a label under each -> uint8 (H, W, 3)."""
+    """Lays images uint8 (N, h, w, 1 or 3) in a square, labels below: uint8 (H, W, 3)."""
     scaled = [_fit(picture) for picture in pictures]
     width, height = scaled[0].size
     cell = width + GAP
@@ -178,7 +178,7 @@ def sheet(pictures, labels, title):
 
 
 def _fit(picture):
-    """One image as a PIL image about as large as a cell: small ones by whole factors."""
+    """Scales one image to about the size of a cell, small ones by whole factors: a PIL image."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).convert("RGB")
     longest = max(image.size)
     if longest > CELL:
@@ -192,7 +192,7 @@ def _fit(picture):
 
 
 def _short(text, font, width):
-    """The text, or as much of it as fits, with three dots."""
+    """Returns the text, or as much of it as fits, with three dots."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:
@@ -201,7 +201,7 @@ def _short(text, font, width):
 
 
 def _wrapped(text, font, width):
-    """The text in lines that fit."""
+    """Returns the text in lines that fit."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -11,7 +11,7 @@ from utils import files, pictures
 
 
 def run(args):
-    """The job behind `prepare_dataset pt`; returns whether the records are complete."""
+    """Runs `prepare_dataset pt`; returns whether the records are complete."""
     root, listing = files.local(args.input), pictures.Listing()
     rows = {split: [(name, None) for name in n] for split, n in list_files(root, listing).items()}
     args.layout, args.content, args.scaled_by = "nchw", "moments", 1.0
@@ -23,7 +23,7 @@ def run(args):
 
 
 def list_files(root, listing=None):
-    """{split: [path below root]} of `.pt` files in `root/train` and `root/val`, else in `root`.
+    """Lists `.pt` files in `root/train` and `root/val`, else in `root`: {split: [path]}.
 
     What is left out is counted in `listing`.
     """
@@ -49,7 +49,7 @@ def list_files(root, listing=None):
 
 
 def load(path):
-    """One file -> its `latents.Item`. ValueError if it holds anything else."""
+    """Reads one file: `latents.Item`. ValueError if it holds anything else."""
     content = torch_files.load(path)
     content = content if isinstance(content, dict) else {}
     image = content.get("image")

@@ -61,7 +61,7 @@ def make(args, examples, **job):
 
 
 def shards(job):
-    """All shards of a job, in order."""
+    """Lists all shards of a job, in order."""
     found = []
     for split, items in job.items.items():
         starts = range(0, len(items), job.records_per_shard)
@@ -210,7 +210,7 @@ def _begin(job):
 
 
 def _same(name, found, plan):
-    """Whether two plans that say different things of `name` are for the same records all the same.
+    """Tells whether plans that differ in `name` are for the same records all the same.
 
     An autoencoder is its encoder, wherever it lies; plans of before do not tell the encoder.
     """
@@ -241,5 +241,5 @@ def _finish(job, every):
 
 
 def digest(names):
-    """One short text that stands for a list of names in their order."""
+    """Digests a list of names in their order."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()

@@ -21,12 +21,12 @@ DIMENSIONS = {"pool": 2048, "spatial": 2023}
 
 
 def path_of(args):
-    """The file of the statistics."""
+    """Returns the file of the statistics."""
     return files.path(args.fid_stats or f"{args.output}/imagenet_{args.image_size}_fid_stats.npz")
 
 
 def asked(args, split, items):
-    """What the statistics are to be of, as `metrics.provenance` names it."""
+    """Returns what the statistics are to be of, as `metrics.provenance` names it."""
     how = ["EXIF orientation"] if getattr(args, "exif_orientation", False) else []
     behind = getattr(args, "background", "keep")
     how += [] if behind == "keep" else [f"background {behind}"]
@@ -90,7 +90,7 @@ def write(args, split, items, decode):
 
 
 def moments(args, stream, total):
-    """(image or None, label) -> {count, mu, sigma, mu_s, sigma_s}, on all local devices.
+    """Sums (image or None, label) up to {count, mu, sigma, mu_s, sigma_s}, on local devices.
 
     Beside them `images`, the sum of the digests of the pixels, and `weights`, that of the network.
     """
@@ -124,7 +124,7 @@ def moments(args, stream, total):
 
 
 def join(parts):
-    """Moments of the union of disjoint sets, from those of each (Chan et al. 1979), float64."""
+    """Joins the moments of disjoint sets (Chan et al. 1979), float64."""
     total = sum(int(part["count"]) for part in parts)
     joined = {}
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):

@@ -22,7 +22,7 @@ from utils import files, images, pictures
 
 
 def run(args):
-    """The job behind `prepare_dataset tfds`."""
+    """Runs `prepare_dataset tfds`."""
     try:
         builder = tfds.builder(args.name, **({"data_dir": args.data_dir} if args.data_dir else {}))
     except Exception as error:  # tfds explains unknown names in many lines
@@ -66,7 +66,7 @@ def run(args):
 
 
 def to_array(image, channels, size, read):
-    """An image as TFDS gives it -> uint8 (h, w, 1 or 3), cropped to `size` if given.
+    """Turns an image of TFDS into uint8 (h, w, 1 or 3), cropped to `size` if given.
 
     Its generators give arrays, paths, or files opened for reading; what it has prepared is bytes.
 
@@ -95,7 +95,7 @@ def _keys(info, name):
 
 
 def raw_examples(builder, splits, image_key):
-    """{split: sequence of raw examples}: read where TFDS has prepared the set, else generated."""
+    """Returns raw examples {split: sequence}: read where TFDS has prepared the set, else made."""
     try:
         if prepared := splits or builder.info.splits:
             # Its own decoder takes the numbers of a palette, or of CMYK, for those of colours.

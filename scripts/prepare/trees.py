@@ -8,7 +8,7 @@ from utils import files, pictures
 
 
 def open_tree(path, listing, endings):
-    """The `Folder` or the `Zip` at a path, of files with one of the endings; others are counted.
+    """Opens the files with one of the endings at a path, a `Folder` or a `Zip`; counts others.
 
     Raises:
       FileNotFoundError: nothing is there; ValueError: no .zip, or a damaged one.
@@ -30,17 +30,17 @@ class Folder:
         self.names = [path.relative_to(root).as_posix() for path in found]
 
     def where(self, name):
-        """The place of a file, for people."""
+        """Returns the place of a file, for people."""
         return f"{self.root}/{name}"  # a Path for each of millions is slow
 
     def read(self, name):
-        """The bytes of a file. Safe to call from several threads."""
+        """Returns the bytes of a file. Safe to call from several threads."""
         path = self.where(name)
         with files.reading(path, "not a file"), open(path, "rb") as file:
             return file.read()
 
     def open(self, name):
-        """What `pictures.read` takes as its `file`: None, as the place is one already."""
+        """Returns the `file` of `pictures.read`: None, as the place is one already."""
         return None
 
 
@@ -62,14 +62,14 @@ class Zip:
                 raise ValueError(f"{self.where(name)} is there twice")
 
     def where(self, name):
-        """The place of a member, for people."""
+        """Returns the place of a member, for people."""
         return f"{self.root}:{name}"
 
     def read(self, name):
-        """The bytes of a member. Safe to call from several threads."""
+        """Returns the bytes of a member. Safe to call from several threads."""
         with files.reading(self.where(name), "damaged"):
             return self._archive.read(name)
 
     def open(self, name):
-        """The member as a file."""
+        """Opens the member as a file."""
         return io.BytesIO(self.read(name))

@@ -18,7 +18,7 @@ PICTURES = tuple(ending.removeprefix(".") for ending in pictures.EXTENSIONS)
 
 
 def run(args):
-    """The job behind `prepare_dataset webdataset`; returns whether the records are complete."""
+    """Runs `prepare_dataset webdataset`; returns whether the records are complete."""
     listing = pictures.Listing()
     index, records = open_index(files.local(args.input), args, listing)
     if index.kind == "latents":
@@ -34,7 +34,7 @@ def run(args):
 
 
 def open_cache(root, args, listing):
-    """The `latents.Cache` of shards of latents."""
+    """Returns the `latents.Cache` of shards of latents."""
     index, records = open_index(root, args, listing)
     if index.kind != "latents":
         raise ValueError(f"{root} holds images; prepare_dataset webdataset encodes them")
@@ -53,7 +53,7 @@ def _cache(index, records):
 
 
 def open_index(root, args, listing):
-    """(`Index`, {split: [(name of a record, label)]}) of the shards at `root`.
+    """Returns (`Index`, {split: [(name of a record, label)]}) of the shards at `root`.
 
     args: `splits`, `label_key`, `config_name` and `on_bad_image`, where it has them.
     """
@@ -86,7 +86,7 @@ class Index:
         self._label_key, self._listing, self._places = label_key, listing, {}
 
     def scan(self, shard):
-        """The records of a shard: [("SHARD:MEMBER", label as `labels.read` gives it)].
+        """Returns the records of a shard: [("SHARD:MEMBER", label as `labels.read` gives it)].
 
         Raises:
           ValueError: damaged, cut, or a record is none; names the shard and the member.
@@ -111,7 +111,7 @@ class Index:
         return records
 
     def _groups(self, path, archive):
-        """(path up to the first dot, {ending: member}) of files that follow each other."""
+        """Returns (path up to the first dot, {ending: member}) of files that follow each other."""
         stem, members = None, {}
         while (member := self._next(path, archive)) is not None:
             folder, slash, name = member.name.rpartition("/")
@@ -144,7 +144,7 @@ class Index:
         return member
 
     def _record(self, path, stem, members, archive):
-        """(member that holds the image or array, label); None where there is none."""
+        """Returns (member that holds the image or array, label); None where there is none."""
         ends = [end for end in members if end not in self._more]
         found = [end for end in ends if end in ARRAYS or end in PICTURES]
         found = found or [e for e in ends if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
@@ -169,7 +169,7 @@ class Index:
         return member, label
 
     def _label(self, path, members, archive):
-        """(label or None, where it is or why it is none)."""
+        """Returns (label or None, where it is or why it is none)."""
         texts = [end for end in members if end.rpartition(".")[2] == "cls"]
         if self._label_key is not None:
             texts = [self._label_key] if self._label_key in members else []
@@ -193,7 +193,7 @@ class Index:
         return labels.read(where, content[key]), where
 
     def content(self, name):
-        """The bytes of a record's member."""
+        """Returns the bytes of a record's member."""
         shard, offset, size = self._places[name]
         with open(self.root / shard, "rb") as file:
             file.seek(offset)
@@ -206,6 +206,6 @@ class Index:
             return where, json.loads(content) if ending.endswith("json") else content
 
     def item(self, name):
-        """The `latents.Item` of a record."""
+        """Returns the `latents.Item` of a record."""
         where = self.root / name
         return cache_items.item(caches.parse(name, self.content(name), where), where)
