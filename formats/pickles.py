@@ -45,7 +45,7 @@ class RefusedError(ValueError):
 
 class _Dict(dict):
     def __setstate__(self, state):
-        """Returns the attributes of an OrderedDict (`_metadata` of a state dict) carry no data."""
+        """Drops the attributes of an OrderedDict (`_metadata` of a state dict): no data."""
 
 
 class _Namespace(dict):

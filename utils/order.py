@@ -27,8 +27,10 @@ def shuffled_indices(start, stop, num_records, seed, keyed=False):
 
 
 def spread(total, count):
-    """`count` places below `total`, or all, ascending: one by chance, always the same, in each of
-    as many equal parts. Equal steps would meet the same few classes where these come in turn."""
+    """Chooses `count` places below `total`, ascending: one, always the same, in each equal part.
+
+    Equal steps would meet the same few classes where these come in turn.
+    """
     if total <= count:
         return np.arange(total)
     edges = np.linspace(0, total, count + 1).astype(np.int64)
