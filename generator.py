@@ -189,6 +189,8 @@ class Generator:
         y = _numbers(self._labels(y))
         z = _numbers(self._images(z, len(y), "z"))
         t, h = (np.broadcast_to(_numbers(a, np.float32), len(y)) for a in (t, h))
+        if not ((0 <= h) & (h <= t) & (t <= 1)).all():
+            raise ValueError(f"u: times with 0 <= h <= t <= 1, not t = {t}, h = {h}")
         given = self._given(y, conditions)
         arguments = self.params, z, t, t - h, given, self.guidance(omega)
         return _numbers(self._velocity(*arguments))
@@ -277,14 +279,17 @@ class Generator:
 
     def _labels(self, labels):
         labels, classes = _array(labels), self.num_classes
+        if not labels.ndim or not len(labels):
+            kind = "an empty list" if labels.ndim else "a single number"
+            raise ValueError(f"labels: one for each image, as in [0], not {kind}")
         traced = isinstance(labels, jax.core.Tracer)
         xp = jnp if traced else np
-        if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels):
+        if labels.ndim == 1 and labels.dtype.kind in "iu":
             if not classes:
                 return np.zeros(len(labels), np.int32)
             if traced or (labels.min() >= 0 and labels.max() <= classes):
                 return labels.astype(np.int32)
-        if labels.ndim == 2 and labels.dtype.kind in "iuf" and len(labels) and classes:
+        if labels.ndim == 2 and labels.dtype.kind in "iuf" and classes:
             missing = classes + 1 - labels.shape[1]
             if missing in (0, 1) and (traced or np.isfinite(labels).all()):
                 return xp.pad(labels.astype(np.float32), ((0, 0), (0, missing)))

@@ -211,8 +211,8 @@ class Config:
     init_from: Free[Path | None] = None  # weights to begin a new run with, or a .pt
     init_weights: Free[Literal["ema", "params"]] = "ema"  # which of them
     init_format: Free[str] = ""  # of a .pt file, which does not say it: sit | repa | dit
-    eval_only: Free[bool] = False  # evaluate load_from and stop
-    sample_only: Free[bool] = False  # draw sampling.num_images from load_from and stop
+    eval_only: Free[bool] = False  # evaluate load_from, else the run's checkpoint, and stop
+    sample_only: Free[bool] = False  # draw sampling.num_images likewise, and stop
 
 
 OPTIONS = option.read(Config)  # {"section.option": option.Option}

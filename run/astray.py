@@ -24,6 +24,8 @@ def check(path):
     place = files.path(path)
     if place.suffix == ".pth" or _holds(place):
         return
+    if not place.exists():
+        raise FileNotFoundError(f"{path} does not exist{_advice(place)}")
     if kind := _kind(place):
         raise FileNotFoundError(
             f"{path}: neither a run with checkpoints nor a published or exported checkpoint, but "
@@ -44,8 +46,6 @@ def _kind(place):
     """Names what lies at a path that is none of weights; "": a file that may be."""
     if place.is_dir():
         return "a folder" if any(place.iterdir()) else "an empty folder"
-    if not place.is_file():
-        return "nothing that is there"
     if zipfile.is_zipfile(place):
         with zipfile.ZipFile(place) as archive:
             torch = any(name.endswith("/data.pkl") for name in archive.namelist())

@@ -290,6 +290,6 @@ def _consequence(name, now):
     if name in ("training.num_epochs", "training.num_steps"):
         if now["training.lr_schedule"] == "cosine":
             return ": the learning rate falls towards the new end from here on"
-        if not now["method.alpha_end"]:
+        if now["method.name"] == "alphaflow" and not now["method.alpha_end"]:
             return ": a schedule of alpha that lasts as long as the run goes by the new end"
     return ""

@@ -144,7 +144,8 @@ main() {
   if tee -p </dev/null >/dev/null 2>&1; then tee+=(-p); fi
   exec 3> >(trap '' INT TERM HUP; exec 3>&-; (trap '' PIPE; exec "${tee[@]}" "$output") | show)
   tee_pid=$!
-  if [[ $config == digits || $config == digits_* ]]; then
+  # A config that there is not is told of by main.py, before anything is made.
+  if [[ ($config == digits || $config == digits_*) && -f configs/$config.yml ]]; then
     run "$python" -m scripts.prepare_dataset digits --output "$DATA_ROOT/digits"
   fi
   if [[ $status == 0 ]]; then

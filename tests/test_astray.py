@@ -45,7 +45,8 @@ def test_a_folder_too_high_or_too_low_is_told(home):
     assert refused(home / "other").endswith("but a folder")
     (home / "empty").mkdir()
     assert refused(home / "empty").endswith("but an empty folder")
-    assert refused(home / "gone").endswith("but nothing that is there")
+    with pytest.raises(FileNotFoundError, match="gone does not exist$"):
+        generator.load(home / "gone")
 
 
 def test_a_file_in_the_place_of_a_folder_is_told(home, tmp_path):

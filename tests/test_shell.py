@@ -112,12 +112,16 @@ def test_wrong_settings_start_nothing(repository):
 def test_digits_are_prepared_first(repository, config):
     prepare = repository.folder / "scripts" / "prepare_dataset.py"
     prepare.write_text("import sys\nprint('prepare', *sys.argv[1:])\n")
+    (repository.folder / "configs").mkdir(exist_ok=True)
+    (repository.folder / "configs" / f"{config}.yml").touch()
     repository.main("")
     assert repository.run("scripts/launch.sh", "job", config).returncode == 0
     assert repository.log().startswith("prepare digits --output data/digits\nhello from main\n")
     prepare.write_text("raise SystemExit(5)\n")
     assert repository.run("scripts/launch.sh", "job", config).returncode == 5
     assert len(repository.runs()) == 1
+    # Of a config that there is not main.py tells, before anything is made.
+    assert repository.run("scripts/launch.sh", "none", "digits_none").returncode == 0
 
 
 @pytest.mark.parametrize(
