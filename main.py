@@ -36,7 +36,7 @@ def run_job(config, flags, about):
     """
     # Imported late: a wrong option is told at once, without waiting for jax.
     from configs import load_config
-    from run import folder, layout, report
+    from run import layout, report, workdirs
     from utils import compiling, environment, processes
 
     try:
@@ -55,9 +55,9 @@ def run_job(config, flags, about):
             from sample import sample_job as job
         else:
             from train import train_job as job
-        workdir = folder.make(flags.workdir)
+        workdir = workdirs.make(flags.workdir)
         compiling.keep(workdir / layout.COMPILED)
-        folder.follow_output(workdir)
+        workdirs.follow_output(workdir)
         report.tell(report.job(options, *about, workdir))
         job(config, workdir)
     except processes.Preempted as reason:

@@ -26,7 +26,7 @@ from models import codec, hardware, network
 from optimizer import at_step, make_optimizer
 from parts import load_frozen, open_records
 from parts import make as make_parts
-from run import cadence, folder, report, resume, spent
+from run import cadence, report, resume, spent, workdirs
 from run.saver import Saver
 from utils import averages, compiling, files, iterator, processes, sharding, train_metrics
 
@@ -249,7 +249,7 @@ def train_job(config, workdir):
       Preempted: asked to stop; the last step is saved.
       ValueError, OSError, FloatingPointError: in one line, what is wrong.
     """
-    with folder.hold(workdir):
+    with workdirs.hold(workdir):
         return train(config, files.path(workdir))
 
 

@@ -79,7 +79,7 @@ def steps(workdir):
 def ends_by_file(workdir):
     """Tells whether a checkpoint is complete when a file says so, not when it has its name.
 
-    So in a bucket, and where run/folder.py saw that folders cannot be renamed; the note of that
+    So in a bucket, and where run/workdirs.py saw that folders cannot be renamed; the note of that
     holds for the folders of a run's form within, too.
     """
     workdir = files.path(workdir)

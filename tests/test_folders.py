@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from scripts import evaluate_images, prepare_dataset
-from scripts.prepare import folders, pt
+from scripts.prepare import class_folders, pt
 from utils import dataset, images, pictures
 
 RNG = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def test_a_class_without_validation_images_is_none_of_these(tmp_path):
     folder(root / "val", a=0, b=1)
     (root / "val" / "a").mkdir(exist_ok=True)
     listing = pictures.Listing()
-    _, items = folders.list_images(root, listing=listing)
+    _, items = class_folders.list_images(root, listing=listing)
     assert items["val"] == [("val/b/im0.png", 1)]
     assert str(listing) == f"; left out 1: 1 class folders without images ({root}/val/a)"
 

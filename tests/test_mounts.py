@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jobs import STEPS_ALONE, Jobs, checkpoints, metrics
 
-from run import best, checkpoint, folder, layout
+from run import best, checkpoint, layout, workdirs
 from utils import files
 
 
@@ -62,10 +62,10 @@ def test_folders_appear_whole_without_renames(mount):
 
 
 def test_a_note_is_made_once_and_only_where_it_is_needed(mount, tmp_path, caplog):
-    folder.note_renames(tmp_path)
+    workdirs.note_renames(tmp_path)
     assert files.names(tmp_path) == {"mount"}
-    folder.note_renames(mount)
-    folder.note_renames(mount)
+    workdirs.note_renames(mount)
+    workdirs.note_renames(mount)
     assert files.names(mount) == {layout.NO_RENAMES} and len(caplog.records) == 1
 
 
@@ -73,9 +73,9 @@ def test_output_log_is_that_of_process_0(tmp_path, monkeypatch):
     for host in ("a", "b"):
         (tmp_path / f"output.{host}.log").write_text(host)
         monkeypatch.setenv("MEANFLOW_OUTPUT", str(tmp_path / f"output.{host}.log"))
-        folder.follow_output(tmp_path)
+        workdirs.follow_output(tmp_path)
         assert (tmp_path / "output.log").read_text() == host
     (tmp_path / "output.log").unlink()
     (tmp_path / "output.log").write_text("of before")
-    folder.follow_output(tmp_path)
+    workdirs.follow_output(tmp_path)
     assert (tmp_path / "output.log").read_text() == "of before"

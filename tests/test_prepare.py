@@ -18,7 +18,7 @@ from metrics import inception, inception_weights
 from metrics.reference import load_reference
 from models import vae
 from scripts import prepare_dataset
-from scripts.prepare.folders import list_images
+from scripts.prepare.class_folders import list_images
 from utils import contents as digests
 from utils import dataset, images
 

@@ -19,14 +19,14 @@ PAIR = """
 import json, pathlib, sys
 from configs import load_config
 from utils import processes
-from run import folder
+from run import workdirs
 import main
 flags = main.parse_flags(["--workdir=-", *sys.argv[2:]])
 processes.join(flags.coordinator_address, flags.num_processes, flags.process_id)
 import evaluate, sample, train
 for words in json.loads(sys.argv[1]):
     config, rest = load_config.from_command_line(words)
-    workdir = folder.make(main.parse_flags(rest).workdir)
+    workdir = workdirs.make(main.parse_flags(rest).workdir)
     if config.eval_only:
         evaluate.evaluate_job(config, workdir)
     elif config.sample_only:

@@ -21,7 +21,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from utils import buckets, folders, leases, mirrors
+from utils import buckets, file_systems, leases, mirrors
 
 # What a system says that has nothing to do with what a file holds: limits, rights, connections.
 SYSTEM = (
@@ -156,7 +156,7 @@ def move(source, target):
         buckets.copy(source, target)
         buckets.remove(source)
     else:
-        folders.rename(source, target)
+        file_systems.rename(source, target)
     return target
 
 
@@ -183,7 +183,7 @@ def complete(path):
     try:
         with writing(path):
             yield unfinished
-            folders.rename(unfinished, path)
+            file_systems.rename(unfinished, path)
     finally:
         remove(unfinished)
 
@@ -263,7 +263,7 @@ def link(source, target):
     if is_remote(target):
         return buckets.copy(source, target)
     with complete(target) as unfinished:
-        folders.copy(source, unfinished, folders.link)
+        file_systems.copy(source, unfinished, file_systems.link)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from formats import torch_files
-from scripts.prepare import folders, shards, statistics
+from scripts.prepare import class_folders, shards, statistics
 from utils import files, pictures
 
 SIDE = 32
@@ -243,7 +243,7 @@ def _tfrecords(path):
 def _from_pictures(path):
     """Reads PNG files below SPLIT/CLASS/, or CLASS/ for the training images alone."""
     names = [name for name in ("train", "test") if (path / name).is_dir()]
-    classes, items = folders.list_images(path, names)
+    classes, items = class_folders.list_images(path, names)
     if len(classes) != len(CLASSES):
         raise ValueError(f"{path}: {len(classes)} class folders where CIFAR-10 has {len(CLASSES)}")
     # Labels are in the order of the names, which for those of CIFAR-10 and for numbers is its own.

@@ -11,7 +11,7 @@ import numpy as np
 
 from metrics import inception_weights
 from models import vae
-from scripts.prepare import conditions, folders, moments, shards, statistics
+from scripts.prepare import class_folders, conditions, moments, shards, statistics
 from utils import dataset, environment, files, images, pictures, sharding
 
 
@@ -21,7 +21,8 @@ def run(args):
     Returns whether the records are complete.
     """
     listing = pictures.Listing()
-    classes, items, find, settings = folders.find_images(files.local(args.input), args, listing)
+    root = files.local(args.input)
+    classes, items, find, settings = class_folders.find_images(root, args, listing)
     names = () if isinstance(classes, int) else classes
     said = f"{len(names) or classes or 'no'} classes; {counted(items)} images"
     print(f"{args.input}: {said}{listing}", flush=True)

@@ -9,7 +9,7 @@ import time
 import jax
 
 from run import layout
-from utils import files, folders, leases, processes
+from utils import file_systems, files, leases, processes
 
 OUTPUT = "MEANFLOW_OUTPUT"  # the variable in which launch.sh names its output.log
 SHARED_TIMEOUT = 60.0  # seconds in which a new file must be seen by all processes
@@ -76,7 +76,7 @@ def note_renames(workdir):
     orbax ends a checkpoint by such a rename, which a bucket mounted by gcsfuse refuses.
     """
     note = workdir / layout.NO_RENAMES
-    if files.is_remote(workdir) or note.exists() or folders.renames_folders(workdir):
+    if files.is_remote(workdir) or note.exists() or file_systems.renames_folders(workdir):
         return
     files.write_text(note, "checkpoints here are complete when commit_success.txt is in them\n")
     logging.warning(
