@@ -220,13 +220,13 @@ def image_checksum(path):
 # The file ---------------------------------------------------------------------------------------
 
 
-def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, resize=None, **more):
+def save_reference(path, mu=None, sigma=None, mu_s=None, sigma_s=None, **more):
     """Writes statistics as ADM names them: `mu, sigma` (pool), `mu_s, sigma_s` (spatial).
 
-    `resize` says which resize came before the network; comparing two would mislead. `more` are
-    `mu_dinov2`, `sigma_dinov2`, `dinov2_resize`, and what metrics/provenance.py names.
+    Beside them `resize`, which came before the network; comparing two would mislead; `mu_dinov2`,
+    `sigma_dinov2`, `dinov2_resize`, and what metrics/provenance.py names.
     """
-    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "resize": resize} | more
+    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s} | more
     with files.complete(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
@@ -301,23 +301,13 @@ def _read_npz(file, path):
             f"the file has {listed}"
         )
     if "arr_0" in file.files:
-        found["image_shape"] = _image_shape(file, path)
+        shape, dtype = npy.header_of_member(path, "arr_0")  # without reading its gigabytes
+        if len(shape) != 4 or dtype != np.uint8:
+            raise _ReferenceError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
+        found["image_shape"] = shape[1:]
     if "dinov2_resize" in file.files:
         found["dinov2_resize"] = str(file["dinov2_resize"])
     return found
-
-
-def _image_shape(file, path):
-    """Returns (H, W, C) of arr_0 without reading its gigabytes."""
-    with file.zip.open("arr_0.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0
-        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(
-            member
-        )
-    if len(shape) != 4 or dtype != np.uint8:
-        raise _ReferenceError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
-    return shape[1:]
 
 
 def _check_moments(path, mu_name, sigma_name, mu, sigma):
