@@ -34,11 +34,11 @@ def run(config, args):
 
 def rates(stages, batch_size, rounds):
     """Returns the images per second of each `Stage`, measured in turn; the median of `rounds`."""
-    found = {name: [] for name in stages}
+    measured = {name: [] for name in stages}
     for _ in range(rounds):
         for name, stage in stages.items():
-            found[name].append(batch_size / stage.seconds())
-    return {name: float(np.median(rate)) for name, rate in found.items()}
+            measured[name].append(batch_size / stage.seconds())
+    return {name: float(np.median(rate)) for name, rate in measured.items()}
 
 
 class Stage:

@@ -27,8 +27,8 @@ class Instruction(NamedTuple):
     @property
     def source(self):
         """Returns the operation of the project's code that it comes from, or ""."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found.group(1) if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match.group(1) if match else ""
 
     def called(self, role):
         """Returns the name of the computation that it calls as its `role`."""
@@ -43,29 +43,31 @@ class Program(NamedTuple):
 
     def inside(self, instruction):
         """Returns the instructions of what a fusion calls, of those that it calls too."""
-        found = []
+        instructions = []
         for name in re.findall(CALLS, instruction.text):
             for inner in self.computations.get(name, []):
-                found += [inner, *self.inside(inner)]
-        return found
+                instructions += [inner, *self.inside(inner)]
+        return instructions
 
 
 def parse(text):
     """Returns the `Program` of a compiled program's text."""
-    found, main, name = {}, None, None
+    computations, main, name = {}, None, None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
         if header:
             name = header.group(2)
-            found[name] = []
+            computations[name] = []
             main = name if header.group(1) else main
         elif line == "}":
             name = None
         elif name and (match := LINE.match(re.sub(r"/\*index=\d+\*/", "", line))):
             root, own, result, operation, rest = match.groups()
             operands = re.findall(r"%([\w.-]+)", rest[: closing(rest)])
-            found[name].append(Instruction(own, result, operation, operands, rest, bool(root)))
-    return Program(found, main)
+            computations[name].append(
+                Instruction(own, result, operation, operands, rest, bool(root))
+            )
+    return Program(computations, main)
 
 
 def closing(text):
@@ -116,8 +118,8 @@ def array_bytes(text):
 
 def shapes(text):
     """Returns the dimensions of all arrays of an XLA type."""
-    found = re.findall(r"\b[a-z]+\d*\[([\d,]*)\]", text)
-    return [[int(n) for n in dims.split(",") if n] for dims in found]
+    texts = re.findall(r"\b[a-z]+\d*\[([\d,]*)\]", text)
+    return [[int(n) for n in dims.split(",") if n] for dims in texts]
 
 
 def collectives(program):

@@ -40,10 +40,10 @@ def parse(name, content, where):
             return {key: npy.parse(member) for key, member in members.items()}
     file = io.BytesIO(content)
     if name.endswith(".pt"):
-        found = torch_files.read(file, where, len(content))
+        item = torch_files.read(file, where, len(content))
     else:
-        found = torch_files.read_pickle(file, where)
-    return found if isinstance(found, dict) else {"": found}
+        item = torch_files.read_pickle(file, where)
+    return item if isinstance(item, dict) else {"": item}
 
 
 def safetensors(path):
@@ -54,7 +54,7 @@ def safetensors(path):
         if len(head) != size or not head.startswith(b"{"):
             raise ValueError("no safetensors, or cut")
         data = np.memmap(file, np.uint8, "r", 8 + size).view(np.ndarray)
-    found = {}
+    arrays = {}
     for name, entry in json.loads(head).items():
         if name == "__metadata__":
             continue
@@ -63,8 +63,8 @@ def safetensors(path):
             raise ValueError(f"'{name}' is of {entry['dtype']}")
         if not 0 <= start <= stop <= len(data):
             raise ValueError(f"'{name}' ends at byte {stop} of {len(data)}: cut short")
-        found[name] = data[start:stop].view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
-    return found
+        arrays[name] = data[start:stop].view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
 
 
 class Hdf5:

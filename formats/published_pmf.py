@@ -20,12 +20,12 @@ W1, HEAD = "u_heads_0/mlp/w1/_flax_linear/kernel", "u_heads_0/attn/q_norm/kernel
 
 def find(path):
     """Returns the newest checkpoint of pixel MeanFlow at `path`, itself one or a folder of some."""
-    found = published_imf.find(path)
-    if found is None:
+    checkpoint = published_imf.find(path)
+    if checkpoint is None:
         return None
-    averages = published_imf.structure(found).get("ema_params", {})
+    averages = published_imf.structure(checkpoint).get("ema_params", {})
     one = averages if "net" in averages else next(iter(averages.values()), {})
-    return found if MARK in trees.flatten(one.get("net")) else None
+    return checkpoint if MARK in trees.flatten(one.get("net")) else None
 
 
 def is_ours(tree):

@@ -127,7 +127,7 @@ _HUGGINGFACE = {
 
 def _from_huggingface(arrays):
     """Renames the arrays of `model.safetensors` as in the `.pth`; unknown ones stay as they are."""
-    found, thirds = {}, {}
+    renamed, thirds = {}, {}
     for name, value in arrays.items():
         parts = name.split(".")
         prefix, rest = "", name
@@ -138,8 +138,8 @@ def _from_huggingface(arrays):
             continue
         stem, _, leaf = rest.rpartition(".")
         rest = _HUGGINGFACE.get(rest) or f"{_HUGGINGFACE.get(stem, stem)}.{leaf}".lstrip(".")
-        found[prefix + rest] = value
+        renamed[prefix + rest] = value
     for name, parts in thirds.items():
         if parts.keys() == {"query", "key", "value"}:
-            found[name] = np.concatenate([parts["query"], parts["key"], parts["value"]])
-    return found
+            renamed[name] = np.concatenate([parts["query"], parts["key"], parts["value"]])
+    return renamed

@@ -30,11 +30,11 @@ def load(path):
     """
     with open(path, "rb") as file:
         try:
-            found = pickles.plain(pickles.Unpickler(file, path, ARRAYS).load(), None)
-            moments = {name: _moments(found[name]) for name in METRICS if name in found}
+            content = pickles.plain(pickles.Unpickler(file, path, ARRAYS).load(), None)
+            moments = {name: _moments(content[name]) for name in METRICS if name in content}
             if not moments:
-                raise ValueError(f"it holds {', '.join(map(str, found))}")
-            return moments, found.get("num_images")
+                raise ValueError(f"it holds {', '.join(map(str, content))}")
+            return moments, content.get("num_images")
         except pickles.RefusedError:
             raise
         except Exception as error:  # unpickling raises nearly all kinds

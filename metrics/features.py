@@ -25,15 +25,15 @@ def load(options):
     """
     if options.features == "pixels":
         return Features({}, pixel_features, {"features": "pixels in [0, 1]"})
-    found = []
+    parts = []
     if set(options.metrics) != {"fd_dinov2"}:
         params = inception_weights.load(options.inception_weights or None)
-        found.append(of_inception(params, options.resize, weight_files.digest(params)))
+        parts.append(of_inception(params, options.resize, weight_files.digest(params)))
     if "fd_dinov2" in options.metrics:
         params = dinov2_weights.load(options.dinov2_weights or None)
         digest = weight_files.digest(params)
-        found.append(of_dinov2(params, options.dinov2_resize, digest))
-    return join(found)
+        parts.append(of_dinov2(params, options.dinov2_resize, digest))
+    return join(parts)
 
 
 def of_inception(params, resize, digest):
@@ -69,10 +69,10 @@ def join(networks):
     described = {name: value for network in networks for name, value in network.described.items()}
 
     def apply(params, images):
-        found = {}
+        outputs = {}
         for network, own in zip(networks, params["networks"], strict=True):
-            found |= network.apply(own, images)
-        return found
+            outputs |= network.apply(own, images)
+        return outputs
 
     return Features({"networks": [network.params for network in networks]}, apply, described)
 

@@ -91,5 +91,5 @@ def _half_distances(a, b):
     x, y = half(a), half(b)
     square_x, square_y = (half(half(f**2).sum(1)) for f in (x, y))
     cross = half(jnp.einsum("nd,md->nm", x, y, precision=HIGHEST))
-    found = half(half(square_x[:, None] - 2 * cross) + square_y)
-    return jnp.where(jnp.isfinite(found).all(), jnp.maximum(found, 0), _distances(a, b))
+    distances = half(half(square_x[:, None] - 2 * cross) + square_y)
+    return jnp.where(jnp.isfinite(distances).all(), jnp.maximum(distances, 0), _distances(a, b))

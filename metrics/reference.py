@@ -57,11 +57,11 @@ class Reference:
         """
         if self._statistics is None:
             count = self.records.num_records
-            found, self._pool = self.score.read(
+            gathered, self._pool = self.score.read(
                 lambda index: self.records.read(index)["image"], count, "reference"
             )
             self._statistics = {}
-            for metric, sums in found.moments.items():
+            for metric, sums in gathered.moments.items():
                 moments = distances.finish_moments(sums)
                 self._statistics |= dict(zip(MOMENTS[metric], moments, strict=True))
         if self._pool is None and self.score.keeps_features:
@@ -75,19 +75,19 @@ class Reference:
         self.statistics()
         return self._pool
 
-    def compare(self, found, pool, count):
+    def compare(self, gathered, pool, count):
         """Returns the metrics of `count` images: name -> float.
 
         Args:
-          found, pool: from `Scorer.gather`.
+          gathered, pool: from `Scorer.gather`.
         """
         reference, results = self.statistics(), {}
-        for metric, sums in found.moments.items():
+        for metric, sums in gathered.moments.items():
             mu, sigma = (reference[name] for name in MOMENTS[metric])
             moments = distances.finish_moments(sums)
             results[metric] = distances.frechet_distance(*moments, mu, sigma)
-        if found.scores is not None:
-            results |= named("inception_score", distances.finish_scores(found.scores))
+        if gathered.scores is not None:
+            results |= named("inception_score", distances.finish_scores(gathered.scores))
         for metric in evaluators.OF_SETS:
             if metric in self.options.metrics:
                 results |= named(metric, compare_sets(metric, pool, self.pool()))
@@ -98,11 +98,11 @@ class Reference:
         if self.options.cache_ref:
             names = [name for pair in MOMENTS.values() for name in pair]
             moments = {n: self._statistics[n] for n in names if self._statistics[n] is not None}
-            found = {"reference": self.options.cache_ref, **self._said}
-            found["reference_digest"] = identity.of_arrays(moments)
+            told = {"reference": self.options.cache_ref, **self._said}
+            told["reference_digest"] = identity.of_arrays(moments)
             if self.score.keeps_features:
-                found["reference_arr_0"] = image_checksum(self.options.cache_ref)
-            return found
+                told["reference_arr_0"] = image_checksum(self.options.cache_ref)
+            return told
         digests = {name: self.records.identity.get(name) for name in ("content", "sample")}
         return {
             "reference": str(self.records.root),
@@ -156,10 +156,10 @@ def check_fits(options, reference, score):
             mu, _ = MOMENTS[metric]
             if reference[mu] is None:
                 raise ValueError(f"{where} holds no {' and '.join(MOMENTS[metric])} for {metric}")
-            found, dim = len(reference[mu]), score.dims[scorer.MOMENTS[metric]]
-            if found != dim:
+            width, dim = len(reference[mu]), score.dims[scorer.MOMENTS[metric]]
+            if width != dim:
                 name = score.features.described["dinov2" if metric == "fd_dinov2" else "features"]
-                raise ValueError(f"{where} describes {found} features, {name} has {dim}")
+                raise ValueError(f"{where} describes {width} features, {name} has {dim}")
         if metric in evaluators.OF_SETS and reference["image_shape"] is None:
             raise ValueError(
                 f"fid.metrics: {metric} needs reference images (the arr_0 of ADM's npz), and "
@@ -249,9 +249,9 @@ def load_reference(path):
         raise FileNotFoundError(f"{path}: no such file of reference statistics")
     with open(path, "rb") as file:
         pickled = file.read(1) == b"\x80"
-    found = _from_edm2(path) if pickled else _from_npz(path)
+    content = _from_edm2(path) if pickled else _from_npz(path)
     names = [name for pair in MOMENTS.values() for name in pair]
-    result = dict.fromkeys((*names, "resize", "dinov2_resize", "image_shape")) | found
+    result = dict.fromkeys((*names, "resize", "dinov2_resize", "image_shape")) | content
     result["resize"] = result["said"].get("resize")
     for mu, sigma in MOMENTS.values():
         if result[mu] is not None:
@@ -270,10 +270,10 @@ class _ReferenceError(ValueError):
 
 def _from_edm2(path):
     moments, _ = edm2_reference.load(path)
-    found = {"dinov2_resize": "edm2", "said": {"origin": "EDM2", "resize": "tf1"}}
+    content = {"dinov2_resize": "edm2", "said": {"origin": "EDM2", "resize": "tf1"}}
     for metric, values in moments.items():
-        found |= dict(zip(MOMENTS[metric], values, strict=True))
-    return found
+        content |= dict(zip(MOMENTS[metric], values, strict=True))
+    return content
 
 
 def _from_npz(path):
@@ -289,12 +289,12 @@ def _from_npz(path):
 def _read_npz(file, path):
     provenance.check_sizes(file, [prefix + name for pair in MOMENTS.values() for name in pair
                                   for prefix in ("", "ref_")])  # fmt: skip
-    found = {"said": provenance.of_file(file)}
+    content = {"said": provenance.of_file(file)}
     for mu, sigma in MOMENTS.values():
         for prefix in ("", "ref_"):
-            if mu not in found and {prefix + mu, prefix + sigma} <= set(file.files):
-                found |= {mu: file[prefix + mu], sigma: file[prefix + sigma]}
-    if len(found) == 1:
+            if mu not in content and {prefix + mu, prefix + sigma} <= set(file.files):
+                content |= {mu: file[prefix + mu], sigma: file[prefix + sigma]}
+    if len(content) == 1:
         listed = ", ".join(sorted(file.files)[:8]) or "nothing"
         raise _ReferenceError(
             f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
@@ -304,10 +304,10 @@ def _read_npz(file, path):
         shape, dtype = npy.header_of_member(path, "arr_0")  # without reading its gigabytes
         if len(shape) != 4 or dtype != np.uint8:
             raise _ReferenceError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
-        found["image_shape"] = shape[1:]
+        content["image_shape"] = shape[1:]
     if "dinov2_resize" in file.files:
-        found["dinov2_resize"] = str(file["dinov2_resize"])
-    return found
+        content["dinov2_resize"] = str(file["dinov2_resize"])
+    return content
 
 
 def _check_moments(path, mu_name, sigma_name, mu, sigma):

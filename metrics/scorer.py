@@ -50,8 +50,8 @@ class Scorer:
         self.image_shape = image_shape
         self.batch_size = options.device_batch_size * mesh.size
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-        found = jax.eval_shape(features.apply, features.params, image)
-        self.dims = {name: x.shape[-1] for name, x in found.items()}
+        outputs = jax.eval_shape(features.apply, features.params, image)
+        self.dims = {name: x.shape[-1] for name, x in outputs.items()}
         self.keeps_features = bool(set(options.metrics) & set(evaluators.OF_SETS))
         self._add = jax.jit(
             self.add, out_shardings=sharding.replicated(mesh), donate_argnums=0, static_argnums=4,
@@ -88,17 +88,17 @@ class Scorer:
         Returns:
           The statistics, and the pool features (N, D) where a metric compares the sets themselves.
         """
-        found = self.features.apply(feature_params, images)
+        outputs = self.features.apply(feature_params, images)
         weight = (index < count).astype(jnp.float32)
         moments = {
-            name: distances.add_moments(sums, found[MOMENTS[name]], weight)
+            name: distances.add_moments(sums, outputs[MOMENTS[name]], weight)
             for name, sums in statistics.moments.items()
         }
         scores = statistics.scores
         if scores is not None:
             split = evaluators.split_of(self.options.evaluator, index, count)
-            scores = distances.add_scores(scores, found["logits_no_bias"], split, weight)
-        return Statistics(moments, scores), found["pool"] if self.keeps_features else None
+            scores = distances.add_scores(scores, outputs["logits_no_bias"], split, weight)
+        return Statistics(moments, scores), outputs["pool"] if self.keeps_features else None
 
     def gather(self, step, count, name):
         """Returns the statistics of `count` images, and their pool features (count, D), or None.

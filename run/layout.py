@@ -70,10 +70,10 @@ def steps(workdir):
     path = folder(workdir)
     if not path.is_dir():
         return []
-    found = [p for p in path.iterdir() if NUMBER.fullmatch(p.name)]
+    folders = [p for p in path.iterdir() if NUMBER.fullmatch(p.name)]
     if ends_by_file(workdir):
-        found = [p for p in found if (p / COMMITTED).exists()]
-    return sorted(int(p.name) for p in found)
+        folders = [p for p in folders if (p / COMMITTED).exists()]
+    return sorted(int(p.name) for p in folders)
 
 
 def ends_by_file(workdir):
@@ -91,11 +91,11 @@ def options(workdir):
     """Reads the options of a run, nested, from its newest checkpoint; or None."""
     for step in reversed(steps(workdir)):
         try:
-            found = json.loads((checkpoint_path(workdir, step) / "config" / "metadata").read_text())
+            saved = json.loads((checkpoint_path(workdir, step) / "config" / "metadata").read_text())
         except (OSError, ValueError):
             continue  # whoever reads the weights says what is wrong
-        if isinstance(found, dict):
-            return found
+        if isinstance(saved, dict):
+            return saved
     return None
 
 
@@ -112,25 +112,25 @@ def metric_lines(workdir):
       OSError: the file cannot be read.
     """
     path = files.path(workdir) / METRICS
-    found, broken = [], 0
+    lines, broken = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except ValueError:  # also what is no UTF-8
             line = None
         if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
-            found.append(line)
+            lines.append(line)
         else:
             broken += 1
-    return found, broken
+    return lines, broken
 
 
 def grids(workdir):
     """Lists the sample grids of a run: {what is special, mostly "": {step: path}}."""
-    found = {}
+    pictures = {}
     for path in sorted((files.path(workdir) / SAMPLES).glob("*.png")):
         if match := GRID.fullmatch(path.name):
             name, step, suffix = match.groups()
             kind = suffix or ("" if name == "grid" else f"by {name}")
-            found.setdefault(kind, {})[int(step)] = path
-    return found
+            pictures.setdefault(kind, {})[int(step)] = path
+    return pictures

@@ -62,8 +62,8 @@ def job(options, source, given, workdir):
 
 def devices():
     """Returns in words the devices of all processes, and the versions."""
-    found = jax.devices()
-    kinds = [f"{len(found)} x {found[0].device_kind} ({found[0].platform})"]
+    every = jax.devices()
+    kinds = [f"{len(every)} x {every[0].device_kind} ({every[0].platform})"]
     if jax.process_count() > 1:
         kinds.append(f"{jax.process_count()} processes")
     if limit := (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"):

@@ -61,12 +61,12 @@ def measure(result, metric):
 def report(result):
     """Writes one result as a line for people."""
     count = result["num_samples"]
-    found = ", ".join(
+    words = ", ".join(
         f"{evaluators.tag(name, count)} {value:.4f}" for name, value in numbers(result).items()
     )
     guidance = "".join(f"{name} {value:g}, " for name, value in guidance_of(result).items())
     return (
-        f"{found} ({result['weights']}, {result['num_steps']}-step{_sampler(result)}, {guidance}"
+        f"{words} ({result['weights']}, {result['num_steps']}-step{_sampler(result)}, {guidance}"
         f"{count} samples, {result['evaluator']}: {result.get('features', result.get('dinov2'))}, "
         f"checkpoint {result['checkpoint_step']})"
     )
@@ -182,23 +182,23 @@ def load(workdir):
     if not file.exists():
         return []
     try:
-        found = json.loads(file.read_text())
+        stored = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not readable ({error}); take it away") from error
-    if not isinstance(found, list):
+    if not isinstance(stored, list):
         raise ValueError(f"{file}: not a list of results; take it away")
-    return found
+    return stored
 
 
 def find(workdir, described, names):
     """Finds the result with these settings and all metrics `names`, or None. All processes ask."""
     from utils import processes  # late: it brings jax, which readers of the file do not need
 
-    found = None
+    matches = None
     if processes.is_writer():
         wanted = json.loads(json.dumps(described))
-        found = [r for r in load(workdir) if settings(r) == wanted and names <= numbers(r).keys()]
-    return processes.from_writer(found[-1] if found else None)
+        matches = [r for r in load(workdir) if settings(r) == wanted and names <= numbers(r).keys()]
+    return processes.from_writer(matches[-1] if matches else None)
 
 
 def save(workdir, result):

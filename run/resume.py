@@ -224,15 +224,15 @@ def _read(options, workdir, step, targets, identity):
 
 def _in_all(read, workdir, step, *args):
     """Calls a function that reads a checkpoint; raises DamagedError where any process does."""
-    found = damage = None
+    content = damage = None
     try:
-        found = read(workdir, step, *args)
+        content = read(workdir, step, *args)
     except checkpoint.DamagedError as error:
         damage = error
     if not processes.all_true(damage is None):
         line = f"another process cannot read checkpoint {step}"
         raise damage or checkpoint.DamagedError(line)
-    return found
+    return content
 
 
 # Options --------------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ def open_images(path, notes):
     images = read_npz(path)
 
     def read(index):
-        found = images[index]
+        rows = images[index]
         npy.release(images)
-        return found
+        return rows
 
     return read, len(images), images.shape[1:]
 

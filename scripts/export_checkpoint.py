@@ -122,7 +122,9 @@ def measured(source, checksum):
     folder = files.path(source)
     folders = [folder, folder.parent] if folder.name == layout.BEST else [folder]
     known = [r for place in folders for r in results.load(place) if isinstance(r, dict)]
-    return [results.report(found) for found in known if found.get("weights_checksum") == checksum]
+    return [
+        results.report(result) for result in known if result.get("weights_checksum") == checksum
+    ]
 
 
 def export_sit(source, folder, step=None, *, weights="ema", steps=None, omega=None, config=None):
@@ -166,9 +168,9 @@ def constants(model, steps, omega=None):
     if steps < 0 or (steps and method.instantaneous):
         only = " other than 0: its network is the velocity" if method.instantaneous else " below 0"
         raise ValueError(f"--steps {steps}: method.name {model.config.method.name} has none{only}")
-    found = {"h": 1 / steps if steps else 0.0} | ({"r": 0.0} if steps == 1 else {})
-    found = {name: value for name, value in found.items() if name in embedded}
-    if unknown := set(embedded) - {"t"} - found.keys():
+    constant = {"h": 1 / steps if steps else 0.0} | ({"r": 0.0} if steps == 1 else {})
+    constant = {name: value for name, value in constant.items() if name in embedded}
+    if unknown := set(embedded) - {"t"} - constant.keys():
         raise ValueError(
             f"--steps {steps}: model.time_cond embeds {', '.join(unknown)} beside t, which is "
             "constant in one step alone: SiT has one embedder"
@@ -178,8 +180,8 @@ def constants(model, steps, omega=None):
         given = dict.fromkeys(method.conditions, 1.0) | {"t_min": 0.0}
         given |= guidance._asdict() if guidance else {}
         numbers = dit.guidance_numbers({name: float(given[name]) for name in method.conditions})
-        found |= {name: float(value) for name, value in numbers.items()}
-    return found
+        constant |= {name: float(value) for name, value in numbers.items()}
+    return constant
 
 
 def parse(argv):

@@ -32,12 +32,12 @@ def comments(source):
         if not isinstance(section, ast.ClassDef):
             continue
         prefix = "" if section.name == "Config" else f"{section.name.lower()}."
-        found = {}
+        texts = {}
         for line in section.body:
             if isinstance(line, ast.AnnAssign) and line.value:
                 behind = lines[line.end_lineno - 1][line.end_col_offset :]
-                found[f"{prefix}{line.target.id}"] = behind.strip().removeprefix("# ")
-        sections.append((ast.get_docstring(section).rstrip("."), found))
+                texts[f"{prefix}{line.target.id}"] = behind.strip().removeprefix("# ")
+        sections.append((ast.get_docstring(section).rstrip("."), texts))
     return sections
 
 

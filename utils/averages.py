@@ -48,10 +48,10 @@ def sigma_of(name):
 
 def by_half_life(averages):
     """Returns {half-life in thousands of images, text: tree} of averages by name."""
-    found = {k.removeprefix(HALF_LIFE): tree for k, tree in averages.items() if HALF_LIFE in k}
-    if not found:
+    halves = {k.removeprefix(HALF_LIFE): tree for k, tree in averages.items() if HALF_LIFE in k}
+    if not halves:
         raise ValueError("none of the averages goes by a half-life (training.ema_half_life)")
-    return found
+    return halves
 
 
 def after_step(averages, params, step, decays, period, sigmas, half_lives=(), images=1):

@@ -79,10 +79,10 @@ def find(timeout, described=False):
         if slurm and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
             return None  # a shell inside an allocation, which counts the tasks of others
         named = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        found = ClusterEnv.auto_detect_unset_distributed_params(
+        detected = ClusterEnv.auto_detect_unset_distributed_params(
             named, None, None, None, kind.name or None, timeout
         )
-        address, count, index, devices = found
+        address, count, index, devices = detected
         if slurm:
             devices = gpus_of_task(os.environ)
         elif kind.__name__ == "OmpiCluster":
@@ -98,9 +98,9 @@ def find(timeout, described=False):
         return None
 
 
-def own_devices(found):
+def own_devices(devices):
     """Numbers this process's GPUs; None for all, or where jax's own variable names them."""
-    return None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found
+    return None if "JAX_LOCAL_DEVICE_IDS" in os.environ else devices
 
 
 def gpus_of_task(environ):

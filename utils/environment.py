@@ -97,20 +97,20 @@ def installed():
     """Returns the versions at work, {name: version}: of the packages that requirements.txt
     names, of all that these need in turn, and of what makes jax run on the devices."""
     # Each time that a distribution is asked for its metadata it reads the file.
-    files = [found.metadata for found in importlib.metadata.distributions()]
+    files = [versions.metadata for versions in importlib.metadata.distributions()]
     packages = {normal(metadata["Name"]): metadata for metadata in files if metadata["Name"]}
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     waiting = [line for line in lines if line and not line.startswith("#")]
     waiting += [name for name in packages if name.startswith(DEVICE_PACKAGES)]
-    found = {}
+    versions = {}
     while waiting:
         name = normal(re.match(r"[\w.-]+", waiting.pop())[0])
-        if name in found or name not in packages:  # one for other systems
+        if name in versions or name not in packages:  # one for other systems
             continue
-        found[name] = packages[name]["Version"]
+        versions[name] = packages[name]["Version"]
         needs = packages[name].get_all("Requires-Dist", ())
         waiting += [line for line in needs if "extra ==" not in line]
-    return dict(sorted(found.items()))
+    return dict(sorted(versions.items()))
 
 
 def normal(name):

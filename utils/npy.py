@@ -51,11 +51,11 @@ def _kind(head):
 
 @functools.lru_cache(1024)
 def _described(text):
-    found = ast.literal_eval(text.decode("latin1").strip())
-    dtype = np.lib.format.descr_to_dtype(found["descr"])
+    entries = ast.literal_eval(text.decode("latin1").strip())
+    dtype = np.lib.format.descr_to_dtype(entries["descr"])
     if dtype.hasobject:
         raise ValueError("it holds Python's objects, not numbers")
-    return tuple(map(int, found["shape"])), bool(found["fortran_order"]), dtype
+    return tuple(map(int, entries["shape"])), bool(entries["fortran_order"]), dtype
 
 
 def mapped(path, offset=0):

@@ -81,12 +81,12 @@ def check_name(folder, name):
 
 def wanted(folder, names, listing, extensions=EXTENSIONS):
     """Filters names of files by their endings; the others are left out."""
-    found = [name for name in names if name.lower().endswith(extensions)]
-    for name in sorted({*names}.difference(found)):
+    chosen = [name for name in names if name.lower().endswith(extensions)]
+    for name in sorted({*names}.difference(chosen)):
         ending = os.path.splitext(name)[1]
         listing.leave_out(f"with the ending {ending}" if ending else "without an ending",
                           os.path.join(folder, name))  # fmt: skip
-    return found
+    return chosen
 
 
 def below(folder, listing, extensions=EXTENSIONS, seen=()):
@@ -95,10 +95,10 @@ def below(folder, listing, extensions=EXTENSIONS, seen=()):
     if here in seen:
         raise ValueError(f"{folder} is a link to a folder that it is in")
     folders, plain = entries(folder, listing)
-    found = [Path(folder, name) for name in wanted(folder, plain, listing, extensions)]
+    paths = [Path(folder, name) for name in wanted(folder, plain, listing, extensions)]
     for name in folders:
-        found += below(Path(folder, name), listing, extensions, (*seen, here))
-    return sorted(found)
+        paths += below(Path(folder, name), listing, extensions, (*seen, here))
+    return sorted(paths)
 
 
 class Notes:

@@ -74,8 +74,8 @@ def join(
         return
     end = functools.partial(_end, status=RESTART)
     with cluster.alarm(timeout, f"looked for the other processes for {timeout} s in vain", end):
-        found = cluster.find(timeout, described=num_processes is not None)
-    job = found if num_processes is None else cluster.Job(*given, None, "")
+        announced = cluster.find(timeout, described=num_processes is not None)
+    job = announced if num_processes is None else cluster.Job(*given, None, "")
     if job is None or job.count == 1:
         return
     if job.name:
@@ -90,7 +90,7 @@ def join(
         with cluster.alarm(timeout, line, end), cluster.without_proxies():
             jax.distributed.initialize(
                 job.address, job.count, job.index,
-                local_device_ids=found and found.local_devices,
+                local_device_ids=announced and announced.local_devices,
                 cluster_detection_method="deactivate",
                 initialization_timeout=timeout + 60,  # the alarm comes first
                 heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,

@@ -23,8 +23,8 @@ def check_names(tree, where):
             if isinstance(value, (dict, list, tuple)):
                 stack.append(((*path, name), value))
             elif value is not None and np.asarray(value).dtype.kind not in "fiubV":
-                found = "/".join(map(str, (*path, name)))
-                raise ValueError(f"{where}: {found[:200]} holds no numbers")
+                place = "/".join(map(str, (*path, name)))
+                raise ValueError(f"{where}: {place[:200]} holds no numbers")
 
 
 def unflatten(arrays):

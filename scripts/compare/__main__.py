@@ -33,19 +33,19 @@ def main(argv=None):
         files.check_arguments(vars(args))
     except ValueError as error:
         parser.error(str(error))
-    found, left_out = runs.read_all(args.runs)
+    shown, left_out = runs.read_all(args.runs)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
-    if not found:
+    if not shown:
         print("error: there is no run to show", file=sys.stderr)
         return 1
-    for run in found:
+    for run in shown:
         if run.notes:
             print(f"{run.name}: {'; '.join(run.notes)}", file=sys.stderr)
-    print(tables.text(found, shutil.get_terminal_size().columns))
+    print(tables.text(shown, shutil.get_terminal_size().columns))
     try:
         if args.html:
-            files.write_text(args.html, page.page(found, max(args.grids, 1)))
+            files.write_text(args.html, page.page(shown, max(args.grids, 1)))
             print(f"\n{args.html}")
     except (ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -74,11 +74,11 @@ def charts(runs):
     A metric has a chart for each evaluator, number of samples and reference, with a line by name
     for each kind of weights, steps and guidance.
     """
-    found = []
+    drawings = []
     for metric in dict.fromkeys(metric for run in runs for metric in tables.losses(run)):
         title, rows = metric.name.split("/")
         lines = {metric.name: [_line(tables.points(run, metric.name)) for run in runs]}
-        found.append(_chart(title.replace("_", " "), OF_ROWS[rows], "loss", lines))
+        drawings.append(_chart(title.replace("_", " "), OF_ROWS[rows], "loss", lines))
     scores = {metric for run in runs for metric in run.scores}
     for (title, how), group in itertools.groupby(sorted(scores), key=_title):
         group = sorted(group, key=lambda metric: -sum(metric in run.scores for run in runs))
@@ -88,14 +88,14 @@ def charts(runs):
         }
         higher = group[0].higher_is_better
         note = f"{'higher' if higher else 'lower'} is better; {how}"
-        found.append(_chart(title, note, "score", lines, higher))
-    drawn = {name for chart in found for name in chart["lines"]}
+        drawings.append(_chart(title, note, "score", lines, higher))
+    drawn = {name for chart in drawings for name in chart["lines"]}
     if names := {name for run in runs for name in run.curves} - drawn:
         first = next((name for name in ("v_loss", "loss") if name in names), None)
         order = sorted(names, key=lambda name: (name != first, name))
         lines = {name: [_line(tables.points(run, name)) for run in runs] for name in order}
-        found.append(_chart("", "any other number", "other", lines))
-    return found
+        drawings.append(_chart("", "any other number", "other", lines))
+    return drawings
 
 
 def _title(metric):
@@ -188,11 +188,11 @@ def _cell(text):
 
 def _results(runs):
     """Returns the table of all evaluations, by evaluator, the best of each first."""
-    found = [(i, run, result) for i, run in enumerate(runs) for result in run.results]
-    if not found:
+    evaluations = [(i, run, result) for i, run in enumerate(runs) for result in run.results]
+    if not evaluations:
         return "<p>No evaluation yet."
-    found.sort(key=lambda one: _rank(one[2]))
-    everything = [result for _, _, result in found]
+    evaluations.sort(key=lambda one: _rank(one[2]))
+    everything = [result for _, _, result in evaluations]
     settings = [
         name for name in SETTINGS
         if len({json.dumps(result.get(name)) for result in everything}) > 1
@@ -204,7 +204,7 @@ def _results(runs):
     rows = [
         _row(f'<span class="c{i % 8}"><i></i>{html.escape(run.name)}</span>',
              (_sortable(result.get(name)) for name in names))
-        for i, run, result in found
+        for i, run, result in evaluations
     ]  # fmt: skip
     said = f"<p>All: {html.escape(', '.join(alike))}." if alike else ""
     return said + _table(["run", "step", *names[1:]], rows, "sortable")

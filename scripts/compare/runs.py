@@ -56,13 +56,13 @@ def read_all(paths):
             lines.append(line)
         else:
             there.append(path)
-    found = []
+    whole = []
     for path, name in zip(there, names(there), strict=True):
         try:
-            found.append(read(path, name))
+            whole.append(read(path, name))
         except OSError as error:
             lines.append(f"{path}: cannot be read ({error.strerror or error})")
-    return found, lines
+    return whole, lines
 
 
 def why_not(path):
@@ -139,12 +139,12 @@ def curves_of(lines):
     lines = [line for line in lines if line.keys() - set(OF_LINES)]
     size = max(1, -(-len(lines) // POINTS))
     parts = [lines[i : i + size] for i in range(0, len(lines), size)]
-    found = dict.fromkeys(name for line in lines for name in line if name not in OF_LINES)
-    for name in found:
-        found[name] = [
+    columns = dict.fromkeys(name for line in lines for name in line if name not in OF_LINES)
+    for name in columns:
+        columns[name] = [
             mean([line[name] for line in part if number(line.get(name))]) for part in parts
         ]
-    return [part[-1]["step"] for part in parts], found
+    return [part[-1]["step"] for part in parts], columns
 
 
 def is_of_training(name):
@@ -163,13 +163,13 @@ def scores_of(lines, stored):
         step = line["step"]
         left = {n: x for n, x in line.items() if results.is_score(n) and (n, step) not in known}
         rows.append((step, left, None))
-    found = {}
+    of_metric = {}
     for step, scores, result in rows:
         for name, value in scores.items():
             if number(value) and "_std" not in name.split("/")[0]:
                 how = results.measure(result, name) if result else UNKNOWN
-                found.setdefault(Metric(name, how), {})[step] = value
-    return {metric: dict(sorted(points.items())) for metric, points in found.items()}
+                of_metric.setdefault(Metric(name, how), {})[step] = value
+    return {metric: dict(sorted(points.items())) for metric, points in of_metric.items()}
 
 
 def results_of(path):
@@ -214,8 +214,8 @@ def facts_of(lines, options):
 
 def batch_size(options):
     """Returns the images of a step, where the options are known, or None."""
-    found = (options or {}).get("training.batch_size")
-    return found if type(found) is int and found > 0 else None
+    size = (options or {}).get("training.batch_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def number(value):

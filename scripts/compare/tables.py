@@ -53,14 +53,14 @@ def scores(runs):
     evaluator that is not known.
     """
     series = [run.scores | losses(run) for run in runs]
-    found = {}
+    best = {}
     for metric in sorted({m: None for one in series for m in one}, key=lambda m: not m.measure):
         sign = -1 if metric.higher_is_better else 1
         points = [one.get(metric, {}) for one in series]
         values = [sign * value for of in points for value in of.values()]
         several = sum(map(bool, points)) > 1 and metric.measure not in ("", reading.UNKNOWN)
-        found[metric] = [_best(of, sign, min(values) if several else None) for of in points]
-    return found
+        best[metric] = [_best(of, sign, min(values) if several else None) for of in points]
+    return best
 
 
 def _best(points, sign, leader):

@@ -122,21 +122,21 @@ class Arrays:
         """Returns [((file, row), label)] of a file, where its latents and labels fit together."""
         path = self._root / name
         columns = self._columns(name, scan=True)
-        shape, found = columns[self.key(name, columns)].shape, columns[LABELS]
-        found = found.reshape(-1) if found.ndim == 2 and 1 in found.shape else found
-        if len(shape) != 4 or found.shape[:1] != shape[:1] or found.ndim > 2:  # 2: one-hot
+        shape, column = columns[self.key(name, columns)].shape, columns[LABELS]
+        column = column.reshape(-1) if column.ndim == 2 and 1 in column.shape else column
+        if len(shape) != 4 or column.shape[:1] != shape[:1] or column.ndim > 2:  # 2: one-hot
             raise ValueError(
-                f"{path}: latents {shape} and labels {found.shape} do not fit together: they are "
+                f"{path}: latents {shape} and labels {column.shape} do not fit together: they are "
                 "(N, h, w, c) or (N, c, h, w), and (N,)"
             )
         amount = columns.get("amount")  # of SoFlow
-        if amount is not None and int(amount) != len(found):
-            raise ValueError(f"{path}: 'amount' is {int(amount)}, and {len(found)} rows are there")
-        if found.dtype.kind not in "iufU":
-            raise ValueError(f"{path}: labels of {found.dtype}, neither whole numbers nor names")
+        if amount is not None and int(amount) != len(column):
+            raise ValueError(f"{path}: 'amount' is {int(amount)}, and {len(column)} rows are there")
+        if column.dtype.kind not in "iufU":
+            raise ValueError(f"{path}: labels of {column.dtype}, neither whole numbers nor names")
         return [
             ((name, i), labels.read(f"{path}, record {i}", label))
-            for i, label in enumerate(found.tolist())
+            for i, label in enumerate(column.tolist())
         ]
 
     def key(self, name, columns=None):

@@ -12,15 +12,15 @@ FLIP = "_flip"
 BUNDLE = re.compile(r"(.*/)?\d{5}/img(-mean-std-)?\d{8}\.npy")
 
 
-def item(found, where):
+def item(content, where):
     """Returns the `latents.Item` of a dict as `formats.caches.parse` gives it."""
-    keys = [key for key in found if key in KEYS]
-    flips = [key for key in found if str(key).endswith((FLIP, f"{FLIP}ped"))]
+    keys = [key for key in content if key in KEYS]
+    flips = [key for key in content if str(key).endswith((FLIP, f"{FLIP}ped"))]
     if len(keys) != 1 or [key for key in flips if key.partition(FLIP)[0] != keys[0]]:
-        names = ", ".join(map(str, found)) or "nothing"
+        names = ", ".join(map(str, content)) or "nothing"
         raise ValueError(f"{where}: holds {names}, not one latent, {', '.join(KEYS[1:])}")
-    label = found.get("label", found.get("labels"))
-    return latents.Item(found[keys[0]], found[flips[0]] if flips else None, label)
+    label = content.get("label", content.get("labels"))
+    return latents.Item(content[keys[0]], content[flips[0]] if flips else None, label)
 
 
 def of_tree(tree, args, listing):
@@ -33,8 +33,8 @@ def of_tree(tree, args, listing):
     """
     tree.names, flips = _without_flips(tree)
     names = [name for name in tree.names if posixpath.basename(name) not in manifest.LISTS]
-    found = manifest.labelled(tree, listing) if args.labels == "auto" else None
-    named = [name for rows in (found or {}).values() for name, _ in rows] or names
+    listed = manifest.labelled(tree, listing) if args.labels == "auto" else None
+    named = [name for rows in (listed or {}).values() for name, _ in rows] or names
     endings = sorted({posixpath.splitext(name)[1] for name in named})
     if len(endings) != 1:
         raise ValueError(f"{tree.root} holds files of {' and '.join(endings) or 'no latents'}: "
@@ -49,16 +49,16 @@ def of_tree(tree, args, listing):
         return one
 
     first = caches.parse(named[0], tree.read(named[0]), tree.where(named[0]))
-    inside = "label" in first and found is None and args.labels == "auto"
+    inside = "label" in first and listed is None and args.labels == "auto"
     if inside:
         split = labels.by_split(names)
-        found = {split: [(name, None) for name in of_split] for split, of_split in split.items()}
-    if found is None:
-        found = _of_folders(tree, endings[0], args.labels)
-    foldered = not inside and any(y is not None for rows in found.values() for _, y in rows)
+        listed = {split: [(name, None) for name in of_split] for split, of_split in split.items()}
+    if listed is None:
+        listed = _of_folders(tree, endings[0], args.labels)
+    foldered = not inside and any(y is not None for rows in listed.values() for _, y in rows)
     title, content = _known(endings[0], first, named[0], foldered)
     return latents.Cache(
-        title, found, read, tree.where, {"source": "arrays"}, content, inside=inside, name=named[0]
+        title, listed, read, tree.where, {"source": "arrays"}, content, inside=inside, name=named[0]
     )  # fmt: skip
 
 
@@ -91,16 +91,16 @@ def _of_folders(tree, ending, wanted):
             f"{tree.root}: bundles of EDM2 or REPA without the dataset.json that has their labels; "
             "--labels=none goes without"
         )
-    found = labels.of_folders(tree, (ending,), wanted == "none")
-    folders = {folder for rows in found.values() for _, folder in rows}
+    rows_of = labels.of_folders(tree, (ending,), wanted == "none")
+    folders = {folder for rows in rows_of.values() for _, folder in rows}
     if wanted != "auto" or folders == {None}:
-        return found
+        return rows_of
     if len(folders) == 1:
         raise ValueError(
             f"{tree.root}: all latents lie in one folder, {folders.pop()}: --labels=folders, if it "
             "is a class, --labels=none, if it is not"
         )
-    return found
+    return rows_of
 
 
 def _known(ending, first, name, foldered):

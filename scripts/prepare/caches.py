@@ -120,8 +120,8 @@ def _of_lmdbs(places):
 
 def statistics(path):
     """Returns the lines of a YAML file that normalise latents as the statistics at a path say."""
-    found = torch_files.load(path)
-    if not isinstance(found, dict) or not {"mean", "std"} <= set(found):
+    content = torch_files.load(path)
+    if not isinstance(content, dict) or not {"mean", "std"} <= set(content):
         raise ValueError(f"{path}: no statistics, which have 'mean' and 'std'")
-    values = {name: np.ravel(found[name]).astype(float) for name in ("mean", "std")}
+    values = {name: np.ravel(content[name]).astype(float) for name in ("mean", "std")}
     return f"{path} says, for the YAML:\n{moments.yaml_lines(**values)}"

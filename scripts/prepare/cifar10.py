@@ -137,11 +137,11 @@ def _from_archive(path, check):
 def _check_archive(path):
     size = path.stat().st_size
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found not in [known for *_, known in ARCHIVES]:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 not in [known for *_, known in ARCHIVES]:
         known = " nor ".join(f"{name} ({size:,} bytes, {sha})" for name, size, sha in ARCHIVES)
         raise ValueError(
-            f"{path}: {size:,} bytes with sha256 {found} are neither {known}: another file, or "
+            f"{path}: {size:,} bytes with sha256 {sha256} are neither {known}: another file, or "
             "damaged or cut on its way; fetch it again, or take it as it is with --check=False"
         )
 
@@ -150,16 +150,16 @@ def _from_folder(path, check):
     first = BATCHES["train"][0]
     for name, verify in ((first, check), (f"{first}.bin", False)):
         # As it is, or somewhere below, as in the folders of downloads.
-        if found := sorted(path.rglob(name)):
-            files = {file.name: file.read_bytes() for file in sorted(found[0].parent.iterdir())
+        if matches := sorted(path.rglob(name)):
+            files = {file.name: file.read_bytes() for file in sorted(matches[0].parent.iterdir())
                      if file.name.removesuffix(".bin") in PYTHON_FILES}  # fmt: skip
             if verify:
-                _check_files(files, found[0].parent)
-            return _from_batches(files, found[0].parent)
-    if found := sorted(p for p in path.rglob("*.tar.gz") if "cifar-10-" in p.name):
-        return _from_archive(found[0], check)
-    if found := sorted(path.rglob("cifar10-*.tfrecord-*")):
-        return _from_tfrecords(found)
+                _check_files(files, matches[0].parent)
+            return _from_batches(files, matches[0].parent)
+    if matches := sorted(p for p in path.rglob("*.tar.gz") if "cifar-10-" in p.name):
+        return _from_archive(matches[0], check)
+    if matches := sorted(path.rglob("cifar10-*.tfrecord-*")):
+        return _from_tfrecords(matches)
     return _from_pictures(path)
 
 
@@ -213,7 +213,7 @@ def _planes(rows):
 
 def _from_tfrecords(paths):
     """Reads what TensorFlow Datasets prepares: PNG files in tf.train.Examples, in TFRecords."""
-    found = {}
+    rows_of = {}
     for path in paths:
         split = path.name.split(".")[0].removeprefix("cifar10-")
         for record in _tfrecords(path):
@@ -225,8 +225,8 @@ def _from_tfrecords(paths):
                 raise
             except Exception as error:  # protobuf's own kinds, IndexError
                 raise ValueError(f"{path}: a damaged record ({error})") from error
-            found.setdefault(split, []).append((image, label))
-    return _stack(found, paths[0].parent)
+            rows_of.setdefault(split, []).append((image, label))
+    return _stack(rows_of, paths[0].parent)
 
 
 def _tfrecords(path):
@@ -247,11 +247,11 @@ def _from_pictures(path):
     if len(classes) != len(CLASSES):
         raise ValueError(f"{path}: {len(classes)} class folders where CIFAR-10 has {len(CLASSES)}")
     # Labels are in the order of the names, which for those of CIFAR-10 and for numbers is its own.
-    found = {
+    rows_of = {
         split: [(_picture(path / file, path / file), label) for file, label in files]
         for split, files in items.items()
     }
-    return _stack(found, path)
+    return _stack(rows_of, path)
 
 
 def _picture(file, where):
@@ -261,11 +261,11 @@ def _picture(file, where):
     return image
 
 
-def _stack(found, where):
-    unknown = found.keys() - COUNTS.keys()
-    if unknown or "train" not in found:
-        raise ValueError(f"{where}: splits {sorted(found)} where train and test were expected")
+def _stack(rows_of, where):
+    unknown = rows_of.keys() - COUNTS.keys()
+    if unknown or "train" not in rows_of:
+        raise ValueError(f"{where}: splits {sorted(rows_of)} where train and test were expected")
     return {
         split: Split(*(np.stack(column) for column in zip(*rows, strict=True)))
-        for split, rows in found.items()
+        for split, rows in rows_of.items()
     }

@@ -29,13 +29,13 @@ def find_images(root, args, listing):
         return classes, items, lambda name: (root / name, None), {}
     tree = trees.open_tree(root, listing, pictures.EXTENSIONS + manifest.LISTS)
     skip = args.on_bad_image == "skip"
-    found = manifest.labelled(tree, listing, args.label_key, skip) if listed else None
-    if found is None:
+    rows_of = manifest.labelled(tree, listing, args.label_key, skip) if listed else None
+    if rows_of is None:
         if root.is_dir() and args.labels == "auto":  # other people's files of those names
             classes, items = list_images(root, args.splits, listing)
             return classes, items, lambda name: (root / name, None), {}
-        found = labels.of_folders(tree, pictures.EXTENSIONS, args.labels == "none")
-    classes, items = labels.numbered(found, args, tree.where)
+        rows_of = labels.of_folders(tree, pictures.EXTENSIONS, args.labels == "none")
+    classes, items = labels.numbered(rows_of, args, tree.where)
     settings = {"labels": labels.digest(items)}
     return classes, items, lambda name: (tree.where(name), tree.open(name)), settings
 
@@ -61,9 +61,9 @@ def list_images(root, splits=(), listing=None):
     for split, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder} for the split '{split}'")
-        found, loose = pictures.entries(folder, listing)
-        if found:
-            classes, rows = _of_class_folders(folder, found, classes, listing)
+        names, loose = pictures.entries(folder, listing)
+        if names:
+            classes, rows = _of_class_folders(folder, names, classes, listing)
             for name in loose:
                 listing.leave_out("beside the class folders", folder / name)
         else:
@@ -73,15 +73,15 @@ def list_images(root, splits=(), listing=None):
     return classes, items
 
 
-def _of_class_folders(folder, found, classes, listing):
+def _of_class_folders(folder, class_names, classes, listing):
     """Returns (classes, [(name, label)]) of a split; `classes`: of the first, None in it."""
-    first, classes = classes is None, found if classes is None else classes
+    first, classes = classes is None, class_names if classes is None else classes
     numbers = {name: label for label, name in enumerate(classes or ())}
-    if unknown := [name for name in found if name not in numbers]:
+    if unknown := [name for name in class_names if name not in numbers]:
         raise ValueError(f"{folder / unknown[0]}: no such class in the first split")
-    of_class = {name: list_class(folder / name, listing) for name in found}
+    of_class = {name: list_class(folder / name, listing) for name in class_names}
     empty = [name for name, names in of_class.items() if not names]
-    if len(empty) == len(found):
+    if len(empty) == len(class_names):
         raise ValueError(_nothing(folder, listing))
     if empty and first:
         raise ValueError(

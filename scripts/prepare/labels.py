@@ -34,16 +34,16 @@ def by_split(names, chosen=(), said=None):
     Raises:
       ValueError: a split is chosen that is not there.
     """
-    found = {split: [] for split in dict.fromkeys(SPLITS.values())}
+    of_split = {split: [] for split in dict.fromkeys(SPLITS.values())}
     for name in names:
         words = [re.split(r"[^a-z]+", part.lower()) for part in reversed(name.split("/"))]
         known = [SPLITS[word] for word in itertools.chain(*words) if word in SPLITS]
         split = (said or {}).get(name) or (known[0] if known else "train")
-        found.setdefault(SPLITS.get(split, split), []).append(name)
-    found = {split: names for split, names in found.items() if names}
-    if unknown := [split for split in chosen if split not in found]:
-        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
-    return {split: found[split] for split in chosen or found}
+        of_split.setdefault(SPLITS.get(split, split), []).append(name)
+    of_split = {split: names for split, names in of_split.items() if names}
+    if unknown := [split for split in chosen if split not in of_split]:
+        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(of_split)}")
+    return {split: of_split[split] for split in chosen or of_split}
 
 
 def read(where, value):
@@ -74,8 +74,8 @@ def whole_number(where, label):
     """Reads a label as int; ValueError where it is no whole number."""
     value = np.asarray(label) if np.isscalar(label) or isinstance(label, np.ndarray) else None
     if value is None or value.size != 1 or value.dtype.kind not in "iuf" or value.item() % 1 != 0:
-        found = " ".join(repr(label).split())[:60]
-        raise ValueError(f"{where}: 'label' is {found}, not a whole number")
+        text = " ".join(repr(label).split())[:60]
+        raise ValueError(f"{where}: 'label' is {text}, not a whole number")
     return int(value.item())
 
 
@@ -98,25 +98,25 @@ def of_folders(tree, endings, without=False):
     first = {name[start:].split("/")[0] for name in names if "/" in name[start:]}
     if not first & {"train", "training"}:
         first = set()  # of classes
-    found = {}
+    rows_of = {}
     for name in names:
         top, _, rest = name[start:].partition("/")
         split, path = (SPLITS.get(top), rest) if first else ("train", name[start:])
         if split is not None:
-            found.setdefault(split, []).append((name, path.rpartition("/")[0] or None))
+            rows_of.setdefault(split, []).append((name, path.rpartition("/")[0] or None))
     if without:
-        return {split: [(name, None) for name, _ in rows] for split, rows in found.items()}
-    for rows in found.values():
+        return {split: [(name, None) for name, _ in rows] for split, rows in rows_of.items()}
+    for rows in rows_of.values():
         for name, folder in rows:
             if (folder is None) != (rows[0][1] is None) or "/" in (folder or ""):
                 raise ValueError(
                     f"{tree.where(name)} lies not in a class folder as others do; --labels=none "
                     "goes without classes"
                 )
-    return found
+    return rows_of
 
 
-def numbered(found, args, where, names=()):
+def numbered(rows_of, args, where, names=()):
     """Numbers the labels of {split: [(name, label as `read` gives it)]}: (classes, the same).
 
     Args:
@@ -125,24 +125,24 @@ def numbered(found, args, where, names=()):
       names: what the classes are called, in their order, where the set says that.
     """
     splits = getattr(args, "splits", ())
-    if unknown := [split for split in splits if split not in found]:
-        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(found)}")
-    order = [*dict.fromkeys(SPLITS.values()), *found]
-    chosen = splits or [split for split in dict.fromkeys(order) if split in found]
-    found = {split: found[split] for split in chosen}
+    if unknown := [split for split in splits if split not in rows_of]:
+        raise ValueError(f"--splits: no '{unknown[0]}', only {', '.join(rows_of)}")
+    order = [*dict.fromkeys(SPLITS.values()), *rows_of]
+    chosen = splits or [split for split in dict.fromkeys(order) if split in rows_of]
+    rows_of = {split: rows_of[split] for split in chosen}
     classes, numbers = settle(
-        {split: [label for _, label in rows] for split, rows in found.items()},
-        lambda split, i: where(found[split][i][0]),
+        {split: [label for _, label in rows] for split, rows in rows_of.items()},
+        lambda split, i: where(rows_of[split][i][0]),
         args.num_classes,
         names,
     )
     return classes, {
         split: [(name, y) for (name, _), y in zip(rows, numbers[split], strict=True)]
-        for split, rows in found.items()
+        for split, rows in rows_of.items()
     }
 
 
-def settle(found, where, num_classes=None, names=()):
+def settle(labels_of, where, num_classes=None, names=()):
     """Numbers labels, as `read` gives them: (classes, {split: [int]}).
 
     Numbers have to be 0, 1, ... without a hole in the first split, unless `num_classes` or `names`
@@ -150,7 +150,7 @@ def settle(found, where, num_classes=None, names=()):
     there are 0 classes.
 
     Args:
-      found: {split: [int, str or None]}.
+      labels_of: {split: [int, str or None]}.
       where: function (split, index) -> whose label it is, for people.
       num_classes: how many there are; names: what they are called, in their order.
 
@@ -160,28 +160,28 @@ def settle(found, where, num_classes=None, names=()):
     Raises:
       ValueError: no records; labels of both kinds, out of range, or with holes; names the record.
     """
-    if empty := [split for split, of_split in found.items() if not of_split]:
+    if empty := [split for split, of_split in labels_of.items() if not of_split]:
         raise ValueError(f"no records in the split '{empty[0]}'; --splits chooses others")
     words = {int: "a number", str: "a name", type(None): "none"}
-    kind = type(next(iter(found.values()))[0])
-    for split, i, label in _each(found):
+    kind = type(next(iter(labels_of.values()))[0])
+    for split, i, label in _each(labels_of):
         if type(label) is not kind:
             other = words[type(label)]
             raise ValueError(
                 f"{where(split, i)}: label {label!r} is {other}, the first is {words[kind]}"
             )
     if kind is type(None):
-        return 0, found
+        return 0, labels_of
     if kind is str:
-        names, number = _numbered(found, where)
+        names, number = _numbered(labels_of, where)
     else:
         number = None
     if names and num_classes not in (None, len(names)):
         raise ValueError(f"there are {len(names)} names of classes; --num_classes={num_classes}")
     if number is not None:
-        return names, {split: [number[y] for y in labels] for split, labels in found.items()}
-    _check_range(found, where, len(names) or num_classes)
-    return names or num_classes or 1 + max(map(max, found.values())), found
+        return names, {split: [number[y] for y in labels] for split, labels in labels_of.items()}
+    _check_range(labels_of, where, len(names) or num_classes)
+    return names or num_classes or 1 + max(map(max, labels_of.values())), labels_of
 
 
 def digest(items):
@@ -189,30 +189,32 @@ def digest(items):
     return {split: shards.digest(str(y) for _, y in rows) for split, rows in items.items()}
 
 
-def _each(found):
-    return ((split, i, label) for split, labels in found.items() for i, label in enumerate(labels))
+def _each(labels_of):
+    return (
+        (split, i, label) for split, labels in labels_of.items() for i, label in enumerate(labels)
+    )
 
 
-def _numbered(found, where):
+def _numbered(labels_of, where):
     """Returns names of classes, those of the first split, and {name: label}."""
-    names = sorted(set(next(iter(found.values()))))
+    names = sorted(set(next(iter(labels_of.values()))))
     number = {name: i for i, name in enumerate(names)}
-    for split, i, name in _each(found):
+    for split, i, name in _each(labels_of):
         if name not in number:
             raise ValueError(f"{where(split, i)}: no such class in the first split: '{name}'")
     return names, number
 
 
-def _check_range(found, where, count):
+def _check_range(labels_of, where, count):
     """Raises ValueError for labels that are not of 0..count-1, or where None says how many there
     are, for numbers of which the first split has none."""
-    for split, i, label in _each(found):
+    for split, i, label in _each(labels_of):
         if not 0 <= label < (count or label + 1):
             allowed = f"labels are 0..{count - 1}" if count else "labels begin at 0"
             hint = "; is this split without labels? --splits leaves it out" if label == -1 else ""
             raise ValueError(f"{where(split, i)}: label {label}; {allowed}{hint}")
-    first, there = next((split, set(labels)) for split, labels in found.items())
-    total = count or 1 + max(map(max, found.values()))
+    first, there = next((split, set(labels)) for split, labels in labels_of.items())
+    total = count or 1 + max(map(max, labels_of.values()))
     if missing := total - len(there):
         some = list(itertools.islice((y for y in range(total) if y not in there), SHOWN))
         line = f"{missing} of the labels 0..{total - 1} have no record in '{first}'"

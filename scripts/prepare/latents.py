@@ -119,8 +119,8 @@ def _with_labels(cache, workers):
         def read(key):
             return key, labels.read(cache.where(key), cache.read(key).label)
 
-        found = _in_threads(read, keys, workers)
-        rows[split] = list(processes.progress(found, len(keys), "labels", f"labels ({split})"))
+        pairs = _in_threads(read, keys, workers)
+        rows[split] = list(processes.progress(pairs, len(keys), "labels", f"labels ({split})"))
     return rows
 
 
@@ -179,8 +179,8 @@ def _in_threads(function, items, workers):
     if items:
         parts = [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
         source = grain.MapDataset.source(parts).map(lambda part: [function(item) for item in part])
-        for found in source.to_iter_dataset(grain.ReadOptions(workers, 2 * workers)):
-            yield from found
+        for results in source.to_iter_dataset(grain.ReadOptions(workers, 2 * workers)):
+            yield from results
 
 
 # What arrays hold
@@ -266,20 +266,20 @@ def _content(arrays, where, cache):
     channels: deviations have no negative number there, logarithms nearly all, samples half."""
     half = arrays[0].shape[-1] // 2
     negative = np.mean([np.mean(array[..., half:] < 0) for array in arrays])
-    found = "samples"
+    content = "samples"
     if not arrays[0].shape[-1] % 2 and (negative == 0 or negative > LOGARITHMS):
-        found = "log_moments" if negative else "moments"
+        content = "log_moments" if negative else "moments"
     known = cache.content
     if known is None:
-        if found == "log_moments":
+        if content == "log_moments":
             raise ValueError(
                 f"{where}: the second half of the channels is negative; are they logarithms of "
                 "variances? --content=log_moments makes them deviations; --content=samples, if "
                 "they are samples"
             )
-        return "moments" if any(word in cache.name for word in NAMES_OF_MOMENTS) else found
-    if found == known or (known == "either" and found != "samples"):
-        return found
+        return "moments" if any(word in cache.name for word in NAMES_OF_MOMENTS) else content
+    if content == known or (known == "either" and content != "samples"):
+        return content
     expected = WHAT.get(known, "mean and deviation or log variance")
     raise ValueError(
         f"{where}: {cache.title} is known for {expected}, and of the second half of the channels "

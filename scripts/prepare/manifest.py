@@ -57,13 +57,13 @@ def labelled(tree, listing, label_key=None, skip=False):
                 raise ValueError(f"{tree.where(name)} names {rows[0][0]}, which is not there")
     if not lists:
         return None
-    found = {}
+    rows_of = {}
     for split, of_split in labels.by_split(lists).items():
         check_versions(tree.root, [(name, row[1]) for name in of_split for row in lists[name]])
         for name in of_split:
             for of_row, row in _by_folder(split, lists[name]):
-                found.setdefault(of_row, []).append((*row, name))
-    return {split: _there(tree, rows, there, listing, skip) for split, rows in found.items()}
+                rows_of.setdefault(of_row, []).append((*row, name))
+    return {split: _there(tree, rows, there, listing, skip) for split, rows in rows_of.items()}
 
 
 def _there(tree, rows, there, listing, skip):
@@ -166,9 +166,9 @@ def check_versions(root, rows):
     numbers = sorted(int("".join(re.findall(r"\d", folder)) or -1) for folder in folders)
     if numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return
-    for folder, found in folders.items():
-        other = seen.setdefault(tuple(found), folder)
-        if other != folder and len(set(found)) > 1:
+    for folder, labels_of in folders.items():
+        other = seen.setdefault(tuple(labels_of), folder)
+        if other != folder and len(set(labels_of)) > 1:
             raise ValueError(
                 f"{root / other} and {root / folder} have the same labels in the same "
                 "order: two versions of one set? --input names the one that is meant; folders that "
@@ -221,7 +221,7 @@ def members(root, names, listing, config=None):
     for name in names:
         folders[posixpath.dirname(name)].append(posixpath.basename(name))
     splits = _json(root / "dataset_dict.json").get("splits")
-    for folder, found in folders.items():
+    for folder, bases in folders.items():
         state = _json(root / folder / "state.json")
         if listed := [str(entry["filename"]) for entry in state.get("_data_files", ())]:
             if missing := [name for name in listed if not (root / folder / name).is_file()]:
@@ -232,7 +232,7 @@ def members(root, names, listing, config=None):
                 raise ValueError(
                     f"{root / folder}: a selection of rows (indices); save_to_disk writes it out"
                 )
-        for name in found:
+        for name in bases:
             path = posixpath.join(folder, name)
             if listed and name not in listed:
                 listing.leave_out("that state.json does not name", root / path)
@@ -265,23 +265,23 @@ def configs(root):
         entries = yaml.safe_load(head[1])["configs"] if head else []
     except (yaml.YAMLError, TypeError, KeyError):
         entries = []
-    found = {}
+    sets = {}
     for entry in entries if isinstance(entries, list) else []:
         data, folder = entry.get("data_files"), str(entry.get("data_dir") or "")
         if isinstance(data, dict):
             data = [{"split": split, "path": path} for split, path in data.items()]
         data = [data] if isinstance(data, str) else data or [posixpath.join(folder, "**")]
         rows = [row if isinstance(row, dict) else {"path": row} for row in data]
-        found[str(entry.get("config_name", "default"))] = [
+        sets[str(entry.get("config_name", "default"))] = [
             (row.get("split"), pattern)
             for row in rows
             for pattern in ([row["path"]] if isinstance(row["path"], str) else row["path"])
         ]
-    return found
+    return sets
 
 
 def _of_configs(root, names, listing, config):
-    found = {}
+    sets = {}
     for title, rows in configs(root).items():
         of_title = {}
         for split, pattern in rows:
@@ -289,20 +289,20 @@ def _of_configs(root, names, listing, config):
             pattern = pattern.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
             of_title |= {n: split for n in names if re.fullmatch(pattern, n) and n not in of_title}
         if of_title:
-            found[title] = of_title
-    if config is not None and config not in found:
-        there = ", ".join(found) or "none"
+            sets[title] = of_title
+    if config is not None and config not in sets:
+        there = ", ".join(sets) or "none"
         raise ValueError(
             f"{root / 'README.md'}: no config '{config}' with files here; there is {there}"
         )
-    if not found:
+    if not sets:
         return names, {}
-    if config is None and len(found) > 1:
+    if config is None and len(sets) > 1:
         raise ValueError(
             f"{root} holds several sets, says its README: --config_name names one of "
-            f"{', '.join(found)}"
+            f"{', '.join(sets)}"
         )
-    chosen = found[config or next(iter(found))]
+    chosen = sets[config or next(iter(sets))]
     for name in names:
         if name not in chosen:
             listing.leave_out("of no config, or of another", root / name)
@@ -340,10 +340,10 @@ def _check_parts(root, names, said):
 
 def check_configs(root):
     """Raises ValueError where the README of a folder says that it holds several sets."""
-    found = [name for name, rows in configs(root).items()
+    titles = [name for name, rows in configs(root).items()
              if any(True for _, pattern in rows for _ in root.glob(pattern))]  # fmt: skip
-    if len(found) > 1:
+    if len(titles) > 1:
         raise ValueError(
-            f"{root} holds several sets, says its README ({', '.join(found)}): --input names the "
+            f"{root} holds several sets, says its README ({', '.join(titles)}): --input names the "
             "folder of one"
         )

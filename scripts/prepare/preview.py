@@ -62,8 +62,8 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
 def first_split(root):
     """Returns `train`, or where there is none the first split of the dataset at `root`."""
     try:
-        found = json.loads((files.path(root) / "dataset_info.json").read_text())["splits"]
-        names = [split["name"] for split in found]
+        splits = json.loads((files.path(root) / "dataset_info.json").read_text())["splits"]
+        names = [split["name"] for split in splits]
     except (OSError, ValueError, LookupError, TypeError):  # open_records tells what is wrong
         names = []
     return "train" if "train" in names or not names else names[0]

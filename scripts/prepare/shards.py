@@ -62,13 +62,13 @@ def make(args, examples, **job):
 
 def shards(job):
     """Lists all shards of a job, in order."""
-    found = []
+    listed = []
     for split, items in job.items.items():
         starts = range(0, len(items), job.records_per_shard)
         for i, start in enumerate(starts):
             path = dataset.shard_path(job.output, split, i, len(starts))
-            found.append(Shard(path, split, start, min(start + job.records_per_shard, len(items))))
-    return found
+            listed.append(Shard(path, split, start, min(start + job.records_per_shard, len(items))))
+    return listed
 
 
 def write(job, examples, process_index=0, process_count=1, overwrite=False):
@@ -175,7 +175,7 @@ def remove(output):
         PREVIEW,
         PLAN,
     ]
-    for path in [found for pattern in patterns for found in output.glob(pattern)]:
+    for path in [entry for pattern in patterns for entry in output.glob(pattern)]:
         if path.is_file():
             path.unlink()
 
@@ -191,11 +191,11 @@ def _begin(job):
     plan = json.loads(json.dumps(plan))
     path = job.output / PLAN
     if path.exists():
-        found = json.loads(path.read_text())
+        before = json.loads(path.read_text())
         different = [
-            f"{name}: {found.get(name)}, now {plan.get(name)}"
-            for name in sorted({*found, *plan})
-            if found.get(name) != plan.get(name) and not _same(name, found, plan)
+            f"{name}: {before.get(name)}, now {plan.get(name)}"
+            for name in sorted({*before, *plan})
+            if before.get(name) != plan.get(name) and not _same(name, before, plan)
         ]
         if different:
             raise ValueError(
@@ -209,16 +209,16 @@ def _begin(job):
         files.write_text(path, json.dumps(plan, indent=2) + "\n")
 
 
-def _same(name, found, plan):
+def _same(name, before, plan):
     """Tells whether plans that differ in `name` are for the same records all the same.
 
     An autoencoder is its encoder, wherever it lies; plans of before do not tell the encoder.
     """
     if name == "encoder":
-        return "encoder" not in found and "vae" in found and found["vae"] == plan.get("vae")
+        return "encoder" not in before and "vae" in before and before["vae"] == plan.get("vae")
     if name == "arrays":  # before, .pt files said nothing of what they hold
-        return "arrays" not in found and found.get("source") == "pt"
-    return name == "vae" and "encoder" in plan and found.get("encoder") == plan["encoder"]
+        return "arrays" not in before and before.get("source") == "pt"
+    return name == "vae" and "encoder" in plan and before.get("encoder") == plan["encoder"]
 
 
 def _finish(job, every):

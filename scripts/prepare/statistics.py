@@ -44,9 +44,9 @@ def check(args, split, items):
     if not path.exists() or args.overwrite:
         return
     said = provenance.of_path(files.local(path))
-    if found := provenance.differences(said, asked(args, split, items)):
+    if others := provenance.differences(said, asked(args, split, items)):
         raise ValueError(
-            f"{path} holds other statistics ({'; '.join(found)}): name another file with "
+            f"{path} holds other statistics ({'; '.join(others)}): name another file with "
             "--fid_stats, or start over with --overwrite"
         )
     if "files" not in said:
@@ -75,15 +75,15 @@ def write(args, split, items, decode):
             np.savez(file, **sums)
     if not all(part.exists() for part in parts):
         return print("statistics: the rest is left to other processes", flush=True)
-    found = [np.load(files.local(part)) for part in parts]
-    if len({str(part["weights"]) for part in found}) > 1:
+    shares = [np.load(files.local(part)) for part in parts]
+    if len({str(part["weights"]) for part in shares}) > 1:
         raise ValueError(f"{path}: the processes had different --inception_weights; start over")
     images = identity.Sum()
-    for part in found:
+    for part in shares:
         images.join(identity.Sum(str(part["images"])))
-    number = sum(int(part["count"]) for part in found)
-    said |= {"number": number, "images": str(images), "weights": str(found[0]["weights"])}
-    reference.save_reference(path, **join(found), **said)
+    number = sum(int(part["count"]) for part in shares)
+    said |= {"number": number, "images": str(images), "weights": str(shares[0]["weights"])}
+    reference.save_reference(path, **join(shares), **said)
     for part in parts:
         files.remove(part)
     print(f"statistics of {number} {split} images -> {path}", flush=True)
@@ -119,8 +119,8 @@ def moments(args, stream, total):
     mu, sigma = distances.finish_moments(acc["pool"])
     mu_s, sigma_s = distances.finish_moments(acc["spatial"])
     count = int(acc["pool"].count)
-    found = {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    return found | {"images": str(seen), "weights": weight_files.digest(weights)}
+    sums = {"count": count, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    return sums | {"images": str(seen), "weights": weight_files.digest(weights)}
 
 
 def join(parts):

@@ -57,7 +57,7 @@ def run(args):
             shape=shape,
             classes=label.names,
             items=items,
-            names={split: [str(len(found))] for split, found in items.items()},
+            names={split: [str(len(of_split))] for split, of_split in items.items()},
             settings={"tfds": args.name, "version": str(builder.version), "shape": shape}
             | ({} if args.background == "keep" else {"background": args.background}),
         )
@@ -113,17 +113,17 @@ def raw_examples(builder, splits, image_key):
         download_dir=folder, url_infos=builder.url_infos, dataset_name=builder.name
     )
     try:
-        found = builder._split_generators(manager)
+        generators = builder._split_generators(manager)
     except Exception as error:  # requests, urllib3, checksums
         raise ValueError(
             f"TensorFlow Datasets cannot download '{builder.name}' ({error}); without a network, "
             f"copy {folder} from a machine that has one"
         ) from error
-    if not isinstance(found, dict):  # the older form
-        found = {str(s.name): builder._generate_examples(**s.gen_kwargs) for s in found}
+    if not isinstance(generators, dict):  # the older form
+        generators = {str(s.name): builder._generate_examples(**s.gen_kwargs) for s in generators}
     return {
         str(split): [example for _, example in examples]
-        for split, examples in found.items()
+        for split, examples in generators.items()
         if not splits or str(split) in splits
     }
 

@@ -26,8 +26,8 @@ class Folder:
 
     def __init__(self, root, listing, endings):
         self.root = root
-        found = pictures.below(root, listing, tuple(endings))
-        self.names = [path.relative_to(root).as_posix() for path in found]
+        paths = pictures.below(root, listing, tuple(endings))
+        self.names = [path.relative_to(root).as_posix() for path in paths]
 
     def where(self, name):
         """Returns the place of a file, for people."""

@@ -96,8 +96,8 @@ class Index:
             archive = tarfile.open(path, "r:")
         with archive:
             for stem, members in self._groups(path, archive):
-                if found := self._record(path, stem, members, archive):
-                    member, label = found
+                if record := self._record(path, stem, members, archive):
+                    member, label = record
                     name = f"{shard}:{member.name}"
                     if name in self._places:  # as `tar -r` leaves it
                         raise ValueError(f"{path}:{member.name} is there twice")
@@ -145,13 +145,13 @@ class Index:
 
     def _record(self, path, stem, members, archive):
         """Returns (member that holds the image or array, label); None where there is none."""
-        ends = [end for end in members if end not in self._more]
-        found = [end for end in ends if end in ARRAYS or end in PICTURES]
-        found = found or [e for e in ends if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
-        if len(found) > 1:
-            raise ValueError(f"{path}:{stem} has {' and '.join(found)}: which one is the record?")
+        there = [end for end in members if end not in self._more]
+        endings = [end for end in there if end in ARRAYS or end in PICTURES]
+        endings = endings or [e for e in there if e.rpartition(".")[2] in (*ARRAYS, *PICTURES)]
+        if len(endings) > 1:
+            raise ValueError(f"{path}:{stem} has {' and '.join(endings)}: which one is the record?")
         label, where = self._label(path, members, archive)
-        if not found:
+        if not endings:
             if label is not None and self._skip:
                 self._listing.leave_out("labels without an image", where)
             elif label is not None:
@@ -159,10 +159,10 @@ class Index:
             for member in members.values():
                 self._listing.leave_out("that are no records", f"{path}:{member.name}")
             return None
-        member = members[found[0]]
+        member = members[endings[0]]
         if label is None:
             raise ValueError(f"{path}:{member.name} has no label: {where}")
-        kind = "images" if found[0].rpartition(".")[2] in PICTURES else "latents"
+        kind = "images" if endings[0].rpartition(".")[2] in PICTURES else "latents"
         self.kind = self.kind or kind
         if kind != self.kind:
             raise ValueError(f"{path}:{member.name}: of {kind}, others are of {self.kind}")
