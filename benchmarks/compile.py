@@ -67,23 +67,23 @@ def devices_of(topology):
         ) from error
 
 
-def train_step(config, model):
+def train_step(config, made):
     """Returns the jitted step of training, the shapes of its arguments, and FLOPs per chip."""
-    mesh, key = model.mesh, jax.random.key(config.training.seed)
+    mesh, key = made.mesh, jax.random.key(config.training.seed)
     sharding.check_batch("training.batch_size", config.training.batch_size, mesh)
-    recipe, _ = train.make_recipe(config.training, model, 1)
-    state, batch = costs.state_shapes(model, recipe), costs.batch_shapes(config)
-    frozen = costs.frozen_shapes(model)
+    recipe, _ = train.make_recipe(config.training, made, 1)
+    state, batch = costs.state_shapes(made, recipe), costs.batch_shapes(config)
+    frozen = costs.frozen_shapes(made)
     step = train.make_step(recipe, key, mesh, sharding.by_parameter(mesh, state))
     # Counted on this machine's CPU, so without the slice's mesh.
-    counted = partial(train.train_step, costs.countable(recipe, model), key)
+    counted = partial(train.train_step, costs.countable(recipe, made), key)
     flops = costs.counted_flops(counted, state, batch, frozen)
     return step, (state, batch, frozen), flops / mesh.size
 
 
-def evaluation_step(config, model):
+def evaluation_step(config, made):
     """Returns the same for a batch of the evaluation: its two functions as one."""
-    step, arguments = stand_ins.stages(stand_ins.evaluator(config, model))["whole"]
+    step, arguments = stand_ins.stages(stand_ins.evaluator(config, made))["whole"]
     return jax.jit(step, donate_argnums=0), arguments, None
 
 
@@ -167,7 +167,7 @@ def run(config, args):
     is_gpu = gpu_target.is_card(topology)
     hardware.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
-    model = parts.make(config, mesh)
+    made = parts.make(config, mesh)
     hosts = 1 if is_gpu else len({device.process_index for device in devices})
     batch = config.training.batch_size
     print(
@@ -177,11 +177,11 @@ def run(config, args):
     makers = {"train": train_step, "eval": evaluation_step}
     results = {"topology": topology, "devices": len(devices), "hosts": hosts}
     for name in steps:
-        results[name] = compile_step(*makers[name](config, model), chip, is_gpu)
+        results[name] = compile_step(*makers[name](config, made), chip, is_gpu)
         report(name, results[name], chip)
     if "train" in steps:
-        of_train, passes = results["train"], model.method.passes(batch)
-        needed = model.step_flops(batch) * batch / len(devices)
+        of_train, passes = results["train"], made.method.passes(batch)
+        needed = made.step_flops(batch) * batch / len(devices)
         of_train["flops_by_hand"] = needed
         print(f"  FLOPs needed, by hand: {needed:.3g} ({passes:g} F)")
         if "seconds" in of_train:

@@ -35,15 +35,15 @@ def batch_shapes(config):
     return batch | {"moments": moments} | flipped
 
 
-def state_shapes(model, recipe):
+def state_shapes(made, recipe):
     """Returns a `train.TrainState` of `parts.Parts`, as `ShapeDtypeStruct`s."""
-    init = partial(train.init_state, recipe, model.module, model.image_shape)
+    init = partial(train.init_state, recipe, made.module, made.image_shape)
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def frozen_shapes(model):
+def frozen_shapes(made):
     """Returns the parameters of the frozen networks of `parts.Parts` as `ShapeDtypeStruct`s."""
-    return {name: frozen.shapes() for name, frozen in model.frozen.items()}
+    return {name: frozen.shapes() for name, frozen in made.frozen.items()}
 
 
 def counted_flops(step, *arguments):
@@ -65,11 +65,11 @@ def counted_flops(step, *arguments):
     return counted["flops"] if counted else None
 
 
-def countable(recipe, model):
+def countable(recipe, made):
     """Returns a recipe for `counted_flops`: without loops, its parameters where they are."""
-    net = network.function(model.module.unrolled())
-    frozen = {name: frozen.unrolled or frozen.apply for name, frozen in model.frozen.items()}
-    return dataclasses.replace(recipe, net=net, gather=model.module.cast, frozen=frozen)
+    net = network.function(made.module.unrolled())
+    frozen = {name: frozen.unrolled or frozen.apply for name, frozen in made.frozen.items()}
+    return dataclasses.replace(recipe, net=net, gather=made.module.cast, frozen=frozen)
 
 
 def peak_bytes(compiled):

@@ -17,8 +17,8 @@ def add_arguments(parser):
 
 def run(config, args):
     """Measures, prints a table; returns {stage: images per second}."""
-    model = parts.make(config)
-    evaluator = stand_ins.evaluator(config, model)
+    made = parts.make(config)
+    evaluator = stand_ins.evaluator(config, made)
     batch_size = evaluator.score.batch_size
     results = rates(
         {name: Stage(*stage) for name, stage in stand_ins.stages(evaluator).items()},
@@ -26,7 +26,7 @@ def run(config, args):
         args.rounds,
     )
     kind = jax.devices()[0].device_kind
-    print(f"{config.model.cls}, {model.mesh.size} x {kind}, images per second")
+    print(f"{config.model.cls}, {made.mesh.size} x {kind}, images per second")
     for name, rate in results.items():
         print(f"  {name:24} {rate:10.2f}   {rate / results['whole']:8.2f} x the whole")
     return results

@@ -11,7 +11,7 @@ from models import vae
 from utils import sharding
 
 
-def evaluator(config, model):
+def evaluator(config, made):
     """Returns the evaluator of a config, with `ShapeDtypeStruct`s as the weights of others.
 
     Where `dataset.vae` is `mse` or `ema`, the autoencoder is that of Stable Diffusion.
@@ -22,16 +22,16 @@ def evaluator(config, model):
         autoencoder = vae.build(structure, vae.param_shapes(structure), dtype=dtype)
     else:
         autoencoder = vae.load(config.dataset.vae, dtype=dtype)
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *made.image_shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     options = evaluators.fill(config.fid, config.dataset.vae != "none")
     if options.features == "pixels":
         network = features.load(options)
     else:
         network = features.of_inception(inception_shapes(), options.resize, None)
-    score = scorer.Scorer(network, model.mesh, options, images.shape[1:])
-    counts = np.ones(model.num_classes)
-    return evaluate.Evaluator(model, autoencoder, score, config.sampling, counts)
+    score = scorer.Scorer(network, made.mesh, options, images.shape[1:])
+    counts = np.ones(made.num_classes)
+    return evaluate.Evaluator(made, autoencoder, score, config.sampling, counts)
 
 
 def inception_shapes():
@@ -54,21 +54,21 @@ def stages(evaluator):
     Returns:
       name -> (function, its arguments as a tree of `ShapeDtypeStruct`s with shardings).
     """
-    model, score, autoencoder = evaluator.parts, evaluator.score, evaluator.autoencoder
-    mesh, count = model.mesh, max(evaluator.options.num_steps)
+    made, score, autoencoder = evaluator.parts, evaluator.score, evaluator.autoencoder
+    mesh, count = made.mesh, max(evaluator.options.num_steps)
     everywhere, rows = sharding.replicated(mesh), sharding.by_row(mesh)
 
     def copied(tree):
         return sharding.with_shardings(tree, jax.tree.map(lambda _: everywhere, tree))
 
-    params = model.param_shapes()
+    params = made.param_shapes()
     params = sharding.with_shardings(params, sharding.by_parameter(mesh, params))
     vae_params, feature_params = copied(autoencoder.params), copied(score.features.params)
     statistics = copied(jax.eval_shape(lambda: score.init(score.options.num_samples)))
     start = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     times = jax.ShapeDtypeStruct((count + 1,), jnp.float32, sharding=everywhere)
     setting = sample.settings(evaluator.options)[0].replace(times=times)
-    x = jax.ShapeDtypeStruct((score.batch_size, *model.image_shape), jnp.float32, sharding=rows)
+    x = jax.ShapeDtypeStruct((score.batch_size, *made.image_shape), jnp.float32, sharding=rows)
     shape = (score.batch_size, *score.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     return {

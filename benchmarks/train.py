@@ -24,11 +24,11 @@ class Step:
 
     def __init__(self, config, mesh):
         key = jax.random.key(0)
-        self.model, self.batch_size = parts.make(config, mesh), config.training.batch_size
-        recipe, _ = train.make_recipe(config.training, self.model, 1)
-        shapes = costs.state_shapes(self.model, recipe), costs.batch_shapes(config)
-        shapes += (costs.frozen_shapes(self.model),)
-        counted = partial(train.train_step, costs.countable(recipe, self.model), key)
+        self.made, self.batch_size = parts.make(config, mesh), config.training.batch_size
+        recipe, _ = train.make_recipe(config.training, self.made, 1)
+        shapes = costs.state_shapes(self.made, recipe), costs.batch_shapes(config)
+        shapes += (costs.frozen_shapes(self.made),)
+        counted = partial(train.train_step, costs.countable(recipe, self.made), key)
         self.flops = costs.counted_flops(counted, *shapes)
         of_state, of_rows = sharding.by_parameter(mesh, shapes[0]), sharding.by_row(mesh)
         lowered = train.make_step(recipe, key, mesh, of_state).lower(*shapes)
@@ -36,12 +36,12 @@ class Step:
         self.step = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin
         self.bytes = costs.peak_bytes(self.step)
-        init = partial(train.init_state, recipe, self.model.module, self.model.image_shape)
+        init = partial(train.init_state, recipe, self.made.module, self.made.image_shape)
         self.state = jax.jit(init, out_shardings=of_state)(key)
         rng = np.random.RandomState(0)
         batch = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), shapes[1])
         self.batch = sharding.place(batch, jax.tree.map(lambda _: of_rows, batch))
-        self.frozen = sharding.place_everywhere(mesh, parts.load_frozen(self.model))
+        self.frozen = sharding.place_everywhere(mesh, parts.load_frozen(self.made))
 
     def run(self, steps):
         """Takes `steps` steps; returns the seconds of one."""
@@ -71,7 +71,7 @@ def run(config, args):
 def figures(step, seconds, mesh):
     """Returns what was measured of a `Step`: {row: figure}."""
     batch, device = step.batch_size, mesh.devices.flat[0]
-    needed = step.model.step_flops(batch)  # of an image, by hand
+    needed = step.made.step_flops(batch)  # of an image, by hand
     chip = chips.chip(device, mesh.devices.flat)
     in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
