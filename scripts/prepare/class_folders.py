@@ -49,14 +49,7 @@ def list_images(root, splits=(), listing=None):
     Kaggle's LOC_SPLIT_solution.csv. What is left out is counted in `listing`.
     """
     listing = pictures.Listing() if listing is None else listing
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder of images at {root}")
-    there, _ = pictures.entries(root, pictures.Listing())
-    if not splits:
-        splits = [split for split in ("train", "val") if split in there]
-    for name in set(there).difference(splits) if splits else ():
-        listing.leave_out("folders that are not among the splits", root / name)
-    folders = {split: root / split for split in splits} or {"train": root}
+    folders = of_splits(root, splits, listing, "images")
     classes, items = None, {}
     for split, folder in folders.items():
         if not folder.is_dir():
@@ -71,6 +64,23 @@ def list_images(root, splits=(), listing=None):
         prefix = folder.relative_to(root)
         items[split] = [(str(prefix / name), label) for name, label in rows]
     return classes, items
+
+
+def of_splits(root, splits, listing, kind):
+    """Returns {split: its folder} below `root`, which is that of train where it has no splits.
+
+    Args:
+      splits: those that are wanted; (): train and val, as far as they are there.
+      listing: counts the other folders.
+      kind: what should be there, for the error.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of {kind} at {root}")
+    there, _ = pictures.entries(root, pictures.Listing())
+    splits = splits or [split for split in ("train", "val") if split in there]
+    for name in set(there).difference(splits) if splits else ():
+        listing.leave_out("folders that are not among the splits", root / name)
+    return {split: root / split for split in splits} or {"train": root}
 
 
 def _of_class_folders(folder, class_names, classes, listing):

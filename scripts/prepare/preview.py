@@ -5,6 +5,7 @@ records as `preview.png`, which no reader of records looks at.
 """
 
 import json
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -164,7 +165,7 @@ def sheet(pictures, labels, title):
     rows = -(-len(scaled) // columns)
     font = ImageFont.load_default(FONT)
     total = max(columns * cell + GAP, 4 * CELL)
-    lines = _wrapped(title, font, total - 2 * GAP)
+    lines = textwrap.wrap(title, int((total - 2 * GAP) * len(title) / font.getlength(title)))
     top = len(lines) * TEXT + 2 * GAP
     canvas = Image.new("RGB", (total, top + rows * (height + TEXT + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -181,32 +182,15 @@ def _fit(picture):
     """Scales one image to about the size of a cell, small ones by whole factors: a PIL image."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).convert("RGB")
     longest = max(image.size)
-    if longest > CELL:
-        size = tuple(max(round(side * CELL / longest), 1) for side in image.size)
-        return image.resize(size, Image.Resampling.BOX)
-    times = CELL // longest
-    if times < 2:
-        size = tuple(max(round(side * CELL / longest), 1) for side in image.size)
-        return image.resize(size, Image.Resampling.BICUBIC)
-    return image.resize(tuple(side * times for side in image.size), Image.Resampling.NEAREST)
+    if (times := CELL // longest) >= 2:
+        return image.resize(tuple(side * times for side in image.size), Image.Resampling.NEAREST)
+    size = tuple(max(round(side * CELL / longest), 1) for side in image.size)
+    smooth = Image.Resampling.BOX if longest > CELL else Image.Resampling.BICUBIC
+    return image.resize(size, smooth)
 
 
 def _short(text, font, width):
     """Returns the text, or as much of it as fits, with three dots."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
-
-
-def _wrapped(text, font, width):
-    """Returns the text in lines that fit."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+    while font.getlength(text) > width:
+        text = f"{text.removesuffix('...')[:-1]}..."
+    return text

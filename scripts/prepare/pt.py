@@ -6,7 +6,7 @@ A file holds `image` (2c, h, w), mean and standard deviation of the VAE's poster
 import numpy as np
 
 from formats import torch_files
-from scripts.prepare import latents
+from scripts.prepare import class_folders, latents
 from utils import files, pictures
 
 
@@ -28,13 +28,7 @@ def list_files(root, listing=None):
     What is left out is counted in `listing`.
     """
     listing = pictures.Listing() if listing is None else listing
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder of latents at {root}")
-    there, _ = pictures.entries(root, pictures.Listing())
-    splits = [split for split in ("train", "val") if split in there]
-    folders = {split: root / split for split in splits} or {"train": root}
-    for name in set(there).difference(splits) if splits else ():
-        listing.leave_out("folders that are not among the splits", root / name)
+    folders = class_folders.of_splits(root, (), listing, "latents")
     items = {}
     for split, folder in folders.items():
         deeper, names = pictures.entries(folder, listing)
