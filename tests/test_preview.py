@@ -128,6 +128,6 @@ def test_labels_and_titles_fit():
     assert preview._short("3", font, 50) == "3"
     short = preview._short("207 golden retriever", font, 60)
     assert short.startswith("207 g") and short.endswith("...") and font.getlength(short) <= 60
-    lines = preview._wrapped("one two three four", font, 60)
-    assert len(lines) > 1 and " ".join(lines) == "one two three four"
-    assert preview.sheet(np.zeros((1, 300, 200, 1), np.uint8), ["0"], "x").shape[1] == 4 * 112
+    pixels = np.zeros((1, 300, 200, 1), np.uint8)
+    low, tall = (preview.sheet(pixels, ["0"], "one two " * n).shape for n in (1, 30))
+    assert low[1] == tall[1] == 4 * 112 and tall[0] > low[0] + 2 * preview.TEXT
