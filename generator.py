@@ -294,7 +294,9 @@ class Generator:
             if missing in (0, 1) and (traced or np.isfinite(labels).all()):
                 return xp.pad(labels.astype(np.float32), ((0, 0), (0, missing)))
         kinds = f"classes 0..{classes} ({classes}: none), or finite weights (N, {classes})"
-        raise ValueError(f"labels: {kinds if classes else 'whole numbers'}, not {_shown(labels)}")
+        few = labels.ndim == 1 and len(labels) <= 10
+        shown = labels.tolist() if few else f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"labels: {kinds if classes else 'whole numbers'}, not {shown}")
 
     def _given(self, y, rows):
         missing, batch = given_conditions.batch_of(self.conditions, rows or {}, len(y))
@@ -345,9 +347,3 @@ def _check_shape(name, shape, expected):
 def _one_of(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-
-
-def _shown(labels):
-    if labels.ndim == 1 and 0 < len(labels) <= 10:
-        return labels.tolist()
-    return f"{labels.dtype} {labels.shape}"
