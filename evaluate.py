@@ -67,7 +67,7 @@ class Evaluator:
         return sharding.place_everywhere(self.parts.mesh, self.autoencoder.params)
 
     def index(self, start):
-        """Numbers of the images of the batch that begins with number `start`, int32 (B,)."""
+        """Returns the numbers of a batch of images that begins with `start`, int32 (B,)."""
         index = start + jnp.arange(self.score.batch_size)
         return jax.lax.with_sharding_constraint(index, sharding.by_row(self.parts.mesh))
 

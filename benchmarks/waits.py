@@ -41,7 +41,7 @@ def command(module, *arguments):
 
 
 def digits(folder):
-    """A run of the digits, nothing cached."""
+    """Runs the digits, nothing cached."""
     found = {}
 
     class Note(logging.Handler):
@@ -57,7 +57,7 @@ def digits(folder):
 
 
 def images(folder):
-    """The first images of a run, and another number of them."""
+    """Draws the first images of a run, and another number of them."""
     import generator
 
     run = next(path.parent for path in sorted(folder.glob("*/results.json")))
@@ -70,7 +70,7 @@ def images(folder):
 
 
 def step(folder, batch=8):
-    """The train step of DiT-B/4."""
+    """Compiles and takes the train step of DiT-B/4."""
     import jax
 
     import benchmarks.train
@@ -88,7 +88,7 @@ def step(folder, batch=8):
 
 
 def state():
-    """The state of a run of DiT-B/4 and a step that uses it up, of next to no cost."""
+    """Makes the state of a run of DiT-B/4 and a step that uses it up, of next to no cost."""
     import jax
 
     import parts
@@ -141,7 +141,7 @@ def saves(save, wait, begun, bump):
 
 
 def run_checkpoint(folder):
-    """A run's checkpoint of DiT-B/4, and its restore with all checks."""
+    """Writes a checkpoint of DiT-B/4, and restores it with all checks."""
     import jax
 
     from run import checkpoint, resume
@@ -159,7 +159,7 @@ def run_checkpoint(folder):
 
 
 def orbax_checkpoint(folder):
-    """The same by orbax alone, unchecked."""
+    """Does the same by orbax alone, unchecked."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -176,7 +176,7 @@ def orbax_checkpoint(folder):
 
 
 def fid(folder, name="pictures"):
-    """The FID of a folder of pictures."""
+    """Computes the FID of a folder of pictures."""
     command(
         "scripts.evaluate_images", f"--images={folder / name}", *LARGE,
         f"--config.fid.cache_ref={folder / 'stats.npz'}",
@@ -186,12 +186,12 @@ def fid(folder, name="pictures"):
 
 
 def fid_fixed(folder):
-    """The same of 20 pictures."""
+    """Does the same with 20 pictures."""
     return fid(folder, "few")
 
 
 def records(folder):
-    """1,500 JPEGs to records of 256 pixels."""
+    """Makes 1,500 JPEGs into records of 256 pixels."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         command(
             "scripts.prepare_dataset", "images", f"--input={folder / 'jpegs'}",
@@ -201,7 +201,7 @@ def records(folder):
 
 
 def adm_crop(path):
-    """ADM's crop by PIL alone: uint8 (256, 256, 3) as bytes."""
+    """Crops as ADM does, by PIL alone: uint8 (256, 256, 3) as bytes."""
     from PIL import Image
 
     image = Image.open(path).convert("RGB")
@@ -215,7 +215,7 @@ def adm_crop(path):
 
 
 def pil_records(folder):
-    """The same by a loop of PIL in two processes, into one file."""
+    """Does the same by a loop of PIL in two processes, into one file."""
     paths = sorted((folder / "jpegs").rglob("*.jpg"))
     with (
         tempfile.TemporaryFile(dir=folder) as file,
@@ -227,7 +227,7 @@ def pil_records(folder):
 
 
 def latents(folder, batches=60):
-    """Batches of latents from records, shuffled, from the page cache: one of them."""
+    """Reads batches of latents from records, shuffled, from the page cache."""
     from utils import dataset, iterator
 
     reader = iterator.RecordIterator(

@@ -66,7 +66,7 @@ def damaged_path(workdir, step):
 
 
 def steps(workdir):
-    """Steps at which there is a complete checkpoint, ascending; [] where there is no run."""
+    """Lists the steps of complete checkpoints, ascending; [] where there is no run."""
     path = folder(workdir)
     if not path.is_dir():
         return []

@@ -85,7 +85,7 @@ def metric_name(result):
 
 
 def scalars(results):
-    """Results as the log has them: {"fid/ema_1step": 11.3, "fid@5k/ema_1step": 14.1, ...}."""
+    """Names results as the log does: {"fid/ema_1step": 11.3, "fid@5k/ema_1step": 14.1, ...}."""
     return {
         f"{evaluators.tag(name, result['num_samples'])}/{metric_name(result)}": value
         for result in results
@@ -111,7 +111,7 @@ def table(results):
 
 
 def by_first_metric(results):
-    """Results of the same metrics, sorted by the first of them (the FID), the best first."""
+    """Sorts results of the same metrics by the first of them (the FID), the best first."""
     first = next(iter(numbers(results[0])))
     falls = first in evaluators.HIGHER_IS_BETTER
     return sorted(results, key=lambda result: result[first], reverse=falls)

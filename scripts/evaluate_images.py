@@ -116,7 +116,7 @@ def shuffled(read, count):
 
 
 def evaluate(config, images):
-    """Metrics of the images at a path, and what they depend on, as a dict."""
+    """Computes metrics of the images at a path, and what they depend on, as a dict."""
     from metrics import evaluators, features, reference, scorer  # late: they bring jax
     from utils import dataset, environment, sharding
 

@@ -131,7 +131,7 @@ def share(environ, tasks, number, there=0):
 
 
 def _tasks_on_node(environ):
-    """Tasks of the step on this node, from a text like "2(x3),1"."""
+    """Reads the tasks of the step on this node, from a text like "2(x3),1"."""
     names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS")
     text = next(environ[name] for name in names if environ.get(name))
     counts = []
@@ -210,7 +210,7 @@ def check_port(job):
 
 @contextlib.contextmanager
 def without_proxies():
-    """Processes of a job reach each other directly, where gRPC would ask a proxy for the way."""
+    """Lets processes reach each other directly, where gRPC would ask a proxy for the way."""
     known = {
         name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXIES
     }  # fmt: skip

@@ -54,7 +54,7 @@ def _permutation(num_records, key):
 
 
 def _keyed(begin, end, num_records, key):
-    """Places [begin, end) of a permutation that is computed place by place.
+    """Returns places [begin, end) of a permutation that is computed place by place.
 
     A Feistel network over pairs (i, j), i < a, j < b, with a b just above the number of records:
     in turn one of the two is moved around its circle by a hash of the other, which can be undone,

@@ -68,7 +68,7 @@ def damaged(path, reason):
 
 
 def staged(root, name, split, folder):
-    """The copy of a dataset in a bucket on this machine, without the shards of other splits."""
+    """Copies a dataset in a bucket to this machine, without the shards of other splits."""
     from utils import processes  # late: it brings jax, which readers of a folder do not need
 
     def wanted(file):
@@ -81,7 +81,7 @@ def staged(root, name, split, folder):
 
 
 def no_dataset(root, name):
-    """What to say where `root` holds no finished dataset."""
+    """Says what is wrong where `root` holds no finished dataset."""
     if not root.is_dir():
         return f"no dataset at {root}: the folder does not exist; set dataset.root, or prepare it"
     if any(root.glob(f"{name}-*.array_record-*")):
@@ -93,7 +93,7 @@ def no_dataset(root, name):
 
 
 def further(features, key):
-    """{name: (shape, dtype)} of the tensors beside the sample `key`."""
+    """Returns {name: (shape, dtype)} of the tensors beside the sample `key`."""
     return {
         name: (tuple(tensor.shape), np.dtype(tensor.np_dtype))
         for name, tensor in features.items()

@@ -38,7 +38,7 @@ def make_mesh(fsdp, devices=None):
 
 
 def best_fsdp(devices):
-    """Devices over which to split parameters where that is left open.
+    """Returns over how many devices to split parameters where that is left open.
 
     All neighbours, on accelerators: they exchange about as much (gradients summed in parts and
     weights gathered, instead of gradients summed for each), and each reads and keeps only its part
@@ -67,7 +67,7 @@ def by_row(mesh):
 
 
 def by_parameter(mesh, shapes):
-    """Shardings for a tree of parameters (or of anything shaped like them: averages, optimizer).
+    """Returns shardings for a tree of parameters, or of anything shaped like them.
 
     A kernel is split over `fsdp` along the axis before its last: gathered, it then lies in memory
     as products take it, where parts of rows would have to be copied into their place. Other arrays

@@ -127,7 +127,7 @@ def check_finite(sums):
 
 
 def means(sums, rows):
-    """Sums of a log period (numpy) -> means under the names that TensorBoard shows.
+    """Turns the sums of a log period (numpy) into means, named as TensorBoard shows them.
 
     `raw_loss` is the squared error summed over H, W, C, before the adaptive weight: the curve to
     watch, since the normalised `loss` is flat by construction at norm_p = 1. Where every step of

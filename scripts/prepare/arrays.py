@@ -168,8 +168,11 @@ class Arrays:
             return latents.Item(*(view if view is None else view[row] for view in views))
 
     def beside(self, key, column):
-        """(place, array) of a condition of a record: an array of the same file, or of the .npy that
-        is called like that of the latents, with the name in the place of their word."""
+        """Returns (place, array) of a condition of a record.
+
+        An array of the same file, or of the .npy that is called like that of the latents, with the
+        name in the place of their word.
+        """
         (name, row), where = key, self.where(key)
         if name.endswith(".npy"):
             other = column.join(name.rsplit(_word(name) or name.removesuffix(".npy"), 1))

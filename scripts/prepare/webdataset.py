@@ -200,7 +200,7 @@ class Index:
             return file.read(size)
 
     def beside(self, name, ending):
-        """(place, bytes or JSON) of a condition of a record, see `conditions.Beside`."""
+        """Returns (place, bytes or JSON) of a condition of a record, see `conditions.Beside`."""
         where, content = f"{self.root / name}, its .{ending}", self.content((name, ending))
         with files.reading(where, "not JSON"):
             return where, json.loads(content) if ending.endswith("json") else content
