@@ -85,175 +85,7 @@ def join_processes(args):
         multihost_utils.sync_global_devices("overwrite")
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.prepare_dataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_subparsers(dest="command", required=True).add_parser
-    digits = add("digits", help="the handwritten digits of scikit-learn")
-    digits.add_argument("--output", required=True, help="folder to make")
-    digits.add_argument("--classes", type=_words, default=(), help="0,1,...; default: all ten")
-    _add_preview(digits)
-    _add_images(add)
-    _add_latents(add)
-    _add_named(add)
-    preview = add("preview", help="draws records of a dataset that is there")
-    preview.add_argument("--root", required=True, help="folder of the records")
-    preview.add_argument("--output", help="the PNG; default: ROOT/preview.png")
-    preview.add_argument("--split", help="default: train")
-    preview.add_argument("--vae", default="auto", help=DECODER)
-    preview.add_argument("--count", type=_positive, default=64)
-    return parser.parse_args(argv)
-
-
-def _add_images(add):
-    """Adds the commands that encode images, or store their pixels."""
-    folders = add("images", help="a folder of images, or a .zip: in class folders, or with a list")
-    folders.add_argument(
-        "--input", required=True, help="has train/CLASS/ and val/CLASS/, or CLASS/; docs/data.md"
-    )
-    tables = add("huggingface", help="an image set of Hugging Face on disk: parquet, save_to_disk")
-    tables.add_argument("--input", required=True, help="a folder of .parquet or .arrow, or a file")
-    tables.add_argument("--image_key", help="column of the images; default: the one there is")
-    tables.add_argument("--label_key", help="column of the labels; default: the one there is")
-    tars = add("webdataset", help="WebDataset's .tar shards of images, or of .npy latents")
-    tars.add_argument("--input", required=True, help="a folder of .tar files, or a file")
-    tars.add_argument("--label_key", help="of .json, or an ending; default: .cls, label of .json")
-    cifar10 = add("cifar10", help="CIFAR-10 from what there is on disk")
-    cifar10.add_argument(
-        "--input", required=True, help="an archive, or a folder of batches, downloads or pictures"
-    )
-    cifar10.add_argument(
-        "--check", type=_bool, default=True, help="whether it is whole and CIFAR-10's own"
-    )
-    for command in (folders, tables, tars):
-        _add_conditions(command)
-        command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
-        command.add_argument(
-            "--image_size", type=_positive, default=256, help="pixels, after ADM's crop"
-        )
-        command.add_argument(
-            "--vae",
-            default=None if command is tars else "mse",
-            help="mse (default), ema, a folder, or none for pixels",
-        )
-        command.add_argument(
-            "--flip", type=_bool, default=False, help="latents of mirrored images too"
-        )
-        _add_background(command)
-        command.add_argument("--on_bad_image", choices=("fail", "skip"), default="fail")
-        command.add_argument(
-            "--exif_orientation", type=_bool, default=False, help="turn photos as EXIF says"
-        )
-        command.add_argument("--compute_latent", type=_bool, default=True, help="write the records")
-        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
-        command.add_argument(
-            "--encoding", choices=("raw", "webp", "png"), default="raw", help="of pixels; lossless"
-        )
-    for command in (folders, tables, tars):
-        command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
-    for command in (tables, tars):
-        command.add_argument("--config_name", help="of several sets in a repository, by its README")
-    _add_labels(folders)
-    _add_form(tars)
-    for command, resize in zip(
-        (folders, tables, tars, cifar10), ("half_pixel",) * 3 + ("tf1",), strict=True
-    ):
-        command.add_argument("--device_batch_size", type=_positive, default=32)
-        command.add_argument("--compute_fid", type=_bool, default=False, help="FID statistics too")
-        command.add_argument("--fid_stats", help="default: OUTPUT/NAME_fid_stats.npz")
-        command.add_argument("--fid_resize", choices=("half_pixel", "tf1"), default=resize)
-        command.add_argument("--inception_weights", help="default: look for them")
-        _add_shared(command)
-
-
-def _add_latents(add):
-    """Adds the commands that store latents."""
-    files = add("pt", help="a folder of published .pt latents")
-    files.add_argument("--input", required=True, help="has train/*.pt and val/*.pt, or *.pt")
-    files.add_argument("--num_classes", type=int, default=1000)
-    caches = add("latents", help="the cache of latents of another project; docs/data.md")
-    caches.add_argument("--input", required=True, help="a folder, a .zip, .tar, LMDB, ... as it is")
-    _add_labels(caches)
-    arrays = add("arrays", help="latents and labels in .npy and .npz files")
-    arrays.add_argument("--input", required=True, help="a folder, or a file; docs/data.md")
-    for command in (caches, arrays):
-        command.add_argument("--splits", type=_words, default=(), help="train,val; default: all")
-        command.add_argument("--num_classes", type=_positive, help="default: as the labels say")
-    _add_form(arrays)
-    _add_conditions(arrays)
-    _add_form(caches, None)
-    for command in (files, caches, arrays):
-        command.add_argument("--store", choices=STORES, default=STORES[0], help="of latents")
-        command.add_argument("--vae", default="auto", help=DECODER)
-        _add_shared(command)
-
-
-def _add_conditions(command):
-    command.add_argument(
-        "--conditions", type=_places, default={}, metavar="NAME=PLACE,...",
-        help="more for each record: a folder, column, ending or array; docs/conditions.md",
-    )  # fmt: skip
-
-
-def _add_form(command, scaled_by=1.0):
-    """Adds the options of what arrays of latents hold."""
-    command.add_argument("--layout", choices=("auto", "nhwc", "nchw"), default="auto")
-    contents = ("auto", "moments", "log_moments", "samples")
-    command.add_argument("--content", choices=contents, default="auto")
-    command.add_argument(
-        "--scaled_by",
-        type=_factor,
-        default=scaled_by,
-        help="what latents were multiplied by: 0.18215",
-    )
-
-
-def _add_named(add):
-    named = add("tfds", help="an image set of TensorFlow Datasets by its name")
-    named.add_argument("--name", required=True, help="such as cifar10")
-    named.add_argument("--data_dir", help="where TFDS keeps its own sets; default: its default")
-    named.add_argument("--splits", type=_words, default=(), help="default: all there are")
-    named.add_argument("--image_size", type=int, help="crop to this; default: as they are")
-    _add_background(named)
-    _add_shared(named)
-
-
-def _add_background(command):
-    command.add_argument(
-        "--background", choices=("keep", "white", "black"), default="keep",
-        help="behind transparent pictures; keep: the colours stored there",
-    )  # fmt: skip
-
-
-def _add_labels(command):
-    """Adds the options of where labels are from."""
-    command.add_argument(
-        "--labels", choices=("auto", "folders", "none"), default="auto",
-        help="auto: a list such as dataset.json, else the class folders",
-    )  # fmt: skip
-    command.add_argument("--label_key", help="column of the list; default: the one there is")
-
-
-def _add_shared(command):
-    """Adds the options of all commands whose work can be shared."""
-    command.add_argument("--output", required=True, help="folder of the records")
-    command.add_argument("--records_per_shard", type=_positive, default=4096)
-    command.add_argument("--overwrite", type=_bool, nargs="?", const=True, default=False)
-    command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="threads")
-    command.add_argument("--coordinator_address", help="HOST:PORT, or auto; docs/data.md")
-    command.add_argument("--num_processes", type=int, default=1, help="that share the work")
-    command.add_argument("--process_id", type=int, default=0, help="of this one, from 0")
-    command.add_argument("--join_timeout", type=_positive, default=300, help="seconds")
-    _add_preview(command)
-
-
-def _add_preview(command):
-    command.add_argument(
-        "--preview", type=_count, default=64, help="records in OUTPUT/preview.png; 0: none"
-    )
+# Options ----------------------------------------------------------------------------------------
 
 
 def _positive(text):
@@ -288,6 +120,144 @@ def _bool(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError("True or False")
     return text.lower() == "true"
+
+
+# How argparse takes each option; a command may have another default, or say more of it.
+OPTIONS = {
+    "input": {"required": True},
+    "output": {"required": True, "help": "folder of the records"},
+    "name": {"required": True, "help": "such as cifar10"},
+    "data_dir": {"help": "where TFDS keeps its own sets; default: its default"},
+    "root": {"required": True, "help": "folder of the records"},
+    "split": {"help": "default: train"},
+    "count": {"type": _positive, "default": 64},
+    "classes": {"type": _words, "default": (), "help": "0,1,...; default: all ten"},
+    "check": {"type": _bool, "default": True, "help": "whether it is whole and CIFAR-10's own"},
+    "splits": {"type": _words, "default": (), "help": "train,val; default: all"},
+    "num_classes": {"type": _positive, "help": "default: as the labels say"},
+    "config_name": {"help": "of several sets in a repository, by its README"},
+    "image_key": {"help": "column of the images; default: the one there is"},
+    "label_key": {"help": "column of the labels; default: the one there is"},
+    "labels": {"choices": ("auto", "folders", "none"), "default": "auto",
+               "help": "auto: a list such as dataset.json, else the class folders"},
+    "conditions": {"type": _places, "default": {}, "metavar": "NAME=PLACE,...",
+                   "help": "more for each record: a folder, column, ending or array; "
+                   "docs/conditions.md"},
+    # Pictures.
+    "image_size": {"type": _positive, "default": 256, "help": "pixels, after ADM's crop"},
+    "vae": {"default": "mse", "help": "mse (default), ema, a folder, or none for pixels"},
+    "flip": {"type": _bool, "default": False, "help": "latents of mirrored images too"},
+    "background": {"choices": ("keep", "white", "black"), "default": "keep",
+                   "help": "behind transparent pictures; keep: the colours stored there"},
+    "on_bad_image": {"choices": ("fail", "skip"), "default": "fail"},
+    "exif_orientation": {"type": _bool, "default": False, "help": "turn photos as EXIF says"},
+    "compute_latent": {"type": _bool, "default": True, "help": "write the records"},
+    "store": {"choices": STORES, "default": STORES[0], "help": "of latents"},
+    "encoding": {"choices": ("raw", "webp", "png"), "default": "raw",
+                 "help": "of pixels; lossless"},
+    # Statistics.
+    "device_batch_size": {"type": _positive, "default": 32},
+    "compute_fid": {"type": _bool, "default": False, "help": "FID statistics too"},
+    "fid_stats": {"help": "default: OUTPUT/NAME_fid_stats.npz"},
+    "fid_resize": {"choices": ("half_pixel", "tf1"), "default": "half_pixel"},
+    "inception_weights": {"help": "default: look for them"},
+    # What arrays of latents hold.
+    "layout": {"choices": ("auto", "nhwc", "nchw"), "default": "auto"},
+    "content": {"choices": ("auto", "moments", "log_moments", "samples"), "default": "auto"},
+    "scaled_by": {"type": _factor, "default": 1.0,
+                  "help": "what latents were multiplied by: 0.18215"},
+    # Work that can be shared.
+    "records_per_shard": {"type": _positive, "default": 4096},
+    "overwrite": {"type": _bool, "nargs": "?", "const": True, "default": False},
+    "workers": {"type": _positive, "default": os.cpu_count(), "help": "threads"},
+    "coordinator_address": {"help": "HOST:PORT, or auto; docs/data.md"},
+    "num_processes": {"type": int, "default": 1, "help": "that share the work"},
+    "process_id": {"type": int, "default": 0, "help": "of this one, from 0"},
+    "join_timeout": {"type": _positive, "default": 300, "help": "seconds"},
+    "preview": {"type": _count, "default": 64, "help": "records in OUTPUT/preview.png; 0: none"},
+}  # fmt: skip
+SHARED = "output records_per_shard overwrite workers coordinator_address num_processes process_id "
+SHARED += "join_timeout preview"
+FID = "device_batch_size compute_fid fid_stats fid_resize inception_weights"
+PICTURES = "conditions splits image_size vae flip background on_bad_image exif_orientation "
+PICTURES += "compute_latent store encoding num_classes"
+FORM = "layout content scaled_by"
+DECODES = {"default": "auto", "help": DECODER}
+
+
+def _input(text):
+    return {"input": {"help": text}}
+
+
+# {command: (help, its options, what it has otherwise)}
+COMMANDS = {
+    "digits": ("the handwritten digits of scikit-learn", "output classes preview", {}),
+    "images": (
+        "a folder of images, or a .zip: in class folders, or with a list",
+        f"input labels label_key {PICTURES} {FID} {SHARED}",
+        _input("has train/CLASS/ and val/CLASS/, or CLASS/; docs/data.md"),
+    ),
+    "huggingface": (
+        "an image set of Hugging Face on disk: parquet, save_to_disk",
+        f"input image_key label_key config_name {PICTURES} {FID} {SHARED}",
+        _input("a folder of .parquet or .arrow, or a file"),
+    ),
+    "webdataset": (
+        "WebDataset's .tar shards of images, or of .npy latents",
+        f"input label_key config_name {FORM} {PICTURES} {FID} {SHARED}",
+        _input("a folder of .tar files, or a file")
+        | {"vae": {"default": None}}
+        | {"label_key": {"help": "of .json, or an ending; default: .cls, label of .json"}},
+    ),
+    "cifar10": (
+        "CIFAR-10 from what there is on disk",
+        f"input check {FID} {SHARED}",
+        _input("an archive, or a folder of batches, downloads or pictures")
+        | {"fid_resize": {"default": "tf1"}},
+    ),
+    "pt": (
+        "a folder of published .pt latents",
+        f"input num_classes store vae {SHARED}",
+        _input("has train/*.pt and val/*.pt, or *.pt")
+        | {"num_classes": {"type": int, "default": 1000, "help": None}, "vae": DECODES},
+    ),
+    "latents": (
+        "the cache of latents of another project; docs/data.md",
+        f"input labels label_key splits num_classes {FORM} store vae {SHARED}",
+        _input("a folder, a .zip, .tar, LMDB, ... as it is")
+        | {"scaled_by": {"default": None}, "vae": DECODES},
+    ),
+    "arrays": (
+        "latents and labels in .npy and .npz files",
+        f"input splits num_classes {FORM} conditions store vae {SHARED}",
+        _input("a folder, or a file; docs/data.md") | {"vae": DECODES},
+    ),
+    "tfds": (
+        "an image set of TensorFlow Datasets by its name",
+        f"name data_dir splits image_size background {SHARED}",
+        {"image_size": {"type": int, "default": None, "help": "crop to it; default: as they are"}},
+    ),
+    "preview": (
+        "draws records of a dataset that is there",
+        "root output split vae count",
+        {"output": {"required": False, "help": "the PNG; default: ROOT/preview.png"}}
+        | {"vae": DECODES},
+    ),
+}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.prepare_dataset",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (text, options, own) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        for option in options.split():
+            command.add_argument(f"--{option}", **OPTIONS[option] | own.get(option, {}))
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
