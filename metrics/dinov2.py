@@ -25,17 +25,19 @@ RESIZES = ("edm2", "edm2_pil", "torch_fidelity")
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def features(params, images, resize="edm2"):
+def features(params, images, resize="edm2", heads=None, offset=POSITION_OFFSET):
     """Returns the class token after the last norm, float32 (N, D), of images uint8 (N, H, W, 3).
 
     Args:
       params: from `dinov2_weights.load`.
       resize: how the images come to 224 x 224, see `resized`.
+      heads: of the attention; None: D / 64, as in the published sizes.
+      offset: of the position table, see `interpolation`.
     """
     x = resized(images, resize)
     x = (x / 255 - np.float32(MEAN)) / np.float32(STD)
-    x = _tokens(params, x)  # (N, 1 + 256, D)
-    heads = x.shape[-1] // HEAD_WIDTH
+    x = _tokens(params, x, offset)  # (N, 1 + 256, D)
+    heads = heads or x.shape[-1] // HEAD_WIDTH
     x, _ = jax.lax.scan(lambda x, p: (_block(p, x, heads), None), x, params["blocks"])
     return _norm(params["norm"], x[:, 0])
 
@@ -86,12 +88,12 @@ def positions(table, grid=SIZE // PATCH, offset=POSITION_OFFSET):
     return square.reshape(grid * grid, -1)
 
 
-def _tokens(p, x):
+def _tokens(p, x, offset):
     """Turns normalised images (N, 224, 224, 3) into tokens, the class token first."""
     n, grid = len(x), SIZE // PATCH
     x = x.reshape(n, grid, PATCH, grid, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     x = _linear(p["patch"], x.reshape(n, grid * grid, -1))  # (N, 256, D)
-    x = x + positions(p["positions"][1:], grid)
+    x = x + positions(p["positions"][1:], grid, offset)
     first = jnp.broadcast_to(p["cls_token"] + p["positions"][0], (n, 1, x.shape[-1]))
     return jnp.concatenate([first, x], axis=1)
 
