@@ -25,16 +25,10 @@ def conditions(renderer, batch, shape):
         if one.latent:
             return renderer.decode(found[one.name])
         array = found[one.name]
-        return images.to_uint8(array if one.dtype == "uint8" else stretched(array))
+        return images.to_uint8(array if one.dtype == "uint8" else images.stretched(array))
 
     arrays = [one for one in renderer.codec.given if one.kind == "array"]
     return {one.name: images.fitted(view(one), shape) for one in arrays}
-
-
-def stretched(array):
-    """Maps the least number of an array to -1 and the largest to 1."""
-    low = array.min()
-    return (array - low) / max(array.max() - low, 1e-6) * 2 - 1
 
 
 def around(renderer, source, drawn):

@@ -128,9 +128,15 @@ def training(cls, parts, records, options, when):
     kind = "images" if records.key == "image" else "latents (mean, std)"
     shape = "x".join(map(str, records.shape))
     classes = f", {parts.num_classes} classes" if parts.num_classes else ""
+    given = parts.codec.given
+
+    def told(one):
+        return f"{one.name} {one} ({one.kind}, {'kept' if one.kept else 'dropped'} for guidance)"
+
     return [
         *network(cls, parts),
         ("records", f"{records.num_records:,} {kind} {shape}{classes}: {records.root}"),
+        *([("conditions", ", ".join(map(told, given)))] if given else []),
         ("length", length(options, when.steps_per_epoch, when.total)),
         ("cadence", cadences(when)),
     ]

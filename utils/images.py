@@ -55,6 +55,12 @@ def grid(images, columns):
     return cells.reshape(rows * h, columns * w, c)
 
 
+def stretched(array):
+    """Maps the least number of an array to -1 and the largest to 1."""
+    low = array.min()
+    return (array - low) / max(array.max() - low, 1e-6) * 2 - 1
+
+
 def fitted(images, shape):
     """Brings images uint8 (N, h, w, c) to (N, *shape) for people: repeats or leaves out pixels.
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.codec import SD_SCALE
 from scripts.prepare import moments, shards
-from utils import dataset, files, images, order, processes
+from utils import conditions, dataset, files, images, order, processes
 
 COUNT = 64
 CELL = 112  # pixels of the long side of an image in the picture
@@ -47,10 +47,14 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
     root = files.path(root)
     path = files.path(path or root / shards.PREVIEW)
     records = dataset.open_records(root, split or first_split(root))
+    records = records.holding(tuple(arrays_of(records)))
     batch = records.read(order.spread(records.num_records, count), flipped=False)
     by_label = np.argsort(batch["label"], kind="stable")
     batch = {key: values[by_label] for key, values in batch.items()}
     pictures, how = to_images(batch, vae)
+    beside = [arrays(batch[name], name, vae, pictures.shape[1:]) for name in records.wanted]
+    pictures = np.concatenate([*beside, pictures], axis=2)
+    how += f"; to the left {', '.join(records.wanted)}" if beside else ""
     shown, total = len(pictures), f"{records.num_records:,} ({records.split})"
     title = f"{shown} of {total}, by label, of {records.num_classes or 'no'} classes; {how}"
     names = class_names(root) if records.num_classes else [""]
@@ -58,6 +62,21 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
     labels = labels if records.num_classes else [""] * shown
     images.save_png(path, sheet(pictures, labels, title))
     print(f"preview: {title} -> {path}", flush=True)
+
+
+def arrays_of(records):
+    """The names of the conditions of records that can be drawn: those with the axes of an image."""
+    there = {name: shape for name, (shape, _) in records.features.items()}
+    return [n for n in there if len(there[n]) == 3 and not n.endswith(conditions.FLIPPED)]
+
+
+def arrays(values, name, vae, shape):
+    """Conditions (N, h, w, c) as pictures uint8 (N, *shape)."""
+    if name.endswith(f"_{conditions.LATENT}"):  # the mean alone
+        values = to_images({"moments": np.concatenate([values, np.zeros_like(values)], -1)}, vae)[0]
+    elif values.dtype != np.uint8:
+        values = images.to_uint8(images.stretched(values.astype(np.float32)))
+    return images.fitted(values, shape)
 
 
 def first_split(root):
