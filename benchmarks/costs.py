@@ -13,6 +13,7 @@ import parts
 import train
 from configs import load_config
 from models import network
+from utils import conditions
 
 
 def config_without_data(argv):
@@ -28,6 +29,9 @@ def batch_shapes(config):
     """Returns a batch of raw records of a config, as `ShapeDtypeStruct`s."""
     B, (h, w, c) = config.training.batch_size, parts.image_shape(config.dataset)
     batch = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
+    for one in conditions.of_options(config.dataset, (h, w)):
+        dtype = jnp.float32 if one.latent else one.dtype
+        batch[one.feature] = jax.ShapeDtypeStruct((B, *one.shape), dtype)
     if config.dataset.vae == "none":
         return batch | {"image": jax.ShapeDtypeStruct((B, h, w, c), jnp.uint8)}
     moments = jax.ShapeDtypeStruct((B, h, w, 2 * c), jnp.float32)

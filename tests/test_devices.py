@@ -23,14 +23,14 @@ def small_net():
     return dit.DiT(depth=2, hidden_size=64, num_heads=2, patch_size=2, num_classes=CLASSES)
 
 
-def numbers(fsdp):
-    """Losses and gradients of a few steps, and samples, on all devices."""
+def numbers(fsdp, given=()):
+    """Losses and gradients of a few steps, and samples, on all devices; `given`: conditions."""
     mesh = sharding.make_mesh(fsdp)
-    net = small_net()
+    net, records_codec = small_net().taking(given), codec.Codec(given=given)
     function, gather = network.function(net), sharding.gather(mesh)
     optimizer = optax.sgd(0.01, momentum=0.0)  # its state is the gradient
     method = make.method(num_classes=CLASSES)
-    recipe = train.Recipe(function, method, codec.Codec(), optimizer, (0.9,), gather=gather)
+    recipe = train.Recipe(function, method, records_codec, optimizer, (0.9,), gather=gather)
     state = jax.device_get(train.fresh_state(recipe, make.params(net, SHAPE)))
     shardings = sharding.by_parameter(mesh, state)
     state = sharding.place(state, shardings)
@@ -39,6 +39,7 @@ def numbers(fsdp):
         "moments": rng.normal(size=(BATCH, *SHAPE[:2], 8)).astype(np.float32),
         "label": rng.randint(0, CLASSES, BATCH).astype(np.int32),
     }
+    batch |= {one.name: rng.normal(size=(BATCH, *one.shape)).astype(np.float32) for one in given}
     batch = sharding.to_global(mesh, batch)
     step = jax.jit(
         lambda state, batch: train.train_step(recipe, jax.random.key(7), state, batch),
@@ -51,10 +52,15 @@ def numbers(fsdp):
         losses.append(float(state.sums["loss"]))
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
-    model = parts.Parts(mesh, net, function, gather, method, codec.Codec(), SHAPE, CLASSES)
+    model = parts.Parts(mesh, net, function, gather, method, records_codec, SHAPE, CLASSES)
     renderer = sample.Renderer(model, vae.load("none"), 3, 16 // mesh.size)
     setting = sample.Setting("ode", sample_times(2))
-    images = np.concatenate(list(renderer(state.params, np.arange(20) % CLASSES, setting)))
+    drawn = {one.name: rng.normal(size=(20, *one.shape)).astype(np.float32) for one in given}
+
+    def rows(index):
+        return jax.device_get(records_codec.conditions_of({k: a[index] for k, a in drawn.items()}))
+
+    images = np.concatenate(list(renderer(state.params, np.arange(20) % CLASSES, setting, rows)))
     return {"losses": losses, "grads": flatten(state.opt_state), "images": images}
 
 

@@ -6,6 +6,7 @@ beside latents is one too: `NAME_latent` (h, w, c), the mean of the autoencoder'
 unscaled, and for flips `NAME_latent_flipped`, that of the mirrored image.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -75,11 +76,10 @@ def of_options(data, size):
             raise ValueError(f"dataset.kept_conditions: {name} is none of dataset.conditions")
     found = []
     for name, text in zip(names, texts, strict=True):
+        if not re.fullmatch(r"\w+:(\d+(x\d+)*)?", text):
+            raise ValueError(f"dataset.condition_shapes: {text!r} is not as uint8:8x8x1")
         dtype, _, sizes = text.partition(":")
-        try:
-            shape = tuple(int(size) for size in sizes.split("x") if size)
-        except ValueError as error:
-            raise ValueError(f"dataset.condition_shapes: {text!r} is not as uint8:8x8x1") from error
+        shape = tuple(int(size) for size in sizes.split("x") if size)
         found.append(Condition(name, shape, dtype, name in data.kept_conditions))
         if len(shape) > 3 or (len(shape) == 3 and shape[:2] != tuple(size)):
             raise ValueError(
@@ -95,7 +95,7 @@ def shapes_of(records, names):
     for name in names:
         feature = next((f for f in (name, f"{name}_{LATENT}") if f in records.features), None)
         if feature is None:
-            there = ", ".join(records.features) or "none"
+            there = ", ".join(sorted(records.features)) or "none"
             raise ValueError(
                 f"dataset.conditions: {records.root} holds no {name}; beside sample and label it "
                 f"holds {there}"
