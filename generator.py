@@ -108,16 +108,15 @@ class Generator:
       params: the parameters on the device; vae_params: those of the autoencoder, {} without one.
       step: that of their checkpoint.
       options, identity: those of the run, which the weights bring along; nested dicts.
-      num_classes: K; 0: unconditional.
-      image_shape: (h, w, c) of noise and latents.
+      num_classes: K; 0: unconditional. image_shape: (h, w, c) of noise and latents.
+      conditions: of `utils.conditions.Condition`, those that come with the data.
 
     `labels` and `y` are either classes, whole numbers (N,) in 0..K-1 or K for no label; or weights
     over the classes, float (N, K) or (N, K + 1) with no label last, whose embeddings are mixed
-    accordingly. Of an unconditional network they only say how many. `conditions` is {name: array}
-    for those of `dataset.conditions` (`Generator.conditions`): (N, ...), or one row for all images;
-    bytes of an image, else numbers as records have them. One that is left out is dropped; where the
-    network always has it (`kept_conditions`) that is an error. All arrays are numpy's, but for
-    those of `function`.
+    accordingly. Of an unconditional network they only say how many. The argument `conditions` is
+    {name: array}: (N, ...), or one row for all images; bytes of an image, else numbers as records
+    have them. One that is left out is dropped; where the network always has it (`kept_conditions`)
+    that is an error. All arrays are numpy's, but for those of `function`.
     """
 
     def __init__(self, config, parts, params, source, step, options, identity):
@@ -202,6 +201,12 @@ class Generator:
         return _numbers(self._decode(self.vae_params, latents))
 
     @environment.pinned()
+    def encode(self, images):
+        """Encodes images uint8 (N, H, W, C) to latents (N, h, w, c), as records have conditions."""
+        x = image_utils.to_float(_numbers(images))
+        return _numbers(jax.jit(self._autoencoder.encode)(self.vae_params, x)[0])
+
+    @environment.pinned()
     def function(self, num_steps=1, omega=None, *, output="float", sampler="ode"):
         """Makes a pure function of jax, for `jit`, `grad`, `vmap` and programs of one's own.
 
@@ -216,9 +221,6 @@ class Generator:
           `conditions` as in `sample`, traced ones are not checked; `vae_params` as
           `Generator.vae_params`, where images of latents are asked for; `fresh` (num_steps - 1, N,
           h, w, c) the noise before each further step of the sampler `consistency`.
-
-        Raises:
-          ValueError: an argument that does not fit, here or in a call.
         """
         _one_of("output", output, OUTPUTS[1:])
         setting = self._setting(sampler, num_steps, omega)

@@ -16,12 +16,15 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from utils import images as image_utils
 from utils import signals
 
 MOST_STEPS = 32
 LARGEST_SEED = 2**31 - 1
 EVERY = "every class"
+CANVAS = 256  # pixels of the longer side of what is painted on
 # The browser is told to load nothing from elsewhere, whatever the page asks for.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 CSS = "#grid img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }"
@@ -36,6 +39,7 @@ class Controls(NamedTuple):
     columns: int
     num_steps: int  # at the start
     omega: tuple[float, float] | None  # (at the start, largest); None: guidance is trained in
+    conditions: tuple = ()  # those that come with the data, of `utils.conditions.Condition`
 
 
 def controls(model, columns):
@@ -49,10 +53,10 @@ def controls(model, columns):
         omega = (start, max(start, float(largest)))
     rows = min(model.num_classes or sample.GRID_CLASSES, sample.GRID_CLASSES)
     num_steps = min(config.sampling.num_steps[0], MOST_STEPS)
-    return Controls(model.num_classes, rows, columns, num_steps, omega)
+    return Controls(model.num_classes, rows, columns, num_steps, omega, tuple(model.conditions))
 
 
-def answer(model, offered, label=None, seed=0, num_steps=1, omega=None):
+def answer(model, offered, label=None, seed=0, num_steps=1, omega=None, given=()):
     """Draws a grid of images, and tells a line about it.
 
     Args:
@@ -62,6 +66,7 @@ def answer(model, offered, label=None, seed=0, num_steps=1, omega=None):
       seed: of the noise, which is the same for every class.
       num_steps: network evaluations.
       omega: guidance scale; does not count where none is offered.
+      given: what is given of each of `offered.conditions`, see `condition`; None: nothing.
 
     Returns:
       uint8 (H, W, 3), and text.
@@ -82,13 +87,63 @@ def answer(model, offered, label=None, seed=0, num_steps=1, omega=None):
         raise ValueError(f"guidance: a number above 0, up to {offered.omega[1]:g}, not {omega!r}")
     classes = np.arange(offered.rows) * offered.classes // offered.rows
     labels = np.repeat(classes if label is None else [int(label)] * offered.rows, offered.columns)
+    given = given or (None,) * len(offered.conditions)
+    made = {
+        one.name: condition(one, value, model)
+        for one, value in zip(offered.conditions, given, strict=True)
+    }
+    more = {name: value for name, value in made.items() if value is not None}
     began = time.perf_counter()
-    images = model.sample(labels, seed=int(seed), num_steps=int(num_steps), omega=omega)
+    images = model.sample(
+        labels, seed=int(seed), num_steps=int(num_steps), omega=omega,
+        **({"conditions": more} if more else {}),
+    )  # fmt: skip
     took = 1000 * (time.perf_counter() - began)
     picture = sample.picture(images, offered.columns)
     evaluations = "one evaluation" if num_steps == 1 else f"{int(num_steps)} evaluations"
     line = f"{len(labels)} images in {took:,.0f} ms: {evaluations} of the network for each"
     return np.broadcast_to(picture, (*picture.shape[:2], 3)), line
+
+
+def condition(one, value, model):
+    """Makes a condition of what a person gives, or None for nothing, where it may be dropped.
+
+    Args:
+      one: `utils.conditions.Condition`.
+      value: of an array a picture uint8 (H, W) or (H, W, C), cut and scaled to its size; else a
+        text of its numbers, one for all or all of them.
+      model: `generator.Generator`, which encodes pictures where the condition is a latent.
+
+    Raises:
+      ValueError: numbers that are none, or too few or many.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        kept = np.zeros(one.shape, np.uint8 if one.dtype == "uint8" else np.float32)
+        return kept if one.kept else None
+    if one.kind == "array":
+        h, w, c = model.decode(np.zeros((1, *one.shape))).shape[1:] if one.latent else one.shape
+        array = image_utils.fitted(_cut(value, h, w, c)[None], (h, w, c))[0]
+        if one.latent:
+            return model.encode(array[None])[0]
+        return array if one.dtype == "uint8" else array / np.float32(255)
+    try:
+        numbers = np.array([float(word) for word in value.replace(",", " ").split()], np.float32)
+        return np.broadcast_to(numbers.reshape(one.shape if numbers.size > 1 else ()), one.shape)
+    except ValueError:
+        count = int(np.prod(one.shape))
+        raise ValueError(f"{one.name}: {count} numbers with commas, or one for all") from None
+
+
+def _cut(picture, h, w, c):
+    """Scales a picture so that it fills (h, w), and cuts out the middle: uint8 (h, w, 1 or 3)."""
+    picture = Image.fromarray(picture).convert("L" if c == 1 else "RGB")
+    scale = max(h / picture.height, w / picture.width)
+    width, height = (
+        max(round(side * scale), m) for side, m in zip(picture.size, (w, h), strict=True)
+    )
+    left, top = (width - w) // 2, (height - h) // 2
+    picture = picture.resize((width, height), Image.Resampling.BOX)
+    return np.asarray(picture.crop((left, top, left + w, top + h))).reshape(h, w, -1)
 
 
 def _is_number(value):
@@ -116,9 +171,11 @@ def check_address(host, port):
 def page(gradio, model, offered, title):
     """Returns the page as a `gradio.Blocks`."""
 
-    def draw(choice, seed, num_steps, omega=None):
+    def draw(choice, seed, num_steps, *more):
+        omega, *given = more if offered.omega else (None, *more)
+        given = [value["composite"] if isinstance(value, dict) else value for value in given]
         try:
-            return answer(model, offered, label_of(choice), seed, num_steps, omega)
+            return answer(model, offered, label_of(choice), seed, num_steps, omega, given)
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
@@ -137,6 +194,7 @@ def page(gradio, model, offered, title):
                 if offered.omega:
                     start, largest = offered.omega
                     inputs.append(gradio.Slider(1, largest, start, step=0.1, label="Guidance"))
+                inputs += [_input(gradio, one) for one in offered.conditions]
                 another = gradio.Button("Other noise", variant="primary")
             with gradio.Column(scale=2):
                 grid = gradio.Image(
@@ -151,6 +209,18 @@ def page(gradio, model, offered, title):
             trigger_mode="always_last", show_progress="hidden", api_name="draw",
         )  # fmt: skip
     return blocks
+
+
+def _input(gradio, one):
+    """Where a condition is given: a picture that is uploaded or painted, or a line of numbers."""
+    if one.kind != "array":
+        return gradio.Textbox(label=f"{one.name} {one}", placeholder="numbers, or one for all")
+    height, width = (max(1, CANVAS // max(one.shape[:2])) * side for side in one.shape[:2])
+    return gradio.ImageEditor(
+        label=one.name, type="numpy", image_mode="L" if one.shape[2] == 1 else "RGB",
+        sources=("upload", "clipboard"), canvas_size=(width, height), layers=False,
+        brush=gradio.Brush(colors=["#ffffff", "#808080", "#000000"], color_mode="fixed"),
+    )  # fmt: skip
 
 
 def serve(gradio, blocks, host, port):
