@@ -109,7 +109,7 @@ class Generator:
       step: that of their checkpoint.
       options, identity: those of the run, which the weights bring along; nested dicts.
       num_classes: K; 0: unconditional. image_shape: (h, w, c) of noise and latents.
-      conditions: of `utils.conditions.Condition`, those that come with the data.
+      conditions: those that come with the data, of `utils.conditions.Condition`.
 
     `labels` and `y` are either classes, whole numbers (N,) in 0..K-1 or K for no label; or weights
     over the classes, float (N, K) or (N, K + 1) with no label last, whose embeddings are mixed
@@ -125,8 +125,7 @@ class Generator:
         self.config, self.step, self._source = config, step, source
         self.options, self.identity = options, identity
         self.num_classes, self.image_shape = parts.num_classes, parts.image_shape
-        self.conditions = parts.codec.given
-        self._device = parts.mesh.devices.flat[0]
+        self.conditions, self._device = parts.codec.given, parts.mesh.devices.flat[0]
         self.params = jax.device_put(params, self._device)
         options = compiling.quick(parts.mesh)
         self._sample = jax.jit(self._draw, static_argnames="output", compiler_options=options)

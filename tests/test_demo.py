@@ -21,7 +21,7 @@ IMPROVED = ["model.cls=imfDiT", "model.aux_head_depth=1", "method.name=improved"
 class Model:
     """Stands for a `generator.Generator`: its images tell what was asked for."""
 
-    step, image_shape = 1200, (4, 4, 1)
+    step, image_shape, conditions = 1200, (4, 4, 1), ()
 
     def __init__(self, num_classes, *words):
         self.config = make.config(*PIXELS, f"dataset.num_classes={num_classes}", *words)
@@ -55,7 +55,7 @@ def cells(picture, rows, columns):
     ],
 )
 def test_what_is_offered(num_classes, words, expected):
-    assert demo.controls(Model(num_classes, *words), columns=4) == expected
+    assert demo.controls(Model(num_classes, *words), columns=4) == (*expected, ())
 
 
 def test_a_grid_has_a_row_of_every_class_or_one_class_alone():
@@ -174,6 +174,9 @@ def gradio(monkeypatch):
         "Slider",
         "Button",
         "Image",
+        "ImageEditor",
+        "Textbox",
+        "Brush",
     )
     fake = types.SimpleNamespace(**{kind: type(kind, (Part,), {}) for kind in kinds})
     fake.Error, fake.on, fake.made = Error, on, made
