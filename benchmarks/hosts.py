@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import data
-from utils import files
 
 ROOT = Path(__file__).resolve().parent.parent
 # Row -> (what is measured, program of the project, program beside it, rounds).
@@ -99,14 +98,14 @@ def measured(sides, rounds, folder):
 
 def program(name, checkout, python, folder):
     """Runs a program of benchmarks/waits.py with the code of a checkout; {measure: seconds}."""
-    environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
     file, before = str(ROOT / "benchmarks" / "waits.py"), os.times()
-    what = ["-c", PYTORCH[name]] if name in PYTORCH else ["-P", file, name]
+    what = ["-I", "-c", PYTORCH[name]] if name in PYTORCH else ["-P", file, name]
     done = subprocess.run(
         [python, *what, folder], cwd=checkout, env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise ValueError(f"{name} in {checkout}: {files.first_line(done.stderr[-300:])}")
+        raise ValueError(f"{name} in {checkout}: {done.stderr.strip().splitlines()[-1]}")
     after = os.times()
     cpu = sum(after[2:4]) - sum(before[2:4])
     return json.loads(done.stdout.splitlines()[-1]) | {"CPU of the process": cpu}
