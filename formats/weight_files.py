@@ -8,18 +8,18 @@ import numpy as np
 from utils import files
 
 
-def find(given, option, variable, names, advice):
+def find(value, option, variable, names, advice):
     """Returns the weight file to read, as a pathlib.Path.
 
     Args:
-      given: what the option `option` says; else the environment variable `variable` counts, else
+      value: what the option `option` says; else the environment variable `variable` counts, else
         the first file of `names` in `files.cache_folder()`.
       advice: what the error says where there is none.
 
     Raises:
       FileNotFoundError: no such file, or none at all.
     """
-    for path, origin in ((given, option), (os.environ.get(variable), variable)):
+    for path, origin in ((value, option), (os.environ.get(variable), variable)):
         if path:
             path = files.local(files.user_path(path))
             if not path.is_file():

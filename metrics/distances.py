@@ -49,11 +49,11 @@ def add_moments(acc, features, weight):
     zero by a fixed shift, and the sums over batches are carried as pairs of float32 (TwoSum,
     Knuth, TAOCP 2, 4.2.2), since a TPU has no float64. Products within a batch are float32.
     """
-    kept = weight[:, None] > 0
+    counted = weight[:, None] > 0
     count = jnp.sum(weight > 0, dtype=jnp.int32)
-    mean = jnp.where(kept, features, 0).sum(0) / jnp.maximum(count, 1)
+    mean = jnp.where(counted, features, 0).sum(0) / jnp.maximum(count, 1)
     shift = jnp.where(acc.count == 0, mean, acc.shift)
-    centred = jnp.where(kept, features - shift, 0)  # (N, D)
+    centred = jnp.where(counted, features - shift, 0)  # (N, D)
     outer = jnp.einsum("nd,ne->de", centred, centred, precision=HIGHEST)
     return Moments(
         acc.count + count,

@@ -110,18 +110,18 @@ class Scorer:
         Raises:
           Preempted: the job is asked to stop; a measurement is begun anew later.
         """
-        statistics, kept, last = self.empty(count), [], None
+        statistics, pools, last = self.empty(count), [], None
         starts, shown = range(0, count, self.batch_size), processes.is_writer()
         for start in processes.progress(starts, len(starts), "batches", name, shown):
             processes.check_stop()
             sharding.hold_back(self.mesh, statistics)
             statistics, pool = step(statistics, start)
             if last is not None:  # a batch late, so that the device does not wait for the host
-                kept.append(jax.device_get(last))
+                pools.append(jax.device_get(last))
             last = pool
         if last is not None:
-            kept.append(jax.device_get(last))
-        return statistics, np.concatenate(kept)[:count] if kept else None
+            pools.append(jax.device_get(last))
+        return statistics, np.concatenate(pools)[:count] if pools else None
 
     def read(self, read, count, name):
         """Does as `gather` for images on the host; `read(index)` gives those number (N,)."""

@@ -202,11 +202,11 @@ def _cut(workdir, last_step, finished):
     The last that stays notes the time up to now, for starts that come to no line of their own.
     """
     lines, broken = layout.metric_lines(workdir)
-    kept = [line for line in lines if last_step is None or line["step"] <= last_step]
+    before = [line for line in lines if last_step is None or line["step"] <= last_step]
     if last_step is not None:
         spent.go_on(spent.before(lines, last_step))
-        if kept and spent.GOODPUT in kept[-1] and not finished:
-            kept[-1] |= spent.metrics(spent.seconds())
+        if before and spent.GOODPUT in before[-1] and not finished:
+            before[-1] |= spent.metrics(spent.seconds())
     if lines or broken:
-        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        text = "".join(f"{json.dumps(line)}\n" for line in before)
         files.write_text(files.path(workdir) / layout.METRICS, text)

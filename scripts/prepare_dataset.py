@@ -58,13 +58,13 @@ def join_processes(args):
 
         from utils import processes
 
-        given = (args.coordinator_address, args.num_processes, args.process_id)
+        process = (args.coordinator_address, args.num_processes, args.process_id)
         if args.coordinator_address == "auto":
-            given = (None, None, None)
+            process = (None, None, None)
         elif args.num_processes < 2:
             raise ValueError("--coordinator_address HOST:PORT needs --num_processes, 2 or more")
         # The first may have to wait long for the slowest.
-        processes.join(*given, timeout=args.join_timeout, shutdown_timeout=DAY)
+        processes.join(*process, timeout=args.join_timeout, shutdown_timeout=DAY)
         args.process_id, args.num_processes = jax.process_index(), jax.process_count()
     if not 0 <= args.process_id < args.num_processes:
         raise ValueError(f"--process_id={args.process_id} is not below --num_processes")

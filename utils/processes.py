@@ -68,14 +68,14 @@ def join(
       ValueError: only some of the three are given, or they do not fit together; or the port of
         process 0 is in use.
     """
-    given = (coordinator_address, num_processes, process_id)
-    cluster.check_flags(*given)
+    flags = (coordinator_address, num_processes, process_id)
+    cluster.check_flags(*flags)
     if num_processes == 1:
         return
     end = functools.partial(_end, status=RESTART)
     with cluster.alarm(timeout, f"looked for the other processes for {timeout} s in vain", end):
         announced = cluster.find(timeout, described=num_processes is not None)
-    job = announced if num_processes is None else cluster.Job(*given, None, "")
+    job = announced if num_processes is None else cluster.Job(*flags, None, "")
     if job is None or job.count == 1:
         return
     if job.name:

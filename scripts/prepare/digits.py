@@ -22,9 +22,9 @@ def run(args):
     classes = list(args.classes) or known
     if not set(classes) <= set(known):
         raise ValueError(f"--classes: are of {','.join(known)}, got {','.join(classes)}")
-    kept = np.isin(digits.target_names[digits.target].astype(str), classes)
-    images = np.round(digits.images[kept] * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
-    labels = [classes.index(str(target)) for target in digits.target[kept]]
+    chosen = np.isin(digits.target_names[digits.target].astype(str), classes)
+    images = np.round(digits.images[chosen] * 255 / 16).astype(np.uint8)[..., None]  # (N, 8, 8, 1)
+    labels = [classes.index(str(target)) for target in digits.target[chosen]]
     files.make_folder(output.parent)
     try:
         # A folder of its own until it is whole: it is small, and made again if interrupted.

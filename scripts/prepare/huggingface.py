@@ -64,16 +64,16 @@ def columns(tables, image_key=None, label_key=None):
     name = tables.names[0]
     there, features = tables.columns(name), tables.features(name)
     keys = []
-    for option, given, kind, common in (
+    for option, named, kind, common in (
         ("image_key", image_key, "Image", IMAGES),
         ("label_key", label_key, "ClassLabel", labels.KEYS),
     ):
         typed = [key for key in there if _kind(features.get(key)) == kind]
         known = typed or [key for key in there if key in common]
-        known = [given] if given in there else known if given is None else []
+        known = [named] if named in there else known if named is None else []
         if len(known) != 1:
             among = f"one of {', '.join(known or there)}"
-            said = f"'{given}' is no column; there are {', '.join(there)}" if given else among
+            said = f"'{named}' is no column; there are {', '.join(there)}" if named else among
             raise ValueError(f"{tables.root / name}: --{option} has to be named: {said}")
         keys += known
     return keys

@@ -241,9 +241,9 @@ class Encoder:
             yield dataset.example(label, **stored)
 
     def _measure(self, exact, stored):
-        mean, kept = (np.split(a.astype(np.float64), 2, axis=-1)[0] for a in (exact, stored))
+        mean, rounded = (np.split(a.astype(np.float64), 2, axis=-1)[0] for a in (exact, stored))
         self._spread.add(exact)
-        self._error += ((mean - kept) ** 2).sum()
+        self._error += ((mean - rounded) ** 2).sum()
 
     def report(self):
         """Says how the latents lie, and what the storage cost, relative to their deviation."""

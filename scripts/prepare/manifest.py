@@ -217,7 +217,7 @@ def members(root, names, listing, config=None):
       ValueError: several sets, of which none is named; a file that is listed is not there.
     """
     names, said = _of_configs(root, names, listing, config)
-    kept, folders = [], collections.defaultdict(list)
+    chosen, folders = [], collections.defaultdict(list)
     for name in names:
         folders[posixpath.dirname(name)].append(posixpath.basename(name))
     splits = _json(root / "dataset_dict.json").get("splits")
@@ -241,11 +241,11 @@ def members(root, names, listing, config=None):
             elif splits and folder.split("/")[0] not in splits:
                 listing.leave_out("that dataset_dict.json does not name", root / path)
             else:
-                kept.append(path)
+                chosen.append(path)
                 if splits:
                     said[path] = folder.split("/")[0]
-    _check_parts(root, kept, said)
-    return kept, said
+    _check_parts(root, chosen, said)
+    return chosen, said
 
 
 def _json(path):
