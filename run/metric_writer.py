@@ -4,6 +4,7 @@ Everything is on disk when a call returns, so a killed run loses nothing that it
 resumed run takes back what was written after the step it resumes from.
 """
 
+import datetime
 import json
 import math
 import re
@@ -182,18 +183,12 @@ def progress_line(step, total_steps, steps_per_second, metrics):
     share = 100 * step // max(total_steps, 1)
     parts = [f"step {step}/{total_steps} ({share} %)", f"{steps_per_second:.3g} steps/s"]
     if steps_per_second > 0:
-        parts.append(f"{_duration((total_steps - step) / steps_per_second)} left")
+        left = round((total_steps - step) / steps_per_second)
+        parts.append(f"{datetime.timedelta(seconds=left)} left")
     parts += [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
     if skipped := metrics.get("skipped_steps"):
         parts.append(f"{skipped:.0f} steps left out: not finite")
     return "  ".join(parts)
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{f'{days} d ' if days else ''}{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _cut(workdir, last_step, finished):

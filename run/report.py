@@ -42,11 +42,7 @@ def wrapped(name, text):
 def job(options, source, given, workdir):
     """Returns the rows about any job: devices, options that are not the default, folder.
 
-    Args:
-      options: from `load_config.options`.
-      source: from `load_config.source`.
-      given: from `load_config.given`.
-      workdir: folder of the run.
+    options, source, given: from the functions of load_config of these names.
     """
     rows = [("devices", devices()), ("config", source)]
     sections = {}
@@ -98,7 +94,8 @@ def note(workdir, text):
     )
     files.write_text(workdir / layout.CONFIG, head + text)
     path, now = workdir / layout.VERSIONS, environment.installed()
-    before = versions(path.read_text(encoding="utf-8")) if path.exists() else now
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    before = dict(line.split("==", 1) for line in lines if "==" in line)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now
                if before.get(name, now[name]) != now[name]]  # fmt: skip
     if changed:
@@ -107,23 +104,13 @@ def note(workdir, text):
     files.write_text(path, "\n".join(lines) + "\n")
 
 
-def versions(text):
-    """Returns {name: version} of the text of a requirements.lock."""
-    return dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
-
-
 # Training -------------------------------------------------------------------------------------
 
 
 def training(cls, parts, records, options, when):
-    """Returns the rows about a run.
+    """Returns the rows about a run whose network is `cls`, by the options `training`.
 
-    Args:
-      cls: the name of its network.
-      parts: `parts.Parts`.
-      records: the training records.
-      options: the options `training`.
-      when: `run.cadence.Cadences`.
+    when: `run.cadence.Cadences`.
     """
     kind = "images" if records.key == "image" else "latents (mean, std)"
     shape = "x".join(map(str, records.shape))
@@ -167,14 +154,11 @@ def cadences(when):
 
 
 def evaluating(origin, fid, root, settings, workdir):
-    """Returns the rows about an evaluation.
+    """Returns the rows about an evaluation of weights from `origin`, by the options `fid`.
 
     Args:
-      origin: of the weights, from `origin`.
-      fid: the options `fid`.
       root: folder of the records.
       settings: number of samplers, steps and guidances.
-      workdir: folder of the run.
     """
     reference = fid.cache_ref or f"the training images, {root}"
     images = f"{fid.num_samples:,} images for each of {len(fid.weights) * settings} settings"

@@ -156,7 +156,7 @@ def test_progress_line():
         "step 250/1000 (25 %)  12.3 steps/s  0:01:01 left  "
         "loss 0.5  raw_loss/r=t 2  raw_loss/r<t 3.142"
     )
-    assert "3 d 0:00:01 left" in progress_line(0, 3 * 86400 + 1, 1.0, {})
+    assert "3 days, 0:00:01 left" in progress_line(0, 3 * 86400 + 1, 1.0, {})
     assert progress_line(5, 5, 0.0, {"loss": float("nan")}) == (
         "step 5/5 (100 %)  0 steps/s  loss nan"
     )
