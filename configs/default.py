@@ -163,7 +163,7 @@ class Sampling:
     omega: Preference[Floats] = ()  # guidance scales, if guided in sampling; several: each
     t_min: Preference[Times] = (0.0,)  # guidance holds for t_min <= t <= t_max; several: each
     t_max: Preference[Times] = (1.0,)  # the end of that interval; several: each
-    channels: Preference[Whole] = 0  # guidance concerns the first so many channels; 0: all
+    channels: Preference[Whole] = 0  # first channels that guidance concerns; 0: all
     sampling_timesteps: Floats = ()  # explicit times 1 > ... > 0, instead of num_steps equal steps
     num_images: Count = 64  # of a sampling job
     labels: Ints = ()  # classes of a sampling job, repeated in turn; empty: all classes

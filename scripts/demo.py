@@ -43,7 +43,7 @@ class Controls(NamedTuple):
 
 
 def controls(model, columns):
-    """Returns the `Controls` of a `generator.Generator`, for a grid of so many columns."""
+    """Returns the `Controls` of a `generator.Generator`, for a grid of `columns`."""
     import sample
 
     config, omega = model.config, None

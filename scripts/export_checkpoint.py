@@ -161,7 +161,7 @@ def constants(model, steps, omega=None):
     """Returns what the embedders beside that of t are told throughout sampling: {name: number}.
 
     Raises:
-      ValueError: a network that is told more than t in so many steps.
+      ValueError: a network that is told more than t, which a SiT is not.
     """
     method, embedded = model.parts.method, model.config.model.time_cond.split(",")
     embedded = [name.strip() for name in embedded]

@@ -65,7 +65,7 @@ def of_records(records, description):
 
 
 def label_counts(records, num_classes, part=0, parts=1):
-    """Returns the number of records of each class, int32 (num_classes,), in one of so many parts.
+    """Returns the number of records of each class, int32 (num_classes,), in one of `parts`.
 
     Reads all records of the part.
     """

@@ -125,7 +125,7 @@ def _data(run, most_grids):
 
 
 def spread(values, most):
-    """Returns at most so many of a list, evenly spread, the first and the last with them."""
+    """Thins a list out to `most` values, evenly spread, the first and the last with them."""
     if len(values) <= most:
         return values
     last = len(values) - 1
