@@ -5,13 +5,11 @@ by formats/pickles.py, which runs nothing; lmdb and h5py are extras (requirement
 """
 
 import io
-import json
 import threading
 import zipfile
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+from safetensors import safe_open
 
 from formats import torch_files
 from utils import files, npy
@@ -19,10 +17,6 @@ from utils import files, npy
 ITEMS = (".npy", ".npz", ".pt", ".latent")  # what may hold one latent
 BLOCK = 64  # rows of HDF5 that are read at once
 COUNT = "num_samples"  # the key of an LMDB that says how many there are
-SAFETENSORS = {
-    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4",
-    "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
 
 
 def parse(name, content, where):
@@ -47,24 +41,23 @@ def parse(name, content, where):
 
 
 def safetensors(path):
-    """Returns the tensors of a file, mapped: {name: array}."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        head = file.read(size) if size < 2**27 else b""
-        if len(head) != size or not head.startswith(b"{"):
-            raise ValueError("no safetensors, or cut")
-        data = np.memmap(file, np.uint8, "r", 8 + size).view(np.ndarray)
-    arrays = {}
-    for name, entry in json.loads(head).items():
-        if name == "__metadata__":
-            continue
-        start, stop = entry["data_offsets"]
-        if entry["dtype"] not in SAFETENSORS:
-            raise ValueError(f"'{name}' is of {entry['dtype']}")
-        if not 0 <= start <= stop <= len(data):
-            raise ValueError(f"'{name}' ends at byte {stop} of {len(data)}: cut short")
-        arrays[name] = data[start:stop].view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+    """Opens the tensors of a file: {name: array or `Slices`}."""
+    file = safe_open(path, "numpy")
+    tensors = {name: file.get_slice(name) for name in file.keys()}
+    return {
+        name: Slices(tensor) if len(tensor.get_shape()) > 2 else file.get_tensor(name)
+        for name, tensor in tensors.items()
+    }
+
+
+class Slices:
+    """A tensor of a safetensors file of which rows are read."""
+
+    def __init__(self, tensor):
+        self._tensor, self.shape = tensor, tuple(tensor.get_shape())
+
+    def __getitem__(self, row):
+        return self._tensor[row]
 
 
 class Hdf5:
@@ -74,9 +67,9 @@ class Hdf5:
         h5py = _extra("h5py", path)
         self._file = h5py.File(path, "r")
         self.arrays = {
-            name: Rows(found, threading.Lock()) if found.ndim > 1 else found[()]
-            for name, found in self._file.items()
-            if isinstance(found, h5py.Dataset)
+            name: Rows(item, threading.Lock()) if item.ndim > 2 else item[()]
+            for name, item in self._file.items()
+            if isinstance(item, h5py.Dataset)
         }
 
 

@@ -279,7 +279,7 @@ def test_damage_and_what_does_not_fit_is_told_by_name(tmp_path, capsys):
     told(drifting, lambda r: cut(r / CLASSES[7] / f"{CLASSES[7]}_7.pt"), f"{CLASSES[7]}_7.pt")
     told(dc_ae, lambda r: cut(r / CLASSES[7] / f"{CLASSES[7]}_7.npy"), f"{CLASSES[7]}_7.npy", "cut")
     told(edm2, lambda r: cut(r / "img512-sd.zip"), "img512-sd.zip")
-    told(lightningdit, lambda r: cut(r / shard), shard, "cut short")
+    told(lightningdit, lambda r: cut(r / shard), shard, "damaged")
     told(soflow, lambda r: (r / "imagenet.hdf5").write_bytes(b"x" * 99), "imagenet.hdf5")
     told(
         fast_dit, lambda r: (r / "imagenet256_labels" / "3.npy").unlink(), "labels/3.npy is expect"

@@ -89,7 +89,7 @@ def beside(args, make, fetch, items, size, shape, encoder=None):
     Returns:
       `make` with conditions, and the fields `settings` and `conditions` of a `shards.Job`, or {}.
     """
-    if not args.conditions:
+    if not getattr(args, "conditions", None):  # `latents` has no such option
         return make, {}
     first = next(iter(items.values()))[0][0]
     found = Beside(args.conditions, fetch, first, size, shape[:2], encoder, args.workers)
