@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from models import layers
+from models import hardware, layers
 from models.attention import attention
 
 xavier = nn.initializers.xavier_uniform()
@@ -37,7 +37,7 @@ def modulate(x, shift, scale):
 
 
 class Qkv(nn.Module):
-    """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel.
+    """(B, N, D) -> q, k, v, each (B, N, D): three products with parts of one kernel, or one.
 
     The parameters are those of `nn.Dense(3 * D)`.
     """
@@ -45,17 +45,20 @@ class Qkv(nn.Module):
     dtype: jnp.dtype
     kernel_init: Callable = xavier
     use_bias: bool = True
+    count: int = 3  # of products
 
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (D, 3 * D)).astype(self.dtype)
         x = x.astype(self.dtype)
-        products = [x @ part for part in jnp.split(kernel, 3, axis=1)]
+        products = [x @ part for part in jnp.split(kernel, self.count, axis=1)]
         if self.use_bias:
-            bias = self.param("bias", zeros, (3 * D,)).astype(self.dtype)
-            products = [y + b for y, b in zip(products, jnp.split(bias, 3), strict=True)]
-        return list(map(save, products))
+            bias = jnp.split(self.param("bias", zeros, (3 * D,)).astype(self.dtype), self.count)
+            add = layers.add_bias if self.count == 1 else jnp.add
+            products = list(map(add, products, bias))
+        products = list(map(save, products))
+        return products if self.count == 3 else jnp.split(*products, 3, axis=-1)
 
 
 def qkv(x, fused, **dense):
@@ -66,6 +69,8 @@ def qkv(x, fused, **dense):
     """
     if fused:
         return Qkv(**dense, name="qkv")(x)
+    if hardware.platform() == "tpu" and dense["dtype"] == jnp.bfloat16:
+        return Qkv(**dense, count=1, name="qkv")(x)
     return jnp.split(save(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
 
 

@@ -14,7 +14,7 @@ from utils import compiling
 # right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
-SHARE = 0.75  # of a card's memory that this may take, in all blocks, so that all of it is saved
+SHARE = 0.75  # of a device's memory that this may take, in all blocks, so that all of it is saved
 
 _absent = None  # platform, memory and number of devices that are compiled for
 
@@ -62,8 +62,9 @@ def fused_attention(wanted, dtype):
 def unroll(depth, differentiated):
     """Chooses how many blocks an iteration of the loop over them has: all, or one.
 
-    On a GPU the loop copies what the backward pass needs into stacks and out again, a tenth of a
-    step. Unrolled, a step takes up to three times as long to compile.
+    The loop copies what the backward pass needs into stacks and out again: a tenth of a step on a
+    GPU, where unrolled it takes up to three times as long to compile. On a TPU it is a fifth, but
+    compiling grows by each block (docs/speed.md), so there it is left to `model.unroll`.
     """
     return depth if differentiated and platform() == "gpu" else 1
 
@@ -72,9 +73,9 @@ def remat(block, policy, xs, depth, loop):
     """Wraps the class of a block for `nn.scan`: what its backward pass computes again.
 
     In a loop the backward pass computes again what is not saved. Without one XLA sees that it has
-    computed it before, and saves that. On a GPU with memory for it, this is fastest, and the block
-    is left as it is (what `nn.remat` marks as saved would stand between a product and the GELU that
-    a GPU's products can take along); else `prevent_cse` forbids it.
+    computed it before, and saves that. On an accelerator with memory for it, this is fastest, and
+    the block is left as it is (what `nn.remat` marks as saved would stand between a product and the
+    GELU that a GPU's products can take along); else `prevent_cse` forbids it.
 
     Args:
       policy: of `jax.checkpoint`: what is saved for the backward pass; None: nothing.
@@ -82,7 +83,7 @@ def remat(block, policy, xs, depth, loop):
       depth: blocks of the network in all.
       loop: whether they are looped over.
     """
-    if platform() != "gpu" or loop:
+    if platform() == "cpu" or loop:
         return nn.remat(block, prevent_cse=False, policy=policy)
     computed = COMPUTED * depth * sum(x.size * x.dtype.itemsize for x in xs) / count()
     if policy and computed <= SHARE * memory():

@@ -12,6 +12,8 @@ from jax.custom_derivatives import linear_call
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import stop_gradient
 
+from models import hardware
+
 EPS = 1e-6
 _C, _CUBIC = 2 * (2 / jnp.pi) ** 0.5, 0.044715
 
@@ -26,15 +28,22 @@ def gelu(x, in_product=False, tangent=False):
         gives x, before x is rounded (with the options of models/hardware.py).
       tangent: as of `norm_modulate`.
     """
-    return (_gelu_with_tangent if tangent else _gelu)(x, in_product)
+    if tangent:
+        return _gelu_with_tangent(x, in_product)
+    return _gelu(x, in_product, hardware.platform() == "tpu")
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _gelu(x, in_product):
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _gelu(x, in_product, apart=False):
+    """Computes GELU; `apart`: before the product behind it, where nothing is differentiated.
+
+    A TPU's compiler would compute it anew for each tile of that product.
+    """
     if in_product:
         return jax.nn.gelu(x)
     y = x.astype(jnp.float32)
-    return (y * _sigmoid(y)).astype(x.dtype)
+    y = (y * _sigmoid(y)).astype(x.dtype)
+    return jax.lax.optimization_barrier(y) if apart else y
 
 
 def _sigmoid(y):
@@ -49,7 +58,7 @@ def _slope(x):
 
 
 @_gelu.defjvp
-def _gelu_jvp(in_product, primals, tangents):
+def _gelu_jvp(in_product, _, primals, tangents):
     (x,), (dx,) = primals, tangents
     return _gelu(x, in_product), (_slope(x) * dx).astype(x.dtype)
 
@@ -103,6 +112,8 @@ def _float32(*arrays):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _norm_modulate(x, shift, scale, dtype):
+    if hardware.platform() == "tpu":  # the sums end the product that gives x
+        return _modulated(x, *_statistics(x), shift, scale, dtype)
     # Without a derivative XLA makes one kernel of the two passes for NVIDIA cards, and not of one.
     y = x.astype(jnp.float32)
     mean = jnp.mean(y, axis=-1, keepdims=True)
@@ -148,6 +159,22 @@ def _jvp(dtype, primals, tangents):
     d_n = _through_norm(n, rstd, d_x)
     d_y = d_n * (1 + scale[:, None].astype(jnp.float32)) + n * d_scale[:, None] + d_shift[:, None]
     return value, d_y.astype(dtype)
+
+
+def add_bias(x, bias):
+    """Adds a bias (D,) to x (..., D); its gradient is a product with ones, summed in float32.
+
+    As a sum it is a pass over the gradient of x, which costs a TPU as much as a product.
+    """
+
+    def total(_, g):
+        rows = tuple(range(g.ndim - 1))
+        ones = jnp.ones((8, *g.shape[:-1]), g.dtype)  # of one row XLA would make a sum again
+        return jnp.tensordot(
+            ones, g, ([1 + r for r in rows], rows), preferred_element_type=jnp.float32
+        )[0].astype(g.dtype)
+
+    return x + linear_call(lambda _, b: jnp.broadcast_to(b, x.shape), total, (), bias)
 
 
 def lying_in_order(x):

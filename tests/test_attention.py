@@ -145,3 +145,18 @@ def test_norm_keeps_the_types_it_was_given():
         lambda x: layers.norm_modulate(x, shift, scale, jnp.bfloat16, tangent=True), (x,), (dx,)
     )
     assert tangent.dtype == jnp.bfloat16
+
+
+def test_gradient_of_a_bias_is_the_sum_over_all_rows():
+    x, bias, g = *arrays((3, 16, 24), 1), *arrays((24,), 1), *arrays((3, 16, 24), 2)[1:]
+
+    def loss(add, x, bias):
+        value, tangent = jax.jvp(lambda x: add(x, bias), (x,), (g,))
+        return jnp.sum(g * value + tangent)
+
+    for found, expected in zip(
+        jax.grad(lambda *a: loss(layers.add_bias, *a), argnums=(0, 1))(x, bias),
+        jax.grad(lambda *a: loss(jnp.add, *a), argnums=(0, 1))(x, bias),
+        strict=True,
+    ):
+        assert distance(found, expected) < 1e-6

@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import train
-from models import codec, dit, network
+from models import codec, dit, hardware, network
 from run import checkpoint, resume
 from utils import sharding
 
@@ -100,6 +100,15 @@ def as_on_a_card(monkeypatch):
 
 def test_gradients_as_a_card_computes_them(trained, in_float32, as_on_a_card):
     found = numbers(trained, jnp.bfloat16, **as_on_a_card)
+    for full, half in zip(in_float32[:2], found, strict=False):
+        check_gradients(full, half)
+
+
+@pytest.mark.parametrize("unroll", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_as_a_tpu_computes_them(trained, in_float32, monkeypatch, unroll):
+    monkeypatch.setattr(hardware, "platform", lambda: "tpu")
+    monkeypatch.setattr(hardware, "memory", lambda: 1e9)
+    found = numbers(trained, jnp.bfloat16, half_residual=True, unroll=unroll)
     for full, half in zip(in_float32[:2], found, strict=False):
         check_gradients(full, half)
 
