@@ -7,10 +7,7 @@ formats/pickles.py, which runs nothing.
 
 import io
 import os
-import pickle
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -20,23 +17,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 INFLATION = 50  # times the size of a packed file, that what it holds may take,
 SMALL = 2**26  # or so many bytes
-
-_DAMAGE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,  # NotImplementedError and RecursionError among them
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
 
 
 def load(path):
@@ -58,7 +38,7 @@ def read(file, path, size):
         return _load_stream(file, path, size)
     except pickles.RefusedError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # unpickling raises nearly all kinds
         raise ValueError(f"{path}: damaged or truncated torch file ({_line(error)})") from error
 
 
@@ -77,7 +57,7 @@ def read_pickle(file, path):
         return pickles.plain(pickles.Unpickler(file, path).load(), None)
     except pickles.RefusedError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # unpickling raises nearly all kinds
         raise ValueError(f"{path}: damaged or truncated pickle ({_line(error)})") from error
 
 
@@ -146,7 +126,7 @@ def _load_legacy(file, path, size):
     """Reads header, pickle, list of storage keys, then per storage its length and its bytes."""
     try:
         magic = pickles.Unpickler(file, path).load()
-    except _DAMAGE:
+    except Exception:  # as above
         magic = None
     if magic != _LEGACY_MAGIC:
         raise pickles.RefusedError(f"{path}: not a torch file (neither zip nor legacy stream)")
