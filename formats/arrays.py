@@ -3,10 +3,10 @@
 The form is told by the content, not by the ending of the name. Nothing is executed.
 """
 
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from formats import state_dicts, torch_files
+from utils import files
 
 
 def read(path):
@@ -16,10 +16,8 @@ def read(path):
       FileNotFoundError, ValueError: nothing there, damaged, or no weights by name.
     """
     if is_safetensors(path):
-        try:
+        with files.reading(path, "damaged safetensors file"):
             return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     if _start(path).startswith(b"\x89HDF"):
         return _hdf5(path)
     return state_dicts.find(torch_files.load(path), path)[0]
@@ -46,9 +44,6 @@ def _hdf5(path):
         if isinstance(item, h5py.Dataset):
             arrays[name] = item[()]
 
-    try:
-        with h5py.File(path) as file:
-            file.visititems(collect)
-    except OSError as error:
-        raise ValueError(f"{path}: damaged HDF5 file ({error})") from error
+    with files.reading(path, "damaged HDF5 file"), h5py.File(path) as file:
+        file.visititems(collect)
     return arrays

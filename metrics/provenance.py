@@ -8,7 +8,7 @@ names of their arrays, or not at all.
 
 import logging
 
-from utils import npy
+from utils import files, npy
 
 FIELDS = {"split": str, "number": int, "size": int, "resize": str, "files": str, "images": str,
           "weights": str}  # fmt: skip
@@ -39,11 +39,9 @@ def of_file(file):
 
 def of_path(path):
     """Does as `of_file` for a path; the statistics are not looked at. ValueError: it is none."""
-    try:
+    with files.reading(path, "not a readable npz of reference statistics"):
         with npy.load_npz(path) as file:
             return of_file(file)
-    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
-        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
 
 
 def check_sizes(file, names):

@@ -9,7 +9,6 @@ import hashlib
 import io
 import struct
 import tarfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -122,16 +121,13 @@ def load(path, check=True):
 def _from_archive(path, check):
     if check:
         _check_archive(path)
-    files = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                if member.isfile() and folder.rpartition("/")[2] in FOLDERS:
-                    files[name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, cut or not an archive ({error})") from error
-    return _from_batches(files, path)
+    batches = {}
+    with files.reading(path, "damaged, cut or not an archive"), tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            if member.isfile() and folder.rpartition("/")[2] in FOLDERS:
+                batches[name] = archive.extractfile(member).read()
+    return _from_batches(batches, path)
 
 
 def _check_archive(path):
