@@ -11,12 +11,11 @@ Options of the config follow as for main.py (`--config.training.batch_size=64`);
 writes what is printed. Times on busy or shared processors mean little; ratios of one run mean more.
 """
 
-import argparse
 import sys
 
 import parts
 from benchmarks import check, compile, costs, data, evaluation, hosts, train
-from utils import environment, signals
+from utils import commands, environment, signals
 
 COMMANDS = {
     "train": (train, "the train step"),
@@ -32,14 +31,10 @@ WITHOUT_CONFIG = (data, hosts, check)
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = commands.parser("benchmarks", __doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = subparsers.add_parser(name, help=text)
         module.add_arguments(command)
         command.add_argument("--json", help="also write the results to this file")
     if not argv or {"-h", "--help"}.intersection(argv):

@@ -7,7 +7,6 @@ alone unless --host says otherwise (0.0.0.0: to the whole network, without a pas
 `pip install -r requirements-demo.txt`. Nothing is sent or loaded from elsewhere. docs/python.md.
 """
 
-import argparse
 import logging
 import os
 import socket
@@ -18,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from utils import commands, signals
 from utils import images as image_utils
-from utils import signals
 
 MOST_STEPS = 32
 LARGEST_SEED = 2**31 - 1
@@ -256,11 +255,7 @@ class _Policy:
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.parser("scripts.demo", __doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="WORKDIR",
                         help="a run's folder, or a checkpoint")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s)")

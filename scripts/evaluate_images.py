@@ -9,7 +9,6 @@ the images, they are shuffled as torch-fidelity does. Evaluator, metrics and ref
 options `fid` and, where `fid.cache_ref` is empty, from the training images of `dataset.root`.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from configs import load_config
-from utils import files, npy, pictures, signals
+from utils import commands, files, npy, pictures, signals
 
 SHUFFLE_SEED = 2020
 
@@ -139,11 +138,7 @@ def evaluate(config, images):
 def main(argv):
     """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.evaluate_images",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.parser("scripts.evaluate_images", __doc__)
     parser.add_argument("--images", required=True, help="folder of pictures, or npz with arr_0")
     if {"-h", "--help"}.intersection(argv):
         parser.parse_args(["--help"])

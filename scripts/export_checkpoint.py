@@ -14,7 +14,6 @@ python -m scripts.export_checkpoint --from WORKDIR --to DIR [--step N] [--format
 docs/python.md shows the last two.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ from formats import (
 from models import dit
 from run import layout, results
 from run import weights as weights_of
-from utils import averages, files, moments, signals, trees
+from utils import averages, commands, files, moments, signals, trees
 
 FORMS = ("msgpack", "orbax", "safetensors", "sit")
 
@@ -185,11 +184,7 @@ def constants(model, steps, omega=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.export_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.parser("scripts.export_checkpoint", __doc__)
     parser.add_argument("--from", dest="source", required=True, help="workdir or checkpoint")
     parser.add_argument("--to", dest="folder", required=True, help="folder to write into")
     parser.add_argument("--step", type=int, help="checkpoint of the run, default the newest")

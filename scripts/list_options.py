@@ -3,13 +3,12 @@
 python -m scripts.list_options > docs/options.md
 """
 
-import argparse
 import ast
 from pathlib import Path
 
 from configs import default, load_config
 from configs.default import OPTIONS
-from utils import signals
+from utils import commands, signals
 
 INTRODUCTION = """\
 # Options
@@ -69,9 +68,5 @@ def reference():
 
 if __name__ == "__main__":
     signals.outlive_readers()
-    argparse.ArgumentParser(
-        prog="python -m scripts.list_options",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    commands.parser("scripts.list_options", __doc__).parse_args()
     print(reference(), end="")

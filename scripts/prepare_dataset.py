@@ -17,7 +17,7 @@ import importlib
 import os
 import sys
 
-from utils import files, signals
+from utils import commands, files, signals
 
 DAY = 24 * 3600  # seconds
 DECODER = "draws the preview: mse, ema, a folder, none or auto; docs/data.md"
@@ -247,14 +247,10 @@ COMMANDS = {
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.prepare_dataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = commands.parser("scripts.prepare_dataset", __doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (text, options, own) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = subparsers.add_parser(name, help=text)
         for option in options.split():
             command.add_argument(f"--{option}", **OPTIONS[option] | own.get(option, {}))
     return parser.parse_args(argv)

@@ -7,21 +7,16 @@ the curves, the sample grids over time and all results. It needs nothing beside 
 to someone. docs/monitoring.md.
 """
 
-import argparse
 import shutil
 import sys
 
 from scripts.compare import page, runs, tables
-from utils import files, signals
+from utils import commands, files, signals
 
 
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.parser("scripts.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--html", metavar="FILE", help="also write a page to this file")
     parser.add_argument(
