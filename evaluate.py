@@ -15,7 +15,8 @@ import numpy as np
 
 import sample
 from configs import saved
-from metrics import evaluators, features, reference, scorer
+from metrics import evaluators, features, pairs, reference, scorer
+from models.frozen import FROZEN
 from parts import load_autoencoder, network_dtype
 from parts import make as make_parts
 from run import checkpoint, inherit, layout, metric_writer, report, results
@@ -31,7 +32,6 @@ from utils import (
     processes,
     sharding,
 )
-from utils import images as image_utils
 
 COUNTED = 2**30  # bytes of records that are read to see whether their classes are balanced
 
@@ -51,6 +51,8 @@ class Evaluator:
     def __init__(self, parts, autoencoder, score, options, counts=None, source=None):
         self.parts, self.autoencoder, self.score, self.options = parts, autoencoder, score, options
         self.counts, mesh = counts, parts.mesh
+        self.source, metrics = source, score.options.metrics
+        self.keeps_samples = len(evaluators.of_features(metrics)) < len(metrics)
         self.given = sample.given_by(parts.codec, source)
         self.draw = jax.jit(
             self.draw_batch, out_shardings=sharding.by_row(mesh),
@@ -84,10 +86,31 @@ class Evaluator:
     def add_batch(self, statistics, vae_params, feature_params, x, start):
         """Decodes a batch and adds it to the statistics. Pure; compiled once. See `Scorer.add`."""
         options = self.score.options
-        images = self.autoencoder.decode(vae_params, x)
-        images = image_utils.to_uint8(images, options.rounding)
-        count = options.num_samples
-        return self.score.add(statistics, feature_params, images, self.index(start), count)
+        images = self.autoencoder.finished(vae_params, x, options.rounding)
+        count, index = options.num_samples, self.index(start)
+        statistics, pool = self.score.add(statistics, feature_params, images, index, count)
+        return statistics, (pool, images if self.keeps_samples else None)
+
+    def asked(self, count):
+        """Returns what `count` samples are drawn by and their truth, see `metrics.own.numbers`."""
+        labels, classes = self.score.options.labels, self.parts.num_classes
+        seed, index = self.options.seed, np.arange(count, dtype=np.int32)
+        y = sample.conditions(index, labels, classes, seed, self.counts)["y"]
+        batch = {"label": np.asarray(y)} | (self.source(index) if self.source else {})
+        if not (self.source and self.source.records):
+            return batch, None
+        truth = batch.pop(self.source.records.key)
+        return batch, truth if truth.dtype == np.uint8 or self.autoencoder.values else (
+            self.decoded(np.split(truth, 2, axis=-1)[0])
+        )  # fmt: skip
+
+    def decoded(self, latents):
+        """Decodes latents of records (N, h, w, c), batch by batch."""
+        x = self.parts.codec.normalisation.apply(latents.astype(np.float32))
+        size, decode = self.score.batch_size, jax.jit(self.autoencoder.finished, static_argnums=2)
+        parts = [x[i : i + size] for i in range(0, len(x), size)]
+        rounding = self.score.options.rounding
+        return np.concatenate([decode(self.vae_params, part, rounding) for part in parts])
 
     def step(self, statistics, params, vae_params, feature_params, start, setting):
         """Adds a batch of generated images to the statistics: the two functions that run."""
@@ -103,7 +126,7 @@ class Evaluator:
         return jax.tree.map(lambda array: sharding.place(array, by_row), rows)
 
     def __call__(self, params, setting):
-        """Gathers the statistics of images of the weights `params`, see `Scorer.gather`."""
+        """Gathers statistics of images of `params`, (pool features, samples), see `Scorer`."""
 
         def step(statistics, start):
             networks = params, self.vae_params, self.score.feature_params
@@ -129,7 +152,12 @@ class Evaluation:
         self.sampling, self.fid = sampling, evaluators.fill(fid, latents)
         x = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.float32)
         images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
-        score = scorer.Scorer(features.load(self.fid), parts.mesh, self.fid, images.shape[1:])
+        normalisation = parts.codec.normalisation if autoencoder.values else None
+        networks = features.load(self.fid, normalisation)
+        score = scorer.Scorer(networks, parts.mesh, self.fid, images.shape[1:])
+        has_truth = source is not None and source.records is not None
+        how = autoencoder.values, has_truth, FROZEN["lpips"]
+        pairs.check(self.fid.metrics, score.image_shape, *how)
         self.reference = reference.Reference(self.fid, score, records)
         counts = label_counts(self.fid.labels, records, parts.num_classes)
         self.evaluator = Evaluator(parts, autoencoder, score, self.sampling, counts, source)
@@ -191,12 +219,18 @@ class Evaluation:
         }
         if guidance := setting.guidance:
             described |= {name: round(float(x), 6) for name, x in guidance._asdict().items()}
-        names = {name for metric in self.fid.metrics for name in evaluators.METRICS[metric]}
-        known = results.find(workdir, described, names)
+        known = results.find(workdir, described, self.fid.metrics)
         if known is None:
             self.reference.statistics()  # before hours of images
-            statistics = self.evaluator(params, setting)
-            known = self.reference.compare(*statistics, self.fid.num_samples) | described
+            count = self.fid.num_samples
+            statistics, (pool, samples) = self.evaluator(params, setting)
+            known = self.reference.compare(statistics, pool, count)
+            if samples is not None:
+                conditions, truth = self.evaluator.asked(count)
+                known |= pairs.measure(
+                    self.fid.metrics, samples, conditions, truth, FROZEN["lpips"]
+                )
+            known |= described
             results.save(workdir, known)  # one that is stopped keeps what it has measured
         return known
 

@@ -50,7 +50,6 @@ from run import inherit
 from run import weights as weights_of
 from utils import compiling, environment, sharding
 from utils import conditions as given_conditions
-from utils import images as image_utils
 
 OUTPUTS = ("uint8", "float", "latents")
 
@@ -138,7 +137,7 @@ class Generator:
 
     @environment.pinned()
     def sample(
-        self, labels, noise=None, num_steps=1, omega=None, seed=0, *, output="uint8",
+        self, labels, noise=None, num_steps=1, omega=None, seed=0, *, output=None,
         sampler="ode", conditions=None
     ):  # fmt: skip
         """Draws images of the classes `labels`.
@@ -151,7 +150,7 @@ class Generator:
             the interval of sampling.t_min and t_max; None: that of the config, or none.
           output: `uint8`: images (N, H, W, C); `float`: the same before rounding, near [-1, 1] and
             not clipped; `latents`: x as the network gives it, (N, h, w, c), for which no
-            autoencoder is needed.
+            autoencoder is needed. None: `uint8`; of values, which have no bytes, `float`.
           sampler: see `methods.sampler.integrate`.
           conditions: see the class.
 
@@ -162,7 +161,9 @@ class Generator:
         y = _numbers(self._labels(labels))
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed: a whole number from 0 to 2^31 - 1, got {seed}")
-        _one_of("output", output, OUTPUTS)
+        values = self.config.dataset.float_values
+        output = output or OUTPUTS[values]
+        _one_of("output", output, OUTPUTS[values:])
         setting = self._setting(sampler, num_steps, omega)
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
@@ -250,8 +251,8 @@ class Generator:
         x = sample.generate(self.parts, seed, params, index, given, setting, noise)
         if output == "latents":
             return x
-        images = self._autoencoder.decode(vae_params, x)
-        return image_utils.to_uint8(images) if output == "uint8" else images
+        decode = self._autoencoder.finished if output == "uint8" else self._autoencoder.decode
+        return decode(vae_params, x)
 
     def _velocity_of(self, params, z, t, r, given, guidance):
         method, net, params = self.parts.method, self.parts.net, self.parts.gather(params)
@@ -259,8 +260,7 @@ class Generator:
 
     @functools.cached_property
     def _decode(self):
-        decode = self._autoencoder.decode
-        return jax.jit(lambda vae_params, x: image_utils.to_uint8(decode(vae_params, x)))
+        return jax.jit(self._autoencoder.finished)
 
     @functools.cached_property
     def _autoencoder(self):

@@ -128,11 +128,14 @@ class Grids:
         """
         labels, given = self.labels[self.places], self._given(self.places)
         rows = [images for s in settings for images in self.renderer(params, labels, s, given)]
-        if (batch := self._conditions(self.places)) is not None:
-            above = views.conditions(self.renderer, batch, rows[0].shape[1:])
-            rows = [*above.values(), *rows]
-            rows += [views.truth(self.renderer, batch)] if self.source.records else []
-        return sample.picture(np.concatenate(rows), len(labels))
+        batch = self._conditions(self.places)
+        if batch is not None and self.source.records:
+            rows.append(views.truth(self.renderer, batch))
+        rows = image_utils.shown(np.concatenate(rows))  # on one scale
+        if batch is not None:
+            above = views.conditions(self.renderer, batch, rows.shape[1:])
+            rows = np.concatenate([*above.values(), rows])
+        return sample.picture(rows, len(labels))
 
     def _save(self, step, writer, name, picture, suffix=""):
         tag = f"samples{suffix}" if name == "grid" else f"samples_by_{name}"

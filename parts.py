@@ -132,14 +132,14 @@ def open_records(data, batch_size):
     expected = {
         "shape": (*network.sides(data.image_size), channels),
         "num_classes": data.num_classes or records.num_classes,
-        "key": "image" if data.vae == "none" else "moments",
+        "key": "values" if data.float_values else "image" if data.vae == "none" else "moments",
     }
     for name, value in expected.items():
         theirs = getattr(records, name)
         if theirs != value:
             raise ValueError(
                 f"dataset.root {records.root} holds records of {name} {theirs}, the config asks "
-                f"for {value}; see dataset.image_size, image_channels, num_classes and vae"
+                f"for {value}; see image_size, image_channels, num_classes, vae and float_values"
             )
     if data.use_flip and records.key == "moments" and not records.has_flipped:
         raise ValueError(
@@ -225,8 +225,9 @@ def check_evaluation(fid, training):
     if "kid" in metrics:
         kernels.check_subsets(fid.num_samples, "generated samples (fid.num_samples)")
     best = training.keep_best
-    known = [name for metric in metrics for name in evaluators.METRICS[metric]]
-    if best and (best not in known or not fid.on_training):
+    known = [name for metric in metrics for name in evaluators.METRICS.get(metric, (metric,))]
+    given = any(evaluators.gives(metric, best) for metric in metrics)
+    if best and not (given and fid.on_training):
         raise ValueError(
             f"training.keep_best: {best!r} is not measured in training: fid.metrics give "
             f"{', '.join(known)}, with fid.on_training"
@@ -324,8 +325,9 @@ def make_codec(data):
 
 
 def make_normalisation(data):
-    """Makes the normalisation of latents, by the options `dataset`."""
-    return codec.normalisation(data.latent_mean, data.latent_std, data.image_channels)
+    """Makes the normalisation of latents or values, by the options `dataset`."""
+    default = codec.AS_IT_IS if data.float_values else codec.SD_NORMALISATION
+    return codec.normalisation(data.latent_mean, data.latent_std, data.image_channels, default)
 
 
 def load_autoencoder(data, dtype):
@@ -335,4 +337,6 @@ def load_autoencoder(data, dtype):
       data: the options `dataset`.
       dtype: name of the type of the decoder's products.
     """
+    if data.float_values:
+        return vae.of_values(make_normalisation(data), data.value_range)
     return vae.load(data.vae, make_normalisation(data), dtype)

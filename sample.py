@@ -192,16 +192,13 @@ class Renderer:
 
         def images(params, vae_params, index, given, setting):
             x = generate(parts, seed, params, index, given, setting)
-            return image_utils.to_uint8(autoencoder.decode(vae_params, x))
-
-        def decoded(vae_params, x):
-            return image_utils.to_uint8(autoencoder.decode(vae_params, x))
+            return autoencoder.finished(vae_params, x)
 
         how = {
             "out_shardings": sharding.replicated(self.mesh),
             "compiler_options": compiling.quick(self.mesh),
         }
-        self._images, self._decode = jax.jit(images, **how), jax.jit(decoded, **how)
+        self._images, self._decode = jax.jit(images, **how), jax.jit(autoencoder.finished, **how)
 
     def __call__(self, params, labels, setting, given=None):
         """Yields images number 0, 1, ... of classes `labels` (N,) in batches uint8 (n, H, W, C).
@@ -239,7 +236,8 @@ def grid_labels(num_classes):
 
 
 def picture(images, columns):
-    """Images uint8 (N, h, w, C) as one, framed, small ones enlarged: uint8 (H, W, C)."""
+    """Images uint8 or values (N, h, w, C) as one, framed, small ones enlarged: uint8 (H, W, C)."""
+    images = image_utils.shown(images)
     factor = max(1, SMALLEST_SHOWN // max(images.shape[1:3]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
@@ -255,8 +253,9 @@ def run(renderer, params, options, num_classes, output, setting, source=None):
     """Draws `options.num_images` images and writes them into the folder `output`, which it returns.
 
     Writes grid.png (of the first images) and, by `options.format`, one PNG per image or
-    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels). Of a `utils.conditions.Source` the
-    labels are taken, unless options name some, and its conditions are written beside the images.
+    samples.npz (`arr_0` uint8 (N, H, W, C), `arr_1` labels), the latter of values, float32. Of a
+    `utils.conditions.Source` the labels are taken, unless options name some, and its conditions
+    are written beside the images.
     """
     classes = list(options.labels) or list(range(num_classes)) or [0] * GRID_COLUMNS
     labels, count = np.resize(classes, options.num_images), options.num_images
@@ -277,10 +276,10 @@ def run(renderer, params, options, num_classes, output, setting, source=None):
         first = np.stack(images[: columns * GRID_WIDEST])
         image_utils.save_png(output / "grid.png", picture(first, columns))
         if beside:
-            rows = np.concatenate([row[:GRID_COLUMNS] for row in (*beside.values(), first)])
+            rows = np.concatenate([row[:GRID_COLUMNS] for row in beside.values()])
             path = output / "pairs.png"
             image_utils.save_png(path, picture(rows, min(count, GRID_COLUMNS)))
-        if options.format == "npz":
+        if options.format == "npz" or first.dtype != np.uint8:
             with (
                 files.complete(output / "samples.npz") as unfinished,
                 unfinished.open("wb") as file,
@@ -291,8 +290,8 @@ def run(renderer, params, options, num_classes, output, setting, source=None):
         else:
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 image_utils.save_png(output / f"{i:06d}_class{label}.png", image)
-                for name, others in beside.items():
-                    image_utils.save_png(output / f"{i:06d}_{name}.png", others[i])
+                for name in beside.keys() - {"sample"}:
+                    image_utils.save_png(output / f"{i:06d}_{name}.png", beside[name][i])
     return output
 
 

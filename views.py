@@ -7,7 +7,7 @@ from utils import compiling, images
 
 
 def truth(renderer, batch):
-    """Decodes the samples of a raw batch: images uint8 (N, H, W, C).
+    """Decodes the samples of a raw batch: images uint8 (N, H, W, C), or values.
 
     `renderer`: `sample.Renderer`.
     """
@@ -24,18 +24,22 @@ def conditions(renderer, batch, shape):
     def view(one):
         if one.latent:
             return renderer.decode(found[one.name])
-        array = found[one.name]
-        return images.to_uint8(array if one.dtype == "uint8" else images.stretched(array))
+        shown = images.to_uint8 if one.dtype == "uint8" else images.shown
+        return shown(found[one.name])
 
     arrays = [one for one in renderer.codec.given if one.kind == "array"]
     return {one.name: images.fitted(view(one), shape) for one in arrays}
 
 
 def around(renderer, source, drawn):
-    """Returns what stands beside images that are drawn, uint8 (N, H, W, C): {name: (N, H, W, C)}.
+    """Returns images uint8 or values (N, H, W, C) and what stands beside them: {name: uint8}.
 
-    `truth` is among it where the `utils.conditions.Source` has records.
+    `truth` is among it where the `utils.conditions.Source` has records; the last is `sample`.
     """
-    batch = source(np.arange(len(drawn)))
-    found = conditions(renderer, batch, drawn.shape[1:])
-    return found | ({} if source.records is None else {"truth": truth(renderer, batch)})
+    batch, rows = source(np.arange(len(drawn))), {}
+    if source.records is not None:
+        rows["truth"] = truth(renderer, batch)
+    rows["sample"] = drawn
+    shown = images.shown(np.concatenate([*rows.values()]))  # on one scale
+    rows = dict(zip(rows, np.split(shown, len(rows)), strict=True))
+    return conditions(renderer, batch, shown.shape[1:]) | rows

@@ -24,7 +24,7 @@ def validate(config):
     data, fid = config.dataset, config.fid
     trains = not (config.eval_only or config.sample_only)
     _require(
-        not data.augment_prob or data.vae == "none",
+        not data.augment_prob or (data.vae == "none" and not data.float_values),
         "dataset.augment_prob",
         "is for pixels (dataset.vae: none); latents cannot be scaled and shifted",
     )
@@ -33,6 +33,7 @@ def validate(config):
         "dataset.augment_prob",
         "goes without dataset.conditions: those would have to be scaled and shifted too",
     )
+    _validate_values(data)
     _validate_training(config.training)
     _require(
         data.num_classes < 0 or all(0 <= y <= data.num_classes for y in config.sampling.labels),
@@ -55,6 +56,20 @@ def validate(config):
         "fid.cache_ref",
         "is still the placeholder: name the npz of reference statistics, or leave it empty to "
         "compare with the training images",
+    )
+
+
+def _validate_values(data):
+    _require(
+        not data.float_values or data.vae == "none",
+        "dataset.float_values",
+        "needs dataset.vae: none",
+    )
+    ends = data.value_range
+    _require(
+        not ends or (data.float_values and len(ends) == 2 and ends[0] < ends[1]),
+        "dataset.value_range",
+        f"is (low, high) of dataset.float_values, or empty, got {list(ends)}",
     )
 
 

@@ -31,7 +31,9 @@ class Dataset:
     image_channels: Count = 4  # its channels: 4 for latents, 3 or 1 for pixels
     num_classes: Classes = 1000  # labels 0..num_classes-1, 0: unconditional, -1: as the records
     vae: Place[Path] = "mse"  # mse | ema | a folder in the Hugging Face layout | none (pixels)
-    latent_mean: Floats = ()  # per-channel mean of the latents; empty: scale by 0.18215 instead
+    float_values: bool = False  # vae none: records hold numbers of any range, not bytes
+    value_range: Floats = ()  # (low, high) that drawn values are clipped to; empty: they are not
+    latent_mean: Floats = ()  # per-channel mean of latents, values; empty: times 0.18215, as is
     latent_std: Floats = ()  # per-channel standard deviation, together with latent_mean
     use_flip: bool = False  # mirror half of the images (latents: needs moments_flipped records)
     conditions: Texts = ()  # names of what records hold beside, given to the network (low, text)
@@ -184,7 +186,7 @@ class Fid:
     labels: str = ""  # labels of the samples: random (all three) | balanced | data (as the records)
     rounding: str = ""  # of images to bytes: nearest (127.5 x + 128) | down (127.5 (x + 1), ADM)
     metrics: Texts = ()  # fid, sfid, inception_score, precision_recall, fd_dinov2, kid, ...
-    features: str = "inception"  # inception (FID) | pixels (Frechet distance of pixels in [0, 1])
+    features: str = "inception"  # inception (FID) | pixels | values: Frechet distance of these
     inception_weights: Path = ""  # weight file; empty: $INCEPTION_WEIGHTS, then the cache folder
     dinov2_weights: Path = ""  # weight file; empty: $DINOV2_WEIGHTS, then the cache folder
     dinov2_resize: str = "edm2"  # to 224x224: edm2 | edm2_pil (dgm-eval) | torch_fidelity

@@ -22,7 +22,9 @@ def text(name, *, license, options, identity, step, weights, parameters, command
     classes = f"{data['num_classes']} classes" if data["num_classes"] else "no classes"
     size, channels = data["image_size"], data["image_channels"]
     size = "x".join(map(str, size if isinstance(size, list | tuple) else (size, size)))
-    kind = "pixels" if data["vae"] == "none" else "latents"
+    kind = (
+        "latents" if data["vae"] != "none" else "values" if data.get("float_values") else "pixels"
+    )
     content = identity.get("records", {}).get("content")
     records = f", digest of the records {content}" if content else ""
     metrics = measured or ["none of these very weights"]

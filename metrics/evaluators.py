@@ -7,6 +7,8 @@ own, and the results then say so.
 
 from typing import NamedTuple
 
+from metrics import own
+
 # What `fid.metrics` may ask for -> the names of its numbers in the results.
 METRICS = {
     "fid": ("fid",),
@@ -18,16 +20,23 @@ METRICS = {
     "kid_all": ("kid_all",),
     "mind": ("mind",),
     "fd_dinov2": ("fd_dinov2",),
+    "psnr": ("psnr",),
+    "ssim": ("ssim",),
+    "lpips": ("lpips",),
 }
 NUMBERS = tuple(name for names in METRICS.values() for name in names)
 HIGHER_IS_BETTER = (
     "inception_score",
     *METRICS["precision_recall"],
     *METRICS["precision_recall_float16"],
+    "psnr",
+    "ssim",
 )
+OF_PAIRS = ("psnr", "ssim", "lpips")  # of samples beside their truth: metrics/pairs.py
 OF_SETS = ("precision_recall", "precision_recall_float16", "kid", "kid_all", "mind")
 LABELS = ("random", "balanced", "data")
 ROUNDINGS = ("nearest", "down")
+FEATURES = ("inception", "pixels", "values")
 
 
 class Preset(NamedTuple):
@@ -65,14 +74,36 @@ def fill(fid, latents=True):
     for name, value in _options(fid.evaluator, latents).items():
         fid[name] = fid[name] or value
     choices = {"labels": LABELS, "rounding": ROUNDINGS, "resize": inception.RESIZES,
-               "dinov2_resize": dinov2.RESIZES, "features": ("inception", "pixels")}  # fmt: skip
+               "dinov2_resize": dinov2.RESIZES, "features": FEATURES}  # fmt: skip
     for name, known in choices.items():
         check_choice(name, fid[name], known)
-    if not set(fid.metrics) <= METRICS.keys():
-        raise ValueError(f"fid.metrics are of {' | '.join(METRICS)}, got {list(fid.metrics)}")
-    if fid.features == "pixels" and set(fid.metrics) != {"fid"}:
-        raise ValueError("fid.metrics: fid.features: pixels has no other metric than fid")
+    if not {name for name in fid.metrics if not is_own(name)} <= METRICS.keys():
+        known = f"{' | '.join(METRICS)} | module:function"
+        raise ValueError(f"fid.metrics are of {known}, got {list(fid.metrics)}")
+    if fid.features != "inception" and not set(of_features(fid.metrics)) <= {"fid"}:
+        raise ValueError(f"fid.metrics: fid.features: {fid.features} has no other metric than fid")
     return fid
+
+
+def is_own(name):
+    """Says whether a metric, or one of its numbers, is a function of one's own."""
+    return ":" in name
+
+
+def of_features(metrics):
+    """Returns those metrics that compare features of two sets, or statistics of them."""
+    return [name for name in metrics if name not in OF_PAIRS and not is_own(name)]
+
+
+def gives(metric, number):
+    """Says whether a metric of `fid.metrics` gives the number of this name."""
+    ours = is_own(metric) and (number == metric or number.startswith(f"{metric}."))
+    return ours or number in METRICS.get(metric, ())
+
+
+def rises(number):
+    """Says whether more of a number is better."""
+    return own.rises(number) if is_own(number) else number in HIGHER_IS_BETTER
 
 
 def check_choice(name, value, known):

@@ -1,12 +1,13 @@
 """Feature networks: what turns images into the numbers that are compared."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from formats import weight_files
-from metrics import dinov2, dinov2_weights, inception, inception_weights
+from metrics import dinov2, dinov2_weights, evaluators, inception, inception_weights
 
 
 class Features(NamedTuple):
@@ -15,18 +16,33 @@ class Features(NamedTuple):
     params: dict
     apply: Callable  # (params, images uint8 (N, H, W, C)) -> {"pool": (N, D), ...}
     described: dict
+    dtype: type = jnp.uint8  # of the images
 
 
-def load(options):
+def load(options, normalisation=None):
     """Loads the feature networks that the options `fid`, as `evaluators.fill` gives them, ask for.
+
+    Args:
+      normalisation: that of values, `models.codec.Normalisation`, whose units they are compared in;
+        None for images.
 
     Raises:
       ValueError, FileNotFoundError: no weights, or damaged ones.
     """
     if options.features == "pixels":
         return Features({}, pixel_features, {"features": "pixels in [0, 1]"})
-    parts = []
-    if set(options.metrics) != {"fd_dinov2"}:
+    if (options.features == "values") != (normalisation is not None):
+        fits = "inception or pixels" if normalisation is None else "values"
+        raise ValueError(
+            f"fid.features: {fits}, as dataset.float_values is, not {options.features}"
+        )
+    if options.features == "values":
+        described = {"features": "values, in deviations by channel"}
+        return Features({}, partial(value_features, normalisation), described, jnp.float32)
+    parts, asked = [], evaluators.of_features(options.metrics)
+    if not asked:
+        return Features({}, lambda params, images: {}, {"features": "none"}, jnp.uint8)
+    if set(asked) != {"fd_dinov2"}:
         params = inception_weights.load(options.inception_weights or None)
         parts.append(of_inception(params, options.resize, weight_files.digest(params)))
     if "fd_dinov2" in options.metrics:
@@ -85,3 +101,8 @@ def rgb(images):
 def pixel_features(params, images):
     """Returns the pixels in [0, 1] as they are, float32 (N, H W C)."""
     return {"pool": images.reshape(len(images), -1).astype(jnp.float32) / 255}
+
+
+def value_features(normalisation, params, values):
+    """Returns values in units of their deviation by channel, float32 (N, h w c)."""
+    return {"pool": normalisation.apply(values.astype(jnp.float32)).reshape(len(values), -1)}

@@ -41,7 +41,9 @@ class Reference:
     def __init__(self, options, score, records=None):
         self.options, self.score, self.records = options, score, records
         self._statistics = self._pool = None
-        if options.cache_ref:
+        if not evaluators.of_features(options.metrics):
+            self._statistics, self._said = {}, {}
+        elif options.cache_ref:
             self._statistics = load_reference(options.cache_ref)
             check_fits(options, self._statistics, score)
             size, said = score.image_shape[0], self._statistics["said"]
@@ -58,7 +60,7 @@ class Reference:
         if self._statistics is None:
             count = self.records.num_records
             gathered, self._pool = self.score.read(
-                lambda index: self.records.read(index)["image"], count, "reference"
+                lambda index: self.records.read(index)[self.records.key], count, "reference"
             )
             self._statistics = {}
             for metric, sums in gathered.moments.items():
@@ -94,7 +96,9 @@ class Reference:
         return {name: results[name] for name in evaluators.NUMBERS if name in results}
 
     def describe(self):
-        """Describes the reference for the results."""
+        """Describes the reference for the results; {} where no metric has one."""
+        if not evaluators.of_features(self.options.metrics):
+            return {}
         if self.options.cache_ref:
             names = [name for pair in MOMENTS.values() for name in pair]
             moments = {n: self._statistics[n] for n in names if self._statistics[n] is not None}
@@ -139,12 +143,12 @@ def subset(features, count):
 
 def check_records(options, records, image_shape):
     """Raises ValueError where training records cannot serve as the reference."""
-    if records is None or records.key != "image":
+    if records is None or records.key == "moments":
         raise ValueError(
             "fid.cache_ref: no reference statistics, and no training images to compute them from; "
             "give the npz, or switch fid.on_training off"
         )
-    if options.features == "pixels" and image_shape != records.shape:
+    if options.features != "inception" and image_shape != records.shape:
         raise ValueError(f"images are {image_shape}, those of {records.root} {records.shape}")
 
 

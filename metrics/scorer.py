@@ -49,7 +49,7 @@ class Scorer:
         self.features, self.mesh, self.options = features, mesh, options
         self.image_shape = image_shape
         self.batch_size = options.device_batch_size * mesh.size
-        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+        image = jax.ShapeDtypeStruct((1, *image_shape), features.dtype)
         outputs = jax.eval_shape(features.apply, features.params, image)
         self.dims = {name: x.shape[-1] for name, x in outputs.items()}
         self.keeps_features = bool(set(options.metrics) & set(evaluators.OF_SETS))
@@ -81,7 +81,7 @@ class Scorer:
         return sharding.place_everywhere(self.mesh, self.init(count))
 
     def add(self, statistics, feature_params, images, index, count):
-        """Adds images uint8 (N, H, W, C) number `index` (N,) of `count`. Pure, for `jit`.
+        """Adds images or values (N, H, W, C) number `index` (N,) of `count`. Pure, for `jit`.
 
         Those from `count` on are not counted.
 
@@ -104,7 +104,8 @@ class Scorer:
         """Returns the statistics of `count` images, and their pool features (count, D), or None.
 
         Args:
-          step: function (statistics, number of the first image) -> as `add`.
+          step: function (statistics, number of the first image) -> as `add`; or a tree of arrays
+            in the place of the features, which then comes back.
           name: of the progress bar.
 
         Raises:
@@ -121,7 +122,9 @@ class Scorer:
             last = pool
         if last is not None:
             pools.append(jax.device_get(last))
-        return statistics, np.concatenate(pools)[:count] if pools else None
+        if not pools:
+            return statistics, None
+        return statistics, jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *pools)
 
     def read(self, read, count, name):
         """Does as `gather` for images on the host; `read(index)` gives those number (N,)."""

@@ -1,8 +1,8 @@
 """What lies between a record and the network: a raw batch -> x, inside the compiled step.
 
-Two roads lead there. For latents a record holds the posterior moments of an autoencoder, from
-which x is sampled afresh; for pixels it holds the uint8 image itself. All arrays are NHWC, all of
-the network's inputs float32. The way back, x -> image, is models/vae.py.
+Three roads lead there. For latents a record holds the posterior moments of an autoencoder, from
+which x is sampled afresh; for pixels it holds the uint8 image itself, for values the numbers. All
+arrays are NHWC, all of the network's inputs float32. The way back, x -> image, is models/vae.py.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ SD_SCALE = 0.18215
 
 
 class Normalisation(NamedTuple):
-    """x = (z - shift) * scale for latents z; entries per channel or one for all."""
+    """x = (z - shift) * scale for latents or values z; entries per channel or one for all."""
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
@@ -34,10 +34,11 @@ class Normalisation(NamedTuple):
 
 
 SD_NORMALISATION = Normalisation((0.0,), (SD_SCALE,))
+AS_IT_IS = Normalisation((0.0,), (1.0,))
 
 
-def normalisation(mean, std, channels) -> Normalisation:
-    """Makes the factor 0.18215, or by channel (z - mean_c) / std_c where mean and std (C,) are set.
+def normalisation(mean, std, channels, default=SD_NORMALISATION) -> Normalisation:
+    """Makes (z - mean_c) / std_c by channel where mean and std (C,) are set, else the default.
 
     Raises ValueError where only one is given, their number is not that of the channels, or a std
     is not positive.
@@ -52,14 +53,14 @@ def normalisation(mean, std, channels) -> Normalisation:
     if not all(s > 0 for s in std):
         raise ValueError(f"dataset.latent_std must be above 0, got {list(std)}")
     if not mean:
-        return SD_NORMALISATION
+        return default
     return Normalisation(tuple(map(float, mean)), tuple(1 / float(s) for s in std))
 
 
 class Codec(NamedTuple):
     """Turns raw batches into what the objective takes.
 
-    normalisation: of latents; pixels always become u / 127.5 - 1.
+    normalisation: of latents and values; pixels always become u / 127.5 - 1.
     flip: mirror each row with probability 1/2.
     labelled: whether there are classes; without, every row has the null label, which is 0.
     augment_prob: of each transform of models/augment.py, for pixels; 0: none at all.
@@ -82,23 +83,25 @@ class Codec(NamedTuple):
 
         Args:
           batch: {"moments": (B, h, w, 2c) mean then std of the posterior, unscaled, and for flips
-            "moments_flipped" of the same shape, those of the mirrored image} or
-            {"image": uint8 (B, h, w, c)}; and "label" int32 (B,), and the conditions `given`.
+            "moments_flipped" of the same shape, those of the mirrored image}, {"image": uint8
+            (B, h, w, c)} or {"values": floats (B, h, w, c)}; and "label" int32 (B,), and the
+            conditions `given`.
           key: one key for the whole batch. The draws have the logical shape of the batch, so that
             they are the same on any number of devices.
 
         Returns:
-          x, a fresh posterior sample or pixels in [-1, 1], and {"y": labels, int32 (B,)}, with
+          x, a posterior sample, pixels in [-1, 1] or values, and {"y": labels, int32 (B,)}, with
           `augment`, float32 (B, 6), where images are augmented, and what `conditions_of` gives.
         """
         noise_key, flip_key = jax.random.split(key)
         given = {"y": batch["label"] if self.labelled else jnp.zeros_like(batch["label"])}
         given |= self.conditions_of(batch, flip_key)
         if "moments" not in batch:
-            image = batch["image"]  # (B, h, w, c)
+            image = batch["values"] if "values" in batch else batch["image"]  # (B, h, w, c)
             if self.flip:
                 image = _choose(flip_key, image[:, :, ::-1], image)
-            x = image.astype(jnp.float32) / 127.5 - 1.0
+            x = image.astype(jnp.float32)
+            x = self.normalisation.apply(x) if "values" in batch else x / 127.5 - 1.0
             if self.augment_prob:
                 draws = augment.draw(noise_key, len(x))
                 x, given["augment"] = augment.augment(x, draws, self.augment_prob)

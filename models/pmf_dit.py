@@ -9,6 +9,8 @@ Each matrix of the published network is one here too (q, k and v, or the two hal
 side by side along an axis of their own), as Muon goes by matrix.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from models import imf_blocks, imf_dit
 from models.attention import attention
 from models.dit import MAX_PERIOD, patchify, xavier
 from models.imf_blocks import NUM_PREFIX, ones, rms_norm, scaled_normal, turn
-from models.network import Axes, sizes_of
+from models.network import Axes, sides, sizes_of
 
 CLIP = 0.05  # the smallest time that is divided by
 
@@ -137,10 +139,11 @@ class PmfDiT(imf_dit.ImfDiT):
         return -(-(self.hidden_size * 8 // 3) // self.mlp_multiple) * self.mlp_multiple
 
     def flops(self, image_shape, both=False):
-        p, (height, width, channels), D = self.patch_size, image_shape, self.hidden_size
-        direct = p * p * channels * D  # what a patch costs without a bottleneck
-        more = self.bottleneck * (p * p * channels + D) - direct
-        return super().flops(image_shape, both) + 2 * height * width // p**2 * more
+        (height, width, channels), D = image_shape, self.hidden_size
+        area = math.prod(sides(self.patch_size))
+        direct = area * channels * D  # what a patch costs without a bottleneck
+        more = self.bottleneck * (area * channels + D) - direct
+        return super().flops(image_shape, both) + 2 * height * width // area * more
 
     def axes(self, params):
         """Tells the axes of every array; q, k, v and the halves of a gate are several matrices."""

@@ -18,7 +18,7 @@ import numpy as np
 from flax import serialization
 
 from models.codec import SD_NORMALISATION
-from utils import files, identity, trees
+from utils import files, identity, images, trees
 
 REPOSITORIES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 STABLE_DIFFUSION = {  # the fields of config.json of both
@@ -53,6 +53,7 @@ class Autoencoder(NamedTuple):
     decode(params, x float32 (B, h, w, c)) -> images float32 (B, h * downscale, w * downscale, C),
         near [-1, 1] but not clipped.
     identity: digests of its halves, `encoder` and `decoder`, and its `name`; {} without one.
+    values: it decodes to numbers of any range, which are never rounded to bytes.
     """
 
     params: dict
@@ -61,26 +62,46 @@ class Autoencoder(NamedTuple):
     downscale: int
     dtype: str = "float32"  # of the products
     identity: dict = {}  # never changed
+    values: bool = False
+
+    def finished(self, params, x, rounding="nearest"):
+        """Decodes x to images uint8 (B, H, W, C) in the `rounding` of `to_uint8`, or values."""
+        decoded = self.decode(params, x)
+        return decoded if self.values else images.to_uint8(decoded, rounding)
 
 
 def load(name, normalisation=SD_NORMALISATION, dtype="float32") -> Autoencoder:
     """Loads the autoencoder that the option dataset.vae names. Never downloads.
 
     name: "mse" or "ema", looked up in the Hugging Face cache; a folder in the Hugging Face layout
-        (config.json beside one of WEIGHT_FILES); or "none" for pixels, where images are x.
+        (config.json beside one of WEIGHT_FILES); or "none" for pixels, which are x.
     normalisation: that of the `Codec` of training; `decode` undoes it.
     dtype: of the products, float32 or bfloat16; group norms and results stay float32. How exact
         float32 products are on an accelerator follows jax.default_matmul_precision.
-    Raises FileNotFoundError where files are missing, ValueError where they do not fit.
-    """
+    Raises FileNotFoundError (files are missing), ValueError (they do not fit)."""
     if name == "none":
-        return Autoencoder({}, _encode_pixels, _decode_pixels, downscale=1)
+        return of_values()._replace(values=False)
     folder = find(name)
     config = _read_config(folder / "config.json")
     params = _read_params(folder, param_shapes(config))
     _check_scale(folder / "config.json", normalisation, config.get("latent_channels", 4))
     autoencoder = build(config, params, normalisation, dtype)
     return autoencoder._replace(identity={"name": str(name), **digests(config, params)})
+
+
+def of_values(normalisation=None, ends=()) -> Autoencoder:
+    """Makes what turns x back into values; `ends`: (low, high) that they are clipped to, or ()."""
+
+    def encode(params, images):
+        images = images.astype(jnp.float32)
+        return images, jnp.zeros_like(images)
+
+    def decode(params, x):
+        values = x.astype(jnp.float32)
+        values = normalisation.undo(values) if normalisation else values
+        return values.clip(*ends) if ends else values
+
+    return Autoencoder({}, encode, decode, downscale=1, values=True)
 
 
 def digests(config, params):
@@ -132,15 +153,6 @@ def build(config, params, normalisation=SD_NORMALISATION, dtype="float32") -> Au
 
     downscale = 2 ** (len(model.block_out_channels) - 1)
     return Autoencoder(params, encode, decode, downscale, dtype)
-
-
-def _encode_pixels(params, images):
-    images = images.astype(jnp.float32)
-    return images, jnp.zeros_like(images)
-
-
-def _decode_pixels(params, x):
-    return x.astype(jnp.float32)
 
 
 # The class's own encode and decode work on NCHW outside; its parts are NHWC like ours.

@@ -112,7 +112,7 @@ def training(cls, parts, records, options, when):
 
     when: `run.cadence.Cadences`.
     """
-    kind = "images" if records.key == "image" else "latents (mean, std)"
+    kind = {"image": "images", "moments": "latents (mean, std)"}.get(records.key, records.key)
     shape = "x".join(map(str, records.shape))
     classes = f", {parts.num_classes} classes" if parts.num_classes else ""
     given = parts.codec.given

@@ -17,12 +17,13 @@ GUIDANCE = ("omega", "t_min", "t_max")
 
 def numbers(result):
     """Returns the metrics of a result, {name: float}; the rest says what they depend on."""
-    return {name: result[name] for name in evaluators.NUMBERS if name in result}
+    own = [name for name in result if evaluators.is_own(name)]
+    return {name: result[name] for name in (*evaluators.NUMBERS, *own) if name in result}
 
 
 def settings(result):
     """Returns what the metrics of a result depend on."""
-    return {name: value for name, value in result.items() if name not in evaluators.NUMBERS}
+    return {name: value for name, value in result.items() if name not in numbers(result)}
 
 
 def guidance_of(result):
@@ -113,8 +114,7 @@ def table(results):
 def by_first_metric(results):
     """Sorts results of the same metrics by the first of them (the FID), the best first."""
     first = next(iter(numbers(results[0])))
-    falls = first in evaluators.HIGHER_IS_BETTER
-    return sorted(results, key=lambda result: result[first], reverse=falls)
+    return sorted(results, key=lambda result: result[first], reverse=evaluators.rises(first))
 
 
 def plot(results, path):
@@ -190,14 +190,19 @@ def load(workdir):
     return stored
 
 
-def find(workdir, described, names):
-    """Finds the result with these settings and all metrics `names`, or None. All processes ask."""
+def has_all(result, metrics):
+    """Says whether a result has numbers of all `metrics`."""
+    return all(any(evaluators.gives(metric, x) for x in numbers(result)) for metric in metrics)
+
+
+def find(workdir, described, metrics):
+    """Finds the result with these settings and all `metrics`, or None. All processes ask."""
     from utils import processes  # late: it brings jax, which readers of the file do not need
 
     matches = None
     if processes.is_writer():
         wanted = json.loads(json.dumps(described))
-        matches = [r for r in load(workdir) if settings(r) == wanted and names <= numbers(r).keys()]
+        matches = [r for r in load(workdir) if settings(r) == wanted and has_all(r, metrics)]
     return processes.from_writer(matches[-1] if matches else None)
 
 

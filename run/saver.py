@@ -59,7 +59,7 @@ class Saver(contextlib.ExitStack):
             with spent.of("saving"):
                 self.checkpoints.wait()
             if processes.is_writer():
-                higher = metric in evaluators.HIGHER_IS_BETTER
+                higher = evaluators.rises(metric)
                 step = result["checkpoint_step"]
                 how = f"{results.metric_name(result)}, {results.measure(result, metric)}"
                 best.keep_best(self.workdir, step, metric, result[metric], higher, how)

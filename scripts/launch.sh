@@ -145,8 +145,14 @@ main() {
   exec 3> >(trap '' INT TERM HUP; exec 3>&-; (trap '' PIPE; exec "${tee[@]}" "$output") | show)
   tee_pid=$!
   # A config that there is not is told of by main.py, before anything is made.
-  if [[ ($config == digits || $config == digits_*) && -f configs/$config.yml ]]; then
-    run "$python" -m scripts.prepare_dataset digits --output "$DATA_ROOT/digits"
+  local made=
+  case $config in
+    digits_restore | digits_upscale | digits_words) made=digits_pairs ;;
+    digits | digits_*) made=digits ;;
+    signals) made=signals ;;
+  esac
+  if [[ -n $made && -f configs/$config.yml ]]; then
+    run "$python" -m scripts.prepare_dataset "$made" --output "$DATA_ROOT/$made"
   fi
   if [[ $status == 0 ]]; then
     run_job "$workdir" "$config" "$@"

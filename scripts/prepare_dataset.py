@@ -5,6 +5,7 @@ python -m scripts.prepare_dataset images --input IMAGENET --output DIR --image_s
 python -m scripts.prepare_dataset pt --input FOLDER_OF_PT_FILES --output DIR
 python -m scripts.prepare_dataset latents --input CACHE_OF_ANOTHER_PROJECT --output DIR
 python -m scripts.prepare_dataset arrays --input FOLDER_OF_NPY_OR_NPZ --output DIR
+python -m scripts.prepare_dataset values --input NPZ_NPY_OR_PARQUET --output DIR
 python -m scripts.prepare_dataset huggingface --input FOLDER_OF_PARQUET --output DIR
 python -m scripts.prepare_dataset webdataset --input FOLDER_OF_TAR --output DIR
 python -m scripts.prepare_dataset cifar10 --input cifar-10-python.tar.gz --output DIR
@@ -22,7 +23,8 @@ from utils import commands, files, signals
 DAY = 24 * 3600  # seconds
 DECODER = "draws the preview: mse, ema, a folder, none or auto; docs/data.md"
 ALONE = ("digits", "preview")  # what is done by one process
-MODULES = {"latents": "caches"}  # where a command is called otherwise
+# Where a command is called otherwise.
+MODULES = {"latents": "caches", "signals": "examples", "digits_pairs": "examples"}
 STORES = ("float32", "float16", "bfloat16")
 
 
@@ -136,6 +138,7 @@ OPTIONS = {
     "splits": {"type": _words, "default": (), "help": "train,val; default: all"},
     "num_classes": {"type": _positive, "help": "default: as the labels say"},
     "config_name": {"help": "of several sets in a repository, by its README"},
+    "key": {"help": "array of the samples; default: values, image, ..."},
     "image_key": {"help": "column of the images; default: the one there is"},
     "label_key": {"help": "column of the labels; default: the one there is"},
     "labels": {"choices": ("auto", "folders", "none"), "default": "auto",
@@ -192,6 +195,12 @@ def _input(text):
 # {command: (help, its options, what it has otherwise)}
 COMMANDS = {
     "digits": ("the handwritten digits of scikit-learn", "output classes preview", {}),
+    "digits_pairs": (
+        "the digits with their upper halves, 4 x 4 pixels and names; docs/conditions.md",
+        SHARED,
+        {},
+    ),
+    "signals": ("days of electricity demand, from the package aeon", SHARED, {}),
     "images": (
         "a folder of images, or a .zip: in class folders, or with a list",
         f"input labels label_key {PICTURES} {FID} {SHARED}",
@@ -232,6 +241,27 @@ COMMANDS = {
         f"input splits num_classes {FORM} conditions store vae {SHARED}",
         _input("a folder, or a file; docs/data.md") | {"vae": DECODES},
     ),
+    "values": (
+        "signals, fields, pairs in .npz, .npy or .parquet",
+        f"input key label_key conditions layout store splits num_classes {SHARED}",
+        _input("a folder, or a file; docs/conditions.md")
+        | {
+            "conditions": {
+                "type": _words,
+                "default": None,
+                "metavar": "NAME,...",
+                "help": "arrays beside; default: all others",
+            }
+        }
+        | {
+            "layout": {
+                "choices": ("nhwc", "nchw", "nhw"),
+                "default": "nhwc",
+                "help": "where channels are: behind, before, or there is no axis of them",
+            }
+        }
+        | {"store": {"choices": STORES[:2], "help": "of numbers"}},
+    ),  # fmt: skip
     "tfds": (
         "an image set of TensorFlow Datasets by its name",
         f"name data_dir splits image_size background {SHARED}",

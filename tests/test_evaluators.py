@@ -60,7 +60,7 @@ def test_a_preset_sets_what_is_not_given():
     [
         ({"evaluator": "adn"}, r"fid\.evaluator is one of meanflow \| adm \| edm2, not 'adn'"),
         ({"rounding": "up"}, r"fid\.rounding is one of nearest \| down, not 'up'"),
-        ({"metrics": ("fid", "lpips")}, r"fid\.metrics are of fid \| sfid"),
+        ({"metrics": ("fid", "lpisp")}, r"fid\.metrics are of fid \| sfid"),
         ({"features": "pixels", "evaluator": "adm"}, "pixels has no other metric"),
     ],
 )

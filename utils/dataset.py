@@ -5,8 +5,8 @@ A dataset is a TensorFlow Datasets folder in ArrayRecord (`tfds.builder_from_dir
 shards `records-SPLIT.array_record-00000-of-00313`. Each record is a tf.train.Example with
 
 - `moments` (h, w, 2c) float32, float16 or bfloat16: mean, then standard deviation, of the VAE's
-  posterior, unscaled; beside it, where prepared so, `moments_flipped`, those of the mirrored image
-- or `image` (h, w, c) uint8, as raw bytes or as a lossless picture (`compressed`)
+  posterior, unscaled; beside it, where prepared so, `moments_flipped`, of the mirrored image
+- or `image` (h, w, c) uint8, as bytes or a lossless picture (`compressed`); or floats, `values`
 - `label`, an index into the sorted classes; not there where there are no classes
 - any number of conditions by name, see utils/conditions.py.
 
@@ -115,7 +115,7 @@ def write_metadata(
     """Writes features.json and dataset_info.json: from here on `root` is a dataset.
 
     Args:
-      key: "moments" or "image"; `shape` (h, w, channels) and `dtype` of that tensor.
+      key: "moments", "image" or "values"; `shape` (h, w, channels) and `dtype` of that tensor.
       classes: the class names in the order of their labels, or their number, which may be 0.
       shard_lengths: {split: [records in shard 0, 1, ...]}.
       settings: what it is made from and how, for JSON; with a digest of the records they become the
@@ -337,9 +337,9 @@ def open_records(root, split="train", stage="cache"):
 
 
 def _tensor_of(features):
-    for key in ("moments", "image"):
+    for key in ("moments", "image", "values"):
         if key in features:
             if None in features[key].shape:
                 raise ValueError(f"'{key}' holds pictures of several sizes")
             return key, features[key]
-    raise ValueError(f"has the features {', '.join(features)}, neither 'moments' nor 'image'")
+    raise ValueError(f"has the features {', '.join(features)}, not moments, image or values")

@@ -1,10 +1,14 @@
 """Images on the host and between value ranges: crop, uint8 <-> float, grids, PNG files."""
 
+import itertools
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from utils import files
 
+CURVES = 48, 72  # pixels of the picture of a signal: height and width
+COLOURS = ("#1f5fa8", "#c4501b", "#2e8540", "#7a3e9d")  # of its channels, in turn
 LONG = 16  # times the short side: a picture that is longer would fill the memory when scaled
 
 
@@ -42,6 +46,38 @@ def to_uint8(images, rounding="nearest"):
     """
     offset = 128 if rounding == "nearest" else 127.5
     return (127.5 * images.astype("float32") + offset).clip(0, 255).astype("uint8")
+
+
+def shown(values):
+    """Makes images uint8 (N, H, W, 1 or 3) of values (N, h, w, c); those of bytes are they.
+
+    Signals, h = 1, are drawn as curves, one for each channel; of fields the first channels are
+    shown. Dark, or the bottom, is the lowest value shown, but for a 200th at either end.
+    """
+    values = np.asarray(values)
+    if values.dtype == np.uint8:
+        return values
+    is_field = values.shape[1] > 1
+    if is_field:
+        values = values[..., : 3 if values.shape[-1] > 2 else 1]
+    values = np.nan_to_num(values.astype(np.float32))
+    low, high = np.quantile(values, (0.005, 0.995))
+    x = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    if is_field:
+        return (x * 255).round().astype(np.uint8)
+    return np.stack([_curves(signal) for signal in x[:, 0]])
+
+
+def _curves(signal):
+    """Draws a signal (w, c) in [0, 1] as curves, uint8 (48, 72, 3)."""
+    height, width = CURVES
+    picture = Image.new("RGB", (4 * width, 4 * height), "white")
+    columns = np.linspace(4, 4 * width - 5, len(signal))
+    for channel, colour in zip(signal.T, itertools.cycle(COLOURS), strict=False):
+        rows = 4 * height - 5 - channel * (4 * height - 9)
+        points = list(zip(columns.tolist(), rows.tolist(), strict=True))
+        ImageDraw.Draw(picture).line(points, colour, 5)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
 
 
 def grid(images, columns):

@@ -100,6 +100,10 @@ def class_names(root):
 
 def to_images(batch, vae_name):
     """Turns records into uint8 (N, h, w, 1 or 3), with a few words on what is shown."""
+    if "values" in batch:
+        values = batch["values"].astype(np.float32)
+        said = f"values {'x'.join(map(str, values.shape[1:]))}"
+        return images.shown(values), f"{said}, {values.min():.4g} to {values.max():.4g}"
     if "image" in batch:
         pixels = batch["image"]
         n, h, w, c = pixels.shape

@@ -1,0 +1,43 @@
+"""Metrics of one's own: functions that `fid.metrics` names (docs/evaluation.md)."""
+
+import importlib
+
+import numpy as np
+
+
+def load(name):
+    """Loads the function that `fid.metrics` names as `module:function`.
+
+    Raises:
+      ValueError: there is none; in a line.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"fid.metrics: {name}: no such function of a module: {error}") from error
+
+
+def rises(name):
+    """Says whether more of a function's number is better: its attribute `higher_is_better`."""
+    module, _, function = name.partition(":")
+    return bool(getattr(load(f"{module}:{function.split('.')[0]}"), "higher_is_better", False))
+
+
+def numbers(name, samples, conditions, truth):
+    """Computes the numbers of a function of one's own: {`module:function` or `...:function.key`}.
+
+    Args:
+      name: of `fid.metrics`.
+      samples: uint8 (N, H, W, C), or values, float32.
+      conditions: {name: (N, ...)} as the records have them; `label`, int32 (N,), among them.
+      truth: like samples; None where they are drawn by labels alone.
+    """
+    found = load(name)(samples, conditions, truth)
+    found = {f"{name}.{key}": x for key, x in found.items()} if isinstance(found, dict) else {
+        name: found
+    }  # fmt: skip
+    for key, value in found.items():
+        if np.ndim(value) or not np.isfinite(float(value)):
+            raise ValueError(f"fid.metrics: {key} is no finite number: {value!r}")
+    return {key: float(value) for key, value in found.items()}
