@@ -12,6 +12,7 @@ import sample
 from metrics import evaluators, own, pairs
 from models import frozen
 from run import results
+from scripts import prepare_dataset
 
 RNG = np.random.default_rng(1)
 TRUTH = RNG.integers(0, 256, (3, 12, 9, 1), np.uint8)
@@ -138,3 +139,38 @@ def test_alone_it_needs_no_network_and_no_reference(tmp_path, module):
 def test_a_number_that_is_none_is_refused(module):
     with pytest.raises(ValueError, match="nothing is no finite number"):
         own.numbers(f"{module}:nothing", SAMPLES, {}, None)
+
+
+TWINS = """
+import numpy as np
+
+def kept(samples, conditions, truth):
+    np.savez("{path}", samples=samples, truth=truth, **conditions)
+    return 0.0
+"""
+
+
+def test_pairs_in_a_run(tmp_path, monkeypatch):
+    """Each sample is compared with the very record whose condition it was drawn by."""
+    rows = RNG.integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "pairs.npz", image=rows, label=np.arange(40) % 3, twin=255 - rows)
+    argv = ["values", f"--input={tmp_path / 'pairs.npz'}", f"--output={tmp_path / 'made'}"]
+    assert prepare_dataset.main([*argv, "--preview=0"]) == 0
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "twins_of_a_test.py").write_text(TWINS.format(path=tmp_path / "seen.npz"))
+    words = {"dataset.root": tmp_path / "made", "dataset.image_size": 8, "fid.num_samples": 30,
+             "dataset.conditions": "twin", "dataset.kept_conditions": "twin",
+             "fid.metrics": "psnr,ssim,twins_of_a_test:kept", "training.num_steps": 2,
+             "training.keep_best": "psnr"}  # fmt: skip
+    jobs.Jobs(tmp_path).run_here(tmp_path / "run", words)
+    result = jobs.results(tmp_path / "run")[-1]
+    with np.load(tmp_path / "seen.npz") as file:
+        seen = dict(file)
+    np.testing.assert_array_equal(255 - seen["truth"], seen["twin"])
+    place = [int(np.flatnonzero((rows == image).all(axis=(1, 2, 3)))[0]) for image in seen["truth"]]
+    assert len({*place}) == 30 and (np.array(place) % 3 == seen["label"]).all()
+    assert result["psnr"] == pytest.approx(pairs.psnr(seen["samples"], seen["truth"]))
+    assert 3 < result["psnr"] < 20 and -1 < result["ssim"] < 1
+    model = generator.load(tmp_path / "run")
+    ours = model.sample(seen["label"], conditions={"twin": seen["twin"]})
+    assert (ours != seen["samples"]).mean() < 0.01  # but for rounding

@@ -90,6 +90,25 @@ def test_fields_and_bytes(tmp_path):
     assert (records.key, records.shape) == ("image", (4, 6, 1)) and batch["image"].max() == 47
 
 
+def test_what_samples_are_drawn_by(tmp_path, capsys):
+    """Arrays beside the sample lie as it does, where they have its shape; others as they are."""
+    more = {"mask": RNG.random((ROWS, 2, 4, 6)) > 0.5, "noisy": FIELDS + 1, "state": LABELS / 3,
+            "word": np.ones((ROWS, 3, 5)), "word_mask": np.ones((ROWS, 3), bool)}  # fmt: skip
+    np.savez(tmp_path / "a.npz", values=FIELDS, label=LABELS, **more)
+    prepare(tmp_path / "a.npz", tmp_path / "all", "--layout=nchw", "--preview=0")
+    records, _ = all_of(tmp_path / "all")
+    batch = records.holding(tuple(more)).read(np.arange(ROWS))
+    np.testing.assert_array_equal(batch["noisy"], np.moveaxis(FIELDS + 1, 1, -1).astype(np.float32))
+    np.testing.assert_array_equal(batch["mask"], 255 * np.moveaxis(more["mask"], 1, -1))
+    np.testing.assert_array_equal(batch["state"], np.float32(LABELS / 3))
+    assert batch["word"].shape == (ROWS, 3, 5) and batch["word_mask"].dtype == np.uint8
+    assert "mask uint8 (4, 6, 2), noisy float32 (4, 6, 2)" in capsys.readouterr().out
+    prepare(tmp_path / "a.npz", tmp_path / "few", "--layout=nchw", "--conditions=state")
+    assert [*all_of(tmp_path / "few")[0].features] == ["state"]
+    prepare(tmp_path / "a.npz", tmp_path / "none", "--conditions=low", status=1)
+    assert "--conditions: low is none of mask, noisy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "columns, line",
     [

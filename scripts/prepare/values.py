@@ -95,7 +95,7 @@ class Form(NamedTuple):
             row = row.astype(np.uint8) * (255 if placed else 1)
         if row.dtype != np.uint8:
             row = row.astype(self.store if row.dtype.kind == "f" or placed else np.int32)
-        return np.ascontiguousarray(self._placed(row) if placed else row)
+        return self._placed(row) if placed else row
 
     def _placed(self, row):
         """Returns a row as (h, w, c); that of a signal has h = 1."""
