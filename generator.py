@@ -50,6 +50,7 @@ from run import inherit
 from run import weights as weights_of
 from utils import compiling, environment, sharding
 from utils import conditions as given_conditions
+from utils.images import to_float
 
 OUTPUTS = ("uint8", "float", "latents")
 
@@ -161,9 +162,8 @@ class Generator:
         y = _numbers(self._labels(labels))
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed: a whole number from 0 to 2^31 - 1, got {seed}")
-        values = self.config.dataset.float_values
-        output = output or OUTPUTS[values]
-        _one_of("output", output, OUTPUTS[values:])
+        outputs = OUTPUTS[self.config.dataset.float_values :]
+        _one_of("output", output := output or outputs[0], outputs)
         setting = self._setting(sampler, num_steps, omega)
         z = self.noise(len(y), seed) if noise is None else noise
         z = _numbers(self._images(z, len(y), "noise"))
@@ -203,7 +203,7 @@ class Generator:
     @environment.pinned()
     def encode(self, images):
         """Encodes images uint8 (N, H, W, C) to latents (N, h, w, c), as records have conditions."""
-        x = image_utils.to_float(_numbers(images))
+        x = to_float(_numbers(images))
         return _numbers(jax.jit(self._autoencoder.encode)(self.vae_params, x)[0])
 
     @environment.pinned()
