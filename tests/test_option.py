@@ -24,7 +24,7 @@ def test_a_default_is_a_value_that_its_own_line_takes(path):
 @pytest.mark.parametrize(
     "role, names",
     [
-        (Role.PLACE, "dataset.name dataset.root dataset.vae"),
+        (Role.PLACE, "dataset.condition_root dataset.name dataset.root dataset.vae"),
         (
             Role.PREFERENCE,
             "sampling.channels sampling.omega sampling.t_max sampling.t_min "
