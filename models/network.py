@@ -98,7 +98,7 @@ class Network(nn.Module):
             if one.kind not in self.kinds:
                 known = f"only {' and '.join(self.kinds)}" if self.kinds else "none at all"
                 raise ValueError(
-                    f"model.cls: {type(self).__name__} takes no condition that is a {one.kind}, "
+                    f"model.cls: {type(self).__name__} takes no condition of the kind {one.kind}, "
                     f"{known}; dataset.conditions {one.name} is {one}"
                 )
         return self.clone(given=given) if given else self

@@ -3,6 +3,7 @@
 import io
 import re
 import tarfile
+import types
 
 import jax
 import make
@@ -15,6 +16,7 @@ from test_conditions import batch, write
 from test_demo import Model
 from test_demo import gradio as gradio  # a fixture
 
+import evaluate
 import generator
 import parts
 import sample
@@ -238,15 +240,31 @@ def test_a_sampling_job_writes_conditions_and_truth_beside(run, tmp_path):
                 shown = np.asarray(Image.open(tmp_path / name / f"{i:06d}_truth.png"))
                 np.testing.assert_array_equal(shown, kind["image"][i, ..., 0])
         assert (tmp_path / name / "pairs.png").exists()
-    # Every record once, in an order by chance that the seed alone says.
-    assert len(np.unique(source_places(made, root))) == 12
 
 
-def source_places(made, root):
-    options = make.config(*make.PIXELS, *make.NETWORKS["flow"], *GIVEN, f"dataset.root={root}")
-    places = conditions.source(made.codec.given, options.dataset, options.sampling).places
-    assert places.tolist() != list(range(12))
-    return places
+def test_an_evaluation_draws_by_every_record_in_an_order_by_chance(run):
+    folder, config, raw, root = run
+    config = make.config(*make.PIXELS, *make.NETWORKS["flow"], *GIVEN, f"dataset.root={root}")
+    made, params = parts.make(config), weights.choose(weights.read(folder), "ema")
+    source = conditions.source(made.codec.given, config.dataset, config.sampling)
+    order = source.places
+    assert sorted(order) == list(range(12)) and order.tolist() != list(range(12))
+    np.testing.assert_array_equal(source(np.arange(12, 20))["low"], raw["low"][order[:8]])
+    score = types.SimpleNamespace(batch_size=4, options=types.SimpleNamespace(labels="random"))
+    ours = evaluate.Evaluator(
+        made,
+        parts.load_autoencoder(config.dataset, "float32"),
+        score,
+        config.sampling,
+        None,
+        source,
+    )
+    setting = sample.settings(config.sampling)[0]
+    x = ours.draw(params, np.int32(4), setting, ours.conditions(4))
+    theirs = {name: array[order[4:8]] for name, array in raw.items()}
+    given = {"y": theirs["label"], **made.codec.conditions_of(theirs)}
+    draw = jax.jit(lambda p, g: sample.generate(made, 0, p, np.arange(4, 8), g, setting))
+    np.testing.assert_allclose(x, draw(params, given), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Conditions that come with the data: what records say of them, and what networks make of them."""
 
 import contextlib
+import signal
 from functools import partial
 
 import jax
@@ -9,7 +10,9 @@ import make
 import numpy as np
 import pytest
 import test_devices
+from jobs import Jobs, assert_equal_runs, wait
 from test_devices import flatten
+from test_faults import until
 
 import parts
 import sample
@@ -18,6 +21,7 @@ from benchmarks import costs
 from methods.sampler import sample_times
 from models import codec, network
 from run import config as run_config
+from run import layout
 from utils import conditions, dataset, iterator
 
 SHAPES = {"low": "uint8:4x4x1", "text": "float32:3x5", "state": "float32:2"}
@@ -91,7 +95,7 @@ def test_a_u_net_takes_vectors_and_arrays_and_no_tokens():
     plain = passed(model, params, raw)
     for name in ("low", "state"):
         assert np.abs(passed(model, params, raw | {name: other[name]}) - plain).max() > 1e-4, name
-    with pytest.raises(ValueError, match="UNet takes no condition that is a tokens"):
+    with pytest.raises(ValueError, match="UNet takes no condition of the kind tokens"):
         made("UNet")
 
 
@@ -342,3 +346,24 @@ def test_the_flops_of_a_step_grow_by_what_a_condition_adds():
         counted, told = flops(*words)
         assert 1 < counted / plain <= most
         np.testing.assert_allclose(told / ours, counted / plain, rtol=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_with_conditions_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    jobs = Jobs(tmp_path)
+    options = {
+        "dataset.root": write(tmp_path / "pairs", batch(40)), "dataset.use_flip": True,
+        "dataset.conditions": "low,text,state", "dataset.kept_conditions": "low",
+        "method.guidance_eq": "cfg", "training.num_steps": 12, "training.sample_steps": "1,2",
+        "training.checkpoint_per_epoch": 1,
+    }  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    jobs.train(whole, options)
+    (process,) = jobs.start(killed, options)
+    until(lambda: layout.steps(killed), process)
+    process.kill()
+    assert wait([process]) == [-signal.SIGKILL]
+    jobs.train(killed, options)
+    assert_equal_runs(whole, killed)
+    pictures = [(run / "samples" / "steps_00000012.png").read_bytes() for run in (whole, killed)]
+    assert pictures[0] == pictures[1]

@@ -15,6 +15,7 @@ import train
 from models import network
 from run import weights
 from utils import dataset
+from utils.conditions import Condition
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -101,3 +102,21 @@ def test_an_objective_without_jvp_agrees_with_the_one_with(convnet, difference):
     np.testing.assert_allclose(got["error"], want["error"], rtol=0.02)
     np.testing.assert_allclose(got["v_loss"], want["v_loss"], rtol=1e-5)
     assert jnp.linalg.norm(got_grad - want_grad) < 0.02 * jnp.linalg.norm(want_grad)
+
+
+def test_a_backbone_takes_conditions_of_the_data(convnet):
+    """Vectors and arrays, which count for nothing at the beginning; tokens are refused."""
+    plain = convnet.ConvNet(depth=1, hidden_size=8, num_classes=3)
+    given = Condition("low", (4, 4, 2)), Condition("state", (2,))
+    net, (z, low, state) = plain.taking(given), np.random.RandomState(0).randn(3, 2, 4, 4, 1)
+    c = {"t": np.ones(2), "h": np.ones(2), "y": np.arange(2), "state": state[:, 0, :2, 0]}
+    c["low"] = np.concatenate([low, state], axis=-1)
+    params = make.params(net, (4, 4, 1), 0.5)
+    apply = jax.jit(lambda net, params, c: net.apply({"params": params}, z, c).u, static_argnums=0)
+    u = apply(net, params, c)
+    for name in ("low", "state"):
+        assert np.abs(apply(net, params, c | {name: -c[name]}) - u).max((1, 2, 3)).min() > 1e-4
+    fresh = network.init_params(net, jax.random.key(0), (4, 4, 1))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(fresh["conditions"]))
+    with pytest.raises(ValueError, match="ConvNet takes no condition of the kind tokens, only"):
+        plain.taking((Condition("text", (3, 5)),))
