@@ -37,7 +37,7 @@ def run_job(config, flags, about):
     # Imported late: a wrong option is told at once, without waiting for jax.
     from configs import load_config
     from run import layout, report, workdirs
-    from utils import compiling, environment, processes
+    from utils import compiling, environment, files, processes
 
     try:
         processes.join(
@@ -73,7 +73,7 @@ def run_job(config, flags, about):
             return processes.fail(f"lost another process ({reason})", processes.RESTART)
         if os.environ.get("MEANFLOW_TRACEBACK") or not isinstance(error, USER_ERRORS):
             traceback.print_exc()
-        return processes.fail(error, 1)
+        return processes.fail(files.line(error), 1)
     processes.leave()
     return 0
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils import commands, signals
+from utils import commands, files, signals
 from utils import images as image_utils
 
 MOST_STEPS = 32
@@ -281,7 +281,7 @@ def main(argv=None):
         title = os.path.basename(os.path.abspath(args.source))
         serve(gradio, page(gradio, model, offered, title), args.host, args.port)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -146,7 +146,7 @@ def main(argv):
         config, rest = load_config.from_command_line([*argv, "--config.eval_only=True"])
         print(json.dumps(evaluate(config, parser.parse_args(rest).images), indent=1))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.line(error)}", file=sys.stderr)
         return 1
     return 0
 

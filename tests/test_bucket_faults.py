@@ -2,12 +2,15 @@
 
 import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import bucket
 import pytest
-from jobs import STEPS_ALONE, Jobs, checkpoints, metrics, wait
+from jobs import ROOT, STEPS_ALONE, Jobs, checkpoints, metrics, wait
 
 OPTIONS = STEPS_ALONE | {"training.checkpoint_per_step": 3, "training.num_steps": 12}
 
@@ -26,6 +29,11 @@ def unbroken(jobs):
 def start(jobs, url, options=OPTIONS, count=1):
     """Starts a job in the bucket of the server at `url`, its output in a file of this machine."""
     jobs.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | bucket.environment(url)
+    jobs.env["XDG_CACHE_HOME"] = str(jobs.folder / "cache")
+    for path in jobs.records.rglob("*"):
+        if path.is_file():
+            bucket.put(url, f"records/{path.relative_to(jobs.records)}", path.read_bytes())
+    options = options | {"dataset.root": f"gs://{bucket.BUCKET}/records"}
     words = jobs.command(f"gs://{bucket.BUCKET}/run", options)[1:]
     return jobs.start(jobs.folder / "bucket", count=count, words=words)
 
@@ -81,6 +89,8 @@ def torture(jobs, unbroken, kills, seed, count, folder):
     with bucket.started() as url:
         for _ in range(kills):
             length, began = log.stat().st_size if log.exists() else 0, time.monotonic()
+            if rng.random() < 0.5:  # another machine, which has no copy of the data
+                shutil.rmtree(jobs.folder / "cache", ignore_errors=True)
             started = start(jobs, url, count=count)
             if longest and rng.random() < 0.3:
                 time.sleep(rng.uniform(0, longest))
@@ -118,3 +128,63 @@ def test_operations_are_counted(jobs):
     each = {k: (n - counts[0].get(k, 0)) / 3 for k, n in counts[1].items()}
     print("start, one checkpoint and end:", counts[0], "each further checkpoint:", each)
     assert sum(each.values()) < 400
+
+
+def killed(code, url, folder, rng, kills, longest):
+    """Runs a piece of Python again and again, killed at random moments after its first line."""
+    env = os.environ | bucket.environment(url) | {"XDG_CACHE_HOME": str(folder)}
+    for kill in range(kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "begun\n"
+        if kill < kills:
+            time.sleep(rng.uniform(0, longest))
+            process.kill()
+        rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return rest
+
+
+COPIES = """
+from utils import files
+source = files.path("gs://bucket/set")
+print("begun", flush=True)
+print(files.local(source))
+"""
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_a_copy_leave_no_trace(tmp_path):
+    rng = random.Random(2)
+    sent = {f"set/{i}/data": rng.randbytes(300_000) for i in range(12)}
+    with bucket.through(lambda n: "slow") as url:
+        for name, content in sent.items():
+            bucket.put(url, name, content)
+        local = Path(killed(COPIES, url, tmp_path, rng, kills=20, longest=0.6).strip())
+    there = {f"set/{p.relative_to(local)}": p for p in local.rglob("*") if p.is_file()}
+    assert {name: path.read_bytes() for name, path in there.items()} == sent
+
+
+GROWS = """
+import time
+from utils import files, mirrors
+mirrors.EVERY = 0.01
+here = files.append(files.path("gs://bucket/log"))
+print("begun", flush=True)
+done = len(here.read_text().splitlines()) if here.exists() else 0
+with here.open("a") as file:
+    for i in range(done, done + 300):
+        file.write(f"{i} {'x' * 1000}\\n")
+        file.flush()
+        time.sleep(0.005)
+files.finish()
+"""
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_a_mirror_lose_the_end_alone(tmp_path):
+    with bucket.through(lambda n: "slow") as url:
+        killed(GROWS, url, tmp_path, random.Random(3), kills=20, longest=1.0)
+        lines = bucket.get(url, "log").decode().splitlines()
+    assert lines == [f"{i} {'x' * 1000}" for i in range(len(lines))] and len(lines) > 300

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import aiohttp
 import bucket
 import numpy as np
 import pytest
@@ -80,6 +81,42 @@ def test_a_bucket_that_does_not_answer_is_told_in_time(root, monkeypatch):
     monkeypatch.setattr(type(root), "write_bytes", lambda *_: time.sleep(2))
     with pytest.raises(OSError, match="no answer within 0.2 s"):
         files.check_writable(root)
+
+
+def test_what_cannot_be_asked_is_not_taken_for_missing(root, monkeypatch):
+    """Else a run would begin anew over its checkpoints, and its log over what was written."""
+    mirrors.add(root / "log")  # opened once, as etils opens its own
+
+    async def refuse(*_, **__):
+        raise aiohttp.ServerDisconnectedError
+
+    monkeypatch.setattr(type(buckets.filesystem()).__mro__[1], "_info", refuse)  # of both
+    asked = (
+        lambda: layout.steps(root), lambda: files.names(root), lambda: root.exists(),
+        lambda: mirrors._Mirror().add(root / "log"),
+    )  # fmt: skip
+    for ask in asked:
+        with pytest.raises((OSError, aiohttp.ClientError)):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["main.py", "--workdir=gs://bucket/run"],
+        ["main.py", "--workdir={}/run", "--config.dataset.root=gs://bucket/set"],
+        ["-m", "scripts.export_checkpoint", "--from=gs://bucket/run", "--to={}/exported"],
+    ],
+)
+def test_access_that_is_denied_is_said_in_one_line(words, tmp_path, run_python):
+    words = [word.format(tmp_path) for word in words]
+    if words[0] == "main.py":
+        words.append("--config=configs/load_config.py:digits")
+    with bucket.through(lambda number: "403") as url:
+        done = run_python(words, devices=1, env=bucket.environment(url), check=False)
+    assert done.returncode == 1
+    assert "access is denied (no right to it)" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "exported").exists()
 
 
 # The verbs ------------------------------------------------------------------------------------

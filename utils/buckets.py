@@ -10,6 +10,7 @@ import base64
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -35,21 +36,38 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 @functools.cache
 def filesystem():
-    """Returns gcsfs' file system, which keeps no listings, as etils.epath has it.
+    """Returns gcsfs' file system without listings; etils.epath has its own of the same class.
+
+    What cannot be asked is no answer there: to gcsfs a folder in a bucket that refuses or does not
+    answer is none, as if a run had no checkpoints yet.
 
     Raises:
       ValueError: gcsfs is not installed.
     """
     try:
         import fsspec
-        import gcsfs  # noqa: F401
+        from gcsfs import GCSFileSystem
     except ImportError as error:
         raise ValueError(
             f"{SCHEME} needs gcsfs, which is not installed: pip install -r requirements-gcs.txt"
         ) from error
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises it prints, too
     logging.getLogger("fsspec").setLevel(logging.WARNING)
+
+    class Strict(GCSFileSystem):
+        async def _isdir(self, path):
+            return await self._is(path, "directory")
+
+        async def _isfile(self, path):
+            return await self._is(path, "file")
+
+        async def _is(self, path, kind):
+            with contextlib.suppress(FileNotFoundError):
+                return (await self._info(path))["type"] == kind
+            return False
+
     for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Strict, clobber=True)
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     return fsspec.filesystem("gs")
 
@@ -114,6 +132,12 @@ def explained(place):
         if text := reason(error):
             raise OSError(f"{place}: {text}") from error
         raise
+
+
+def line(error):
+    """Returns what an exception says; in one line what a bucket has said."""
+    said, first = reason(error), str(error).strip().partition("\n")[0]
+    return f"{first}: {said}" if said and SCHEME not in first else str(error)
 
 
 def reason(error):
@@ -221,6 +245,9 @@ def stage(remote, local, wanted=lambda name: True, progress=None):
     ]  # fmt: skip
     if not missing:
         return
+    beside = local.parent.glob(f"unfinished-{glob.escape(local.name)}-*")
+    for old in [*local.rglob("unfinished-*"), *beside]:  # of processes that were killed
+        old.unlink(missing_ok=True)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         done = pool.map(lambda item: _fetch(remote, local, *item), missing)
         for _ in progress(done, len(missing)) if progress else done:

@@ -255,6 +255,7 @@ def sync(file):
 
 finish = mirrors.finish  # the last `sync` of a job
 sync_soon = mirrors.soon  # without waiting for it
+line = buckets.line
 
 
 def link(source, target):

@@ -50,10 +50,12 @@ def read_all(paths):
     paths = [files.path(path) for path in paths]
     there, lines = [], []
     for path in paths:
-        if resolved(path) in map(resolved, there):
-            lines.append(f"{path}: given twice")
-        elif line := why_not(path):
-            lines.append(line)
+        try:
+            line = "given twice" if resolved(path) in map(resolved, there) else why_not(path)
+        except OSError as error:
+            line = f"cannot be read ({error.strerror or files.line(error)})"
+        if line:
+            lines.append(f"{path}: {line}")
         else:
             there.append(path)
     whole = []
@@ -61,17 +63,17 @@ def read_all(paths):
         try:
             whole.append(read(path, name))
         except OSError as error:
-            lines.append(f"{path}: cannot be read ({error.strerror or error})")
+            lines.append(f"{path}: cannot be read ({error.strerror or files.line(error)})")
     return whole, lines
 
 
 def why_not(path):
-    """Says in a line why the folder at `path` holds no run; or ""."""
+    """Says why the folder at `path` holds no run; or ""."""
     if not path.is_dir():
-        return f"{path}: {'no folder' if path.exists() else 'no such folder'}"
+        return "no folder" if path.exists() else "no such folder"
     left = (layout.METRICS, layout.RESULTS, layout.CHECKPOINTS, layout.SAMPLES, layout.CONFIG)
     if not any((path / name).exists() for name in left):
-        return f"{path}: no run, for there is none of {', '.join(left)} in it"
+        return f"no run, for there is none of {', '.join(left)} in it"
     return ""
 
 

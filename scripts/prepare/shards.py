@@ -127,7 +127,8 @@ def _check_room(job, count):
             f"{job.output}: {needed:,} bytes are needed for {count:,} records, {free:,} are free; "
             "make room, take another --output, or --store=float16"
         )
-    print(f"{count:,} records to write: {needed:,} bytes needed, {free:,} free", flush=True)
+    room = "" if files.is_remote(job.output) else f", {free:,} free"
+    print(f"{count:,} records to write: {needed:,} bytes needed{room}", flush=True)
 
 
 def _those_there_are(examples, shard):
