@@ -352,5 +352,10 @@ def test_a_run_from_bucket_to_bucket_is_that_of_folders(root, tmp_path, monkeypa
     assert files.names(exported) >= {"config.json", "model.safetensors"}
     with pytest.raises(FileExistsError, match="there already"):
         export_checkpoint.export(root / "run", f"{root}/exported", form="safetensors")
+    published = export_checkpoint.export(root / "run", root / "published", form="orbax")
+    assert files.is_remote(published) and files.names(published) == {"checkpoint"}
+    back = export_checkpoint.export(published, tmp_path / "back", form="msgpack")
+    same = export_checkpoint.export(tmp_path / "whole", tmp_path / "same", form="msgpack")
+    assert back.read_bytes() == same.read_bytes()
     assert compare_command.main([f"{root}/run", f"--html={root}/page.html"]) == 0
     assert files.size(root / "page.html") > 1000
