@@ -26,13 +26,18 @@ def unbroken(jobs):
     return jobs.folder / "unbroken"
 
 
-def start(jobs, url, options=OPTIONS, count=1):
-    """Starts a job in the bucket of the server at `url`, its output in a file of this machine."""
-    jobs.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | bucket.environment(url)
-    jobs.env["XDG_CACHE_HOME"] = str(jobs.folder / "cache")
+def send(jobs, url):
+    """Puts the records into the bucket; nothing of them is on this machine."""
+    shutil.rmtree(jobs.folder / "cache", ignore_errors=True)
     for path in jobs.records.rglob("*"):
         if path.is_file():
             bucket.put(url, f"records/{path.relative_to(jobs.records)}", path.read_bytes())
+
+
+def start(jobs, url, options=OPTIONS, count=1):
+    """Starts a job from and to the bucket at `url`, its output in a file of this machine."""
+    jobs.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | bucket.environment(url)
+    jobs.env["XDG_CACHE_HOME"] = str(jobs.folder / "cache")
     options = options | {"dataset.root": f"gs://{bucket.BUCKET}/records"}
     words = jobs.command(f"gs://{bucket.BUCKET}/run", options)[1:]
     return jobs.start(jobs.folder / "bucket", count=count, words=words)
@@ -70,7 +75,9 @@ FAULTS = {
 def test_a_run_comes_to_its_end_over_a_bad_connection(jobs, unbroken, name, tmp_path):
     """It goes on, or it stops with a line, and the same command goes on; nothing is lost."""
     log = jobs.folder / "bucket.log.0"
-    with bucket.through(FAULTS[name]) as url:
+    with bucket.through() as url:
+        send(jobs, url)
+        bucket.Proxy.fault = staticmethod(FAULTS[name])
         for _ in range(6):
             statuses = wait(start(jobs, url), 400)
             if statuses == [0]:
@@ -87,6 +94,7 @@ def torture(jobs, unbroken, kills, seed, count, folder):
     rng, longest = random.Random(seed), 0.0
     log = jobs.folder / "bucket.log.0"
     with bucket.started() as url:
+        send(jobs, url)
         for _ in range(kills):
             length, began = log.stat().st_size if log.exists() else 0, time.monotonic()
             if rng.random() < 0.5:  # another machine, which has no copy of the data
@@ -123,6 +131,7 @@ def test_operations_are_counted(jobs):
     counts = []
     for steps in (3, 12):
         with bucket.through() as url:
+            send(jobs, url)
             assert wait(start(jobs, url, OPTIONS | {"training.num_steps": steps}), 300) == [0]
             counts.append(dict(bucket.Proxy.counts))
     each = {k: (n - counts[0].get(k, 0)) / 3 for k, n in counts[1].items()}
