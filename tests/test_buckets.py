@@ -334,7 +334,7 @@ def test_a_run_from_bucket_to_bucket_is_that_of_folders(root, tmp_path, monkeypa
     buckets.upload(jobs.records, root / "records")
     options = STEPS_ALONE | {"training.checkpoint_per_step": 6, "training.num_steps": 9}
     jobs.run_here(tmp_path / "whole", options)
-    there = options | {"dataset.root": root / "records"}
+    there = options | {"dataset.root": root / "records", "training.profile_steps": "3,4"}
     output = tmp_path / "output.log"
     output.write_text("said\n")
     monkeypatch.setenv("MEANFLOW_OUTPUT", str(output))
@@ -348,6 +348,7 @@ def test_a_run_from_bucket_to_bucket_is_that_of_folders(root, tmp_path, monkeypa
     names = {"config.yml", "requirements.lock", "metrics.jsonl", "checkpoints"}
     assert names <= files.names(root / "run") and ".lock" not in files.names(root / "run")
     assert not Path(ROOT, "gs:").exists()
+    assert any(path.name.endswith(".xplane.pb") for path in (copy / "profile").rglob("*"))
     exported = export_checkpoint.export(root / "run", f"{root}/exported", form="safetensors")
     assert files.names(exported) >= {"config.json", "model.safetensors"}
     with pytest.raises(FileExistsError, match="there already"):

@@ -1,5 +1,8 @@
 """A run that is started again does not compile its step again."""
 
+import contextlib
+
+import bucket
 import jobs
 import pytest
 
@@ -19,24 +22,30 @@ NONE = {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.mark.slow
-def test_the_second_start_finds_what_the_first_compiled(tmp_path, run_python):
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_the_second_start_finds_what_the_first_compiled(place, tmp_path, run_python):
     records = jobs.write_records(tmp_path / "records")
+    workdir, env = str(tmp_path / "run"), NONE
 
     def run(steps):
         options = (
             jobs.OPTIONS | jobs.STEPS_ALONE | {"dataset.root": records, "training.num_steps": steps}
         )
         argv = [f"--config.{name}={value}" for name, value in options.items()]
-        argv += [f"--workdir={tmp_path / 'run'}", "--config=configs/load_config.py:digits"]
-        done = run_python(RUN.format(argv=argv), devices=1, env=NONE)
+        argv += [f"--workdir={workdir}", "--config=configs/load_config.py:digits"]
+        done = run_python(RUN.format(argv=argv), devices=1, env=env)
         kept = {path.name for path in (tmp_path / "run" / "compiled").glob("cpu-*/*-cache")}
-        return int(done.stdout.split("hits")[1]), kept
+        if place == "bucket":
+            kept = {name for name in bucket.names(url, "run/compiled/") if name.endswith("-cache")}
+        assert sum("train_step" in name for name in kept) == 1
+        return int(done.stdout.split("hits")[1])
 
-    _, kept = run(2)
-    assert sum("train_step" in name for name in kept) == 1
-    hits, kept_after = run(4)
-    assert hits > 0
-    assert sum("train_step" in name for name in kept_after) == 1
+    with contextlib.ExitStack() as stack:
+        if place == "bucket":
+            url = stack.enter_context(bucket.started())
+            workdir, env = f"gs://{bucket.BUCKET}/run", NONE | bucket.environment(url)
+        run(2)
+        assert run(4) > 0
 
 
 def test_the_folder_of_the_user_comes_first(tmp_path, run_python):
