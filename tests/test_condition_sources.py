@@ -20,6 +20,7 @@ import evaluate
 import generator
 import parts
 import sample
+from run import config as run_config
 from run import weights
 from scripts import demo, prepare_dataset
 from utils import conditions, dataset, files
@@ -307,3 +308,29 @@ def test_the_demo_offers_conditions(run, gradio):
     np.testing.assert_array_equal(given["state"], np.float32([0.5, 2]))
     with pytest.raises(gradio.Error, match="state: 2 numbers"):
         gradio.draw("1", 0, 1, 1.0, None, "", "1 2 3")
+
+
+def test_image_conditions_beside_latents_are_encoded_like_them(golden, tmp_path):
+    """Their mean, that of the mirrored picture too; and training reads what it asks for."""
+    vae = golden / "vae" / "tiny"
+    words = [*in_folders(tmp_path / "set"), "--image_size=16", f"--vae={vae}", "--flip=True"]
+    low = [word.replace("/low", "/image") for word in map(str, words)]  # the pictures themselves
+    records = prepared(tmp_path, low)
+    views = ("low_latent", "low_latent_flipped")
+    assert sorted(records.features) == [*views, "text"]
+    found = records.holding(views).read(np.arange(COUNT))
+    c = found["low_latent"].shape[-1]
+    np.testing.assert_allclose(found["low_latent"], found["moments"][..., :c], atol=1e-5)
+    mirrored = found["moments_flipped"][..., :c]
+    np.testing.assert_allclose(found["low_latent_flipped"], mirrored, atol=1e-5)
+    assert np.abs(found["low_latent_flipped"] - found["low_latent"]).max() > 1e-3
+    h, w, _ = records.shape[:3]
+    options = [f"dataset.root={records.root}", f"dataset.image_size={h}", f"dataset.vae={vae}"]
+    options += [f"dataset.image_channels={c}", "dataset.num_classes=0", "dataset.use_flip=true"]
+    options += ["method.guidance_eq=none", "dataset.conditions=low", *make.NETWORKS["DiT"]]
+    config = run_config.settle(make.config(*options, "training.batch_size=4"), tmp_path, {})
+    assert config.dataset.condition_shapes == (f"latent:{h}x{w}x{c}",)
+    batch = parts.open_records(config.dataset, 4).read(np.arange(3))
+    assert {*views, "moments", "moments_flipped", "label"} == batch.keys()
+    x, given = parts.make(config).codec.encode(batch, jax.random.key(0))
+    assert given["low"].shape == x.shape

@@ -231,6 +231,31 @@ def test_a_condition_that_is_dropped_is_enough_for_guidance():
         parts.make(make.config(*words, *CONDITIONS, "dataset.kept_conditions=low,text,state"))
 
 
+@pytest.mark.parametrize("name", parts.OBJECTIVES)
+def test_every_objective_gives_conditions_to_every_pass(name):
+    """With guidance: all rows of all passes have them, and none asks for a rank."""
+    cls = {"improved": "imfDiT", "pixel": "pmfDiT", "lagrangian": "DiT"}.get(name, "DiT")
+    words = [f"method.name={name}", "dataset.kept_conditions=low"]
+    words += ["method.data_proportion=0"] if name == "consistency" else []
+    model, seen = made(cls, *words), []
+    x, given = jax.eval_shape(model.codec.encode, batch(16), jax.random.key(0))
+    draws = jax.eval_shape(lambda: model.method.draw(jax.random.key(1), x.shape, 0))
+    params = {"a": jax.ShapeDtypeStruct((), jnp.float32)}
+
+    def net(params, *batches, **how):
+        for z, c in batches:
+            assert {n: c[n].shape[1:] for n in SHAPES} == {n: given[n].shape[1:] for n in SHAPES}
+            assert len(c["low"]) == len(c["null"]["text"]) == len(c["text_mask"]) == len(z)
+            assert c["null"].keys() == {"text", "state"}
+        seen.extend(batches)
+        return tuple(network.Velocity(z * params["a"], z) for z, c in batches)
+
+    def loss(params, x, given, draws):
+        return model.method.loss(net, params, x, given, draws, {"ema_params": params})[0]
+
+    assert jax.eval_shape(loss, params, x, given, draws).shape == () and seen
+
+
 # Training -------------------------------------------------------------------------------------
 
 
