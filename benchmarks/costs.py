@@ -33,7 +33,10 @@ def batch_shapes(config):
         dtype = jnp.float32 if one.latent else one.dtype
         batch[one.feature] = jax.ShapeDtypeStruct((B, *one.shape), dtype)
     if config.dataset.vae == "none":
-        return batch | {"image": jax.ShapeDtypeStruct((B, h, w, c), jnp.uint8)}
+        key, dtype = (
+            ("values", jnp.float32) if config.dataset.float_values else ("image", jnp.uint8)
+        )
+        return batch | {key: jax.ShapeDtypeStruct((B, h, w, c), dtype)}
     moments = jax.ShapeDtypeStruct((B, h, w, 2 * c), jnp.float32)
     flipped = {"moments_flipped": moments} if config.dataset.use_flip else {}
     return batch | {"moments": moments} | flipped

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import evaluate
+import parts
 import sample
 from metrics import evaluators, features, inception_weights, scorer
 from models import vae
@@ -21,12 +22,13 @@ def evaluator(config, made):
         structure = vae.STABLE_DIFFUSION
         autoencoder = vae.build(structure, vae.param_shapes(structure), dtype=dtype)
     else:
-        autoencoder = vae.load(config.dataset.vae, dtype=dtype)
+        autoencoder = parts.load_autoencoder(config.dataset, dtype)
     x = jax.ShapeDtypeStruct((1, *made.image_shape), jnp.float32)
     images = jax.eval_shape(autoencoder.decode, autoencoder.params, x)
     options = evaluators.fill(config.fid, config.dataset.vae != "none")
-    if options.features == "pixels":
-        network = features.load(options)
+    if options.features != "inception":
+        normalisation = made.codec.normalisation if autoencoder.values else None
+        network = features.load(options, normalisation)
     else:
         network = features.of_inception(inception_shapes(), options.resize, None)
     score = scorer.Scorer(network, made.mesh, options, images.shape[1:])

@@ -13,6 +13,8 @@ from pyarrow import parquet
 import generator
 import main
 import parts
+from benchmarks import costs
+from configs import load_config
 from models import codec
 from scripts import prepare_dataset
 from utils import dataset, images
@@ -190,6 +192,11 @@ def test_options_that_do_not_fit(signals, tmp_path):
     data = make.config(*words, "dataset.image_channels=1", "dataset.num_classes=2").dataset
     with pytest.raises(ValueError, match="records of key values, the config asks for image"):
         parts.open_records(data, 2)
+
+
+def test_the_batch_that_is_compiled_ahead():
+    batch = costs.batch_shapes(load_config.get_config("signals"))
+    assert (batch["values"].shape, batch["values"].dtype) == ((128, 1, 24, 1), np.float32)
 
 
 def test_what_is_shown():
