@@ -18,9 +18,9 @@ import pytest
 import parts
 import train
 from benchmarks import __main__ as measure
-from benchmarks import check, costs, hlo, stand_ins
+from benchmarks import check, costs, hlo, hosts, stand_ins, waits
 from models import vae
-from utils import chips
+from utils import chips, images, pictures
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -259,3 +259,27 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
         "all-reduce": (1, 16 * 4),
         "all-gather": (1 + 12, 8 * 4 + 12 * 8 * 4 * 2),
     }
+
+
+def test_sides_take_turns_and_are_held_against_this_version(monkeypatch, capsys):
+    order = []
+
+    def program(name, checkout, python, folder):
+        order.append(name)
+        return {"whole": 3.0 if name == "theirs" else 6.0 + len(order)}
+
+    monkeypatch.setattr(hosts, "program", program)
+    sides = {"now": ("ours", hosts.ROOT, "python"), "beside": ("theirs", hosts.ROOT, "python")}
+    found = hosts.measured(sides, 2, "folder")
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    assert found == {"now": {"whole": [7.0, 10.0]}, "beside": {"whole": [3.0, 3.0]}}
+    hosts.report("a row", found)
+    assert "8.500 [7.000 to 10.000] s" in (out := capsys.readouterr().out)
+    assert "now / beside 2.83" in out
+
+
+@pytest.mark.parametrize("size", [(500, 375), (600, 900), (256, 256)])
+def test_the_loop_beside_it_makes_the_same_pixels(size, tmp_path):
+    hosts.pictures(np.random.default_rng(0), tmp_path / "in", 1, size, "jpg")
+    file = tmp_path / "in" / "00000.jpg"
+    assert waits.adm_crop(file) == images.center_crop(pictures.read(file), 256).tobytes()
