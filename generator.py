@@ -134,7 +134,7 @@ class Generator:
     @environment.pinned()
     def noise(self, count, seed=0):
         """Draws the noise of `sample` for `count` images of a seed, float32 (count, h, w, c)."""
-        return _numbers(sample.drawn_noise(seed, count, self.image_shape))[:count]
+        return _numbers(sample.drawn_noise(self.parts.mesh, seed, count, self.image_shape))[:count]
 
     @environment.pinned()
     def sample(

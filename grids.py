@@ -11,7 +11,6 @@ above these rows, and the truth below.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sample
@@ -165,8 +164,8 @@ def padded(times, steps, sampler):
     """
     more = max(steps + 1 - len(times), 0)
     if sampler == "heun":
-        return jnp.pad(times, (more, 0), constant_values=1)
-    return jnp.pad(times, (0, more))
+        return np.pad(times, (more, 0), constant_values=1)
+    return np.pad(times, (0, more))
 
 
 def of_classes(records, labels, labelled=True):

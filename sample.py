@@ -6,6 +6,7 @@ the same to rounding: the order in which a product is summed follows from its si
 bytes in 100,000 lie on the other side of a rounding border (docs/evaluation.md#how-exact).
 """
 
+import functools
 import itertools
 import logging
 from functools import partial
@@ -40,12 +41,15 @@ def draw_noise(seed, index, shape):
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
-_draw_noise = jax.jit(draw_noise, static_argnums=2)
+@functools.cache
+def _noise_program(mesh):
+    return jax.jit(draw_noise, static_argnums=2, compiler_options=compiling.quick(mesh))
 
 
-def drawn_noise(seed, count, shape):
+def drawn_noise(mesh, seed, count, shape):
     """Draws what `draw_noise` does of images 0, 1, ..., `padded(count)` of them."""
-    return _draw_noise(np.asarray(seed).astype(np.int32), np.arange(padded(count)), shape)
+    seed, index = np.asarray(seed).astype(np.int32), np.arange(padded(count))
+    return _noise_program(mesh)(seed, index, shape)
 
 
 def padded(count):

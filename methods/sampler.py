@@ -23,11 +23,11 @@ def check_times(timesteps):
 def sample_times(num_steps, timesteps=()):
     """Makes times 1 = t_0 > ... > t_N = 0, float32 (N + 1,): `timesteps`, or of like steps."""
     if timesteps:
-        return jnp.array(timesteps, jnp.float32)
-    return jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
+        return np.array(timesteps, np.float32)
+    passed = np.arange(num_steps, dtype=np.float32) * np.float32(1 / num_steps)  # as jnp.linspace
+    return np.append(1 - passed, np.float32(0))
 
 
-@jax.ensure_compile_time_eval()
 def times_of(num_steps):
     """Makes times as `sample_times` does, numpy, of a number of steps or of the times themselves.
 
@@ -36,9 +36,9 @@ def times_of(num_steps):
     if not np.ndim(num_steps):
         if num_steps != int(num_steps) or num_steps < 1:
             raise ValueError(f"num_steps must be a whole number of 1 or more, got {num_steps}")
-        return np.asarray(sample_times(int(num_steps)))
+        return sample_times(int(num_steps))
     check_times(times := tuple(map(float, num_steps)))
-    return np.asarray(sample_times(0, times))
+    return sample_times(0, times)
 
 
 def integrate(

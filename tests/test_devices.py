@@ -152,11 +152,15 @@ def test_accelerators_split_the_parameters_over_their_neighbours(platform, count
     assert sharding.best_fsdp(devices) == fsdp
 
 
-def test_xla_knows_the_options_of_a_card():
+def test_xla_knows_the_options_of_a_card_and_of_a_cpu(monkeypatch):
     card_mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     options = hardware.compiler_options(card_mesh)
     assert options and not hardware.compiler_options(mesh := sharding.make_mesh(1))
-    for known in (options, hardware.compiler_options(mesh, small=True)):
+    assert not hardware.compiler_options(mesh, small=True)  # conftest.py has flags of its own
+    monkeypatch.setenv("XLA_FLAGS", "")
+    quick = hardware.compiler_options(mesh, small=True)
+    assert quick["xla_backend_optimization_level"] == 1
+    for known in (options, quick):
         jax.jit(jnp.sin, compiler_options=known)(1.0)  # raises where one is unknown
 
 

@@ -3,6 +3,7 @@
 What is chosen for the train step on cards and TPUs stands in models/hardware.py.
 """
 
+import os
 import zlib
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def quick(mesh):
     options = {"xla_backend_optimization_level": 1}
     if jax.__version_info__ < (0, 11):  # later ones have lost the choice
         options["xla_cpu_use_fusion_emitters"] = False
-    return options
+    own = os.environ.get("XLA_FLAGS", "")  # what the user sets there counts
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def is_small(params):
