@@ -273,7 +273,7 @@ class Generator:
 
     @functools.cached_property
     def vae_params(self):
-        """The parameters of the autoencoder on the device, a nested dict; {} where it is none."""
+        """Returns the autoencoder's parameters on the device, a nested dict; {} without one."""
         return jax.device_put(self._autoencoder.params, self._device)
 
     # Arguments -----------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class Generator:
         return sample.Setting(sampler, times_of(num_steps), self.guidance(omega))
 
     def guidance(self, omega=None):
-        """What `omega` stands for, see `sample`: a `Guidance`, or None."""
+        """Returns the `Guidance` that `omega` stands for, see `sample`, or None."""
         if omega is None:
             return sample.guidances(self.config.sampling)[0]
         if not self.parts.method.guided_at_sampling:

@@ -233,14 +233,14 @@ class Renderer:
 
 
 def grid_labels(num_classes):
-    """Labels of a grid with a row per class: at most ten classes, spread over all."""
+    """Returns labels of a grid with a row per class: at most ten classes, spread over all."""
     rows = min(num_classes or GRID_CLASSES, GRID_CLASSES)
     classes = np.arange(rows) * num_classes // rows
     return np.repeat(classes, GRID_COLUMNS)
 
 
 def picture(images, columns):
-    """Images uint8 or values (N, h, w, C) as one, framed, small ones enlarged: uint8 (H, W, C)."""
+    """Makes images uint8 (N, h, w, C) one, framed, small ones enlarged: uint8 (H, W, C)."""
     images = image_utils.shown(images)
     factor = max(1, SMALLEST_SHOWN // max(images.shape[1:3]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -67,7 +67,7 @@ class Recipe:
 
     @property
     def averages(self):
-        """The names of the averages as a tuple; the first is the one objectives are given."""
+        """Returns the names of the averages; the first is the one objectives are given."""
         return averages.names(self.ema_vals, self.ema_sigmas, self.ema_half_lives)
 
 

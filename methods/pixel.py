@@ -82,7 +82,7 @@ class Pixel(improved.Improved):
         return Draws(**(draws._asdict() | {"t": t, "r": r}), crop=crop)
 
     def point(self, x, noise, t):
-        """z_t and the velocity there, which is damped for t < 0.05 as the network's are."""
+        """Returns z_t and the velocity there, damped for t < 0.05 as the network's are."""
         z = path.z_t(x, self.noise_scale * noise, t)
         return z, (z - x) / by_row(jnp.maximum(t, CLIP), z)
 

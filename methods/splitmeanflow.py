@@ -16,7 +16,7 @@ class SplitMeanFlow(split.Split):
     guides_differ = False
 
     def times(self, equal, first, second):
-        """As MeanFlow: rows with r = t take the larger of two draws."""
+        """Draws as MeanFlow: rows with r = t take the larger of two draws."""
         _, t, r = super().times(equal, first, second)
         return t, t, r
 

@@ -33,7 +33,7 @@ class Difference(split.Split):
         objective.check(self.difference_path in PATHS, "difference_path", rule)
 
     def times(self, equal, first, second):
-        """As MeanFlow: rows with r = t take the larger of two draws."""
+        """Draws as MeanFlow: rows with r = t take the larger of two draws."""
         _, t, r = super().times(equal, first, second)
         return t, t, r
 

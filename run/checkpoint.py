@@ -86,7 +86,7 @@ class Checkpointer:
         self._saving = None
 
     def save(self, step, *, params, ema_params, progress, data, config):
-        """`write` for the items of a run."""
+        """Does `write` for the items of a run."""
         arrays = {"params": params, "ema_params": ema_params, "progress": progress}
         self.write(step, arrays, {"data": data, "config": config, "identity": self._identity})
 
@@ -150,7 +150,7 @@ class Checkpointer:
 
 
 def read_plain(workdir, step):
-    """The items of a checkpoint that are JSON: `data`, `config`, `identity` and `checksums`.
+    """Reads the items of a checkpoint that are JSON: `data`, `config`, `identity`, `checksums`.
 
     `identity` is {} where the checkpoint is of before there was one.
 
@@ -166,7 +166,7 @@ def read_plain(workdir, step):
 
 
 def read_arrays(workdir, step, targets, averages=()):
-    """Items of a checkpoint that are trees of arrays, read by this process for itself.
+    """Reads items of a checkpoint that are trees of arrays, by this process for itself.
 
     Args:
       targets: name -> tree of `ShapeDtypeStruct` with shardings, or None: numpy arrays, in
@@ -251,6 +251,6 @@ def _unraisable_hook(unraisable):
 
 
 def _reason(error):
-    """What an exception says, in a line: of tensorstore's chain of causes the last."""
+    """Says in a line what an exception does: of tensorstore's chain of causes the last."""
     line = files.first_line(error)
     return line if len(line) < 200 else re.sub(r" \[\w+=.*", "", line.split(": ")[-1])[-200:]

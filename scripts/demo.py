@@ -211,7 +211,7 @@ def page(gradio, model, offered, title):
 
 
 def _input(gradio, one):
-    """Where a condition is given: a picture that is uploaded or painted, or a line of numbers."""
+    """Makes the input of a condition: a picture, uploaded or painted, or a line of numbers."""
     if one.kind != "array":
         return gradio.Textbox(label=f"{one.name} {one}", placeholder="numbers, or one for all")
     height, width = (max(1, CANVAS // max(one.shape[:2])) * side for side in one.shape[:2])

@@ -43,12 +43,12 @@ _WRITE_OPTIONS = "group_size:1,uncompressed"  # group_size 1: random access reco
 
 
 def shard_path(root, split, index, count):
-    """The final path of a shard; `index` of `count`."""
+    """Returns the final path of a shard; `index` of `count`."""
     return files.path(root) / f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def example(label, picture=None, **tensors):
-    """One record for `write_shard`; the label None: without classes.
+    """Makes one record for `write_shard`; the label None: without classes.
 
     picture: bytes from `compressed`, which are stored in the place of `image`.
     """
@@ -97,12 +97,12 @@ def _writing(path):
 
 
 def is_dataset(root):
-    """Whether `root` holds a finished dataset."""
+    """Tells whether `root` holds a finished dataset."""
     return (files.path(root) / "dataset_info.json").exists()
 
 
 def shard_length(path):
-    """Number of records of a shard. ValueError naming the file if it is damaged or cut short."""
+    """Counts the records of a shard. ValueError naming the file if it is damaged or cut short."""
     reader = record_files.open_shard(files.path(path))
     length = reader.num_records()
     reader.close()
@@ -223,11 +223,11 @@ class Records:
 
     @functools.cached_property
     def identity(self):
-        """What the records are, see `contents.of_records`; reads some of them."""
+        """Identifies the records, see `contents.of_records`; reads some of them."""
         return contents.of_records(self, self.description)
 
     def holding(self, wanted):
-        """The same records, read with the tensors `wanted` of `features`."""
+        """Returns the same records, read with the tensors `wanted` of `features`."""
         return dataclasses.replace(self, wanted=wanted)
 
     def read(self, indices, flipped=True):

@@ -31,7 +31,7 @@ SIGNALS = "datasets/data/ItalyPowerDemand"  # in the folder of aeon
 
 
 def run(args):
-    """The job behind `prepare_dataset digits_pairs` and `signals`; returns whether it is done."""
+    """Runs `prepare_dataset digits_pairs` and `signals`; returns whether it is done."""
     args.key = args.label_key = args.num_classes = args.conditions = None
     args.splits, args.layout, args.store = (), "nhwc", "float32"
     args.input = args.command

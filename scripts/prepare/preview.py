@@ -65,13 +65,13 @@ def draw(root, path=None, *, vae="auto", split=None, count=COUNT):
 
 
 def arrays_of(records):
-    """The names of the conditions of records that can be drawn: those with the axes of an image."""
+    """Names the conditions of records that can be drawn: those with the axes of an image."""
     there = {name: shape for name, (shape, _) in records.features.items()}
     return [n for n in there if len(there[n]) == 3 and not n.endswith(conditions.FLIPPED)]
 
 
 def arrays(values, name, vae, shape):
-    """Conditions (N, h, w, c) as pictures uint8 (N, *shape)."""
+    """Draws conditions (N, h, w, c) as pictures uint8 (N, *shape)."""
     if name.endswith(f"_{conditions.LATENT}"):  # the mean alone
         values = to_images({"moments": np.concatenate([values, np.zeros_like(values)], -1)}, vae)[0]
     elif values.dtype != np.uint8:

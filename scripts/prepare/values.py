@@ -20,7 +20,7 @@ LOOKED_AT = 4096  # records that mean and deviation are taken of
 
 
 def run(args):
-    """The job behind `prepare_dataset values`; returns whether the records are complete."""
+    """Runs `prepare_dataset values`; returns whether the records are complete."""
     root, listing = files.local(args.input), pictures.Listing()
     if not root.exists():
         raise FileNotFoundError(f"no folder of arrays, and no file, at {root}")
