@@ -80,7 +80,9 @@ class Evaluator:
         """
         index, seed = self.index(start), self.options.seed
         labels, classes = self.score.options.labels, self.parts.num_classes
-        given = sample.conditions(index, labels, classes, seed, self.counts) | (more or {})
+        given = dict(more or {})
+        if "y" not in given:
+            given |= sample.conditions(index, labels, classes, seed, self.counts)
         return sample.generate(self.parts, seed, params, index, given, setting)
 
     def add_batch(self, statistics, vae_params, feature_params, x, start):
@@ -95,8 +97,10 @@ class Evaluator:
         """Returns what `count` samples are drawn by and their truth, see `metrics.own.numbers`."""
         labels, classes = self.score.options.labels, self.parts.num_classes
         seed, index = self.options.seed, np.arange(count, dtype=np.int32)
-        y = sample.conditions(index, labels, classes, seed, self.counts)["y"]
-        batch = {"label": np.asarray(y)} | (self.source(index) if self.source else {})
+        batch = self.source(index) if self.source else {}
+        if "label" not in batch:
+            y = sample.conditions(index, labels, classes, seed, self.counts)["y"]
+            batch["label"] = np.asarray(y)
         if not (self.source and self.source.records):
             return batch, None
         truth = batch.pop(self.source.records.key)
@@ -159,14 +163,15 @@ class Evaluation:
         how = autoencoder.values, has_truth, FROZEN["lpips"]
         pairs.check(self.fid.metrics, score.image_shape, *how)
         self.reference = reference.Reference(self.fid, score, records)
-        counts = label_counts(self.fid.labels, records, parts.num_classes)
+        theirs = source is not None and source.labelled  # labels are those of the conditions
+        counts = None if theirs else label_counts(self.fid.labels, records, parts.num_classes)
         self.evaluator = Evaluator(parts, autoencoder, score, self.sampling, counts, source)
         self.described = {
             "evaluator": evaluators.describe(self.fid, latents),
             **score.describe(),
             **self.reference.describe(),
             "num_samples": self.fid.num_samples,
-            "labels": self.fid.labels,
+            "labels": "of the conditions" if theirs else self.fid.labels,
             **({} if counts is None else {"label_counts": identity.of_arrays({"counts": counts})}),
             "rounding": self.fid.rounding,
             "seed": self.sampling.seed,

@@ -251,7 +251,9 @@ def test_an_evaluation_draws_by_every_record_in_an_order_by_chance(run):
     order = source.places
     assert sorted(order) == list(range(12)) and order.tolist() != list(range(12))
     np.testing.assert_array_equal(source(np.arange(12, 20))["low"], raw["low"][order[:8]])
-    score = types.SimpleNamespace(batch_size=4, options=types.SimpleNamespace(labels="random"))
+    score = types.SimpleNamespace(
+        batch_size=4, options=types.SimpleNamespace(labels="data", metrics=())
+    )
     ours = evaluate.Evaluator(
         made,
         parts.load_autoencoder(config.dataset, "float32"),

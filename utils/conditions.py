@@ -169,9 +169,14 @@ class Source(NamedTuple):
             return identity.of_arrays(self.arrays)
         return identity.of_arrays({}, self.records.split, self.records.identity)
 
+    @property
+    def labelled(self):
+        """Says whether it tells the label of an image too."""
+        return self.records is not None or "label" in self.arrays
+
     def labels(self, count):
         """Returns the labels of the first `count` images, int32 (count,); None: it has none."""
-        if self.records is None and "label" not in self.arrays:
+        if not self.labelled:
             return None
         starts = range(0, count, CHUNK)
         return np.concatenate([self(np.arange(i, min(i + CHUNK, count)))["label"] for i in starts])
