@@ -92,10 +92,10 @@ def beside(args, make, fetch, items, size, shape, encoder=None):
     if not getattr(args, "conditions", None):  # `latents` has no such option
         return make, {}
     first = next(iter(items.values()))[0][0]
-    found = Beside(args.conditions, fetch, first, size, shape[:2], encoder, args.workers)
-    told = ", ".join(f"{k} {dtype} {shape}" for k, (shape, dtype) in found.tensors.items())
+    joined = Beside(args.conditions, fetch, first, size, shape[:2], encoder, args.workers)
+    told = ", ".join(f"{k} {dtype} {shape}" for k, (shape, dtype) in joined.tensors.items())
     print(f"conditions: {told}", flush=True)
-    return found(make), {"settings": found.settings(), "conditions": found.tensors}
+    return joined(make), {"settings": joined.settings(), "conditions": joined.tensors}
 
 
 class Beside:

@@ -73,11 +73,11 @@ def italy_power_demand():
 
     The package is not imported, so that nothing is needed that it needs.
     """
-    found = importlib.util.find_spec("aeon")
-    if found is None:
+    package = importlib.util.find_spec("aeon")
+    if package is None:
         raise ValueError("signals are read from the package aeon: pip install --no-deps aeon")
     rows = []
-    for path in sorted(Path(found.origin).parent.joinpath(SIGNALS).glob("*.ts")):
+    for path in sorted(Path(package.origin).parent.joinpath(SIGNALS).glob("*.ts")):
         lines = path.read_text(encoding="utf-8").partition("@data\n")[2].splitlines()
         rows += [line.replace(":", ",").split(",") for line in lines if line]
     rows = np.array(rows, np.float32)

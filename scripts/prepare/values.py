@@ -29,7 +29,7 @@ def run(args):
     ]  # fmt: skip
     tables = open_tables(root.parent if root.is_file() else root, names)
     if not tables:
-        raise ValueError(f"{root}: no {', '.join(ENDINGS)} files; {listing}")
+        raise ValueError(f"{root}: no {', '.join(ENDINGS)} files{listing}")
     return write(args, tables, root)
 
 
@@ -52,17 +52,17 @@ def open_tables(root, names):
 def _of_parquet(path):
     from pyarrow import parquet  # late: tensorflow-datasets brings it
 
-    table, found = parquet.read_table(path, partitioning=None), {}
+    table, columns = parquet.read_table(path, partitioning=None), {}
     for key in table.column_names:
         kind = table.schema.field(key).type
         while hasattr(kind, "value_type"):
             kind = kind.value_type
         values = table[key].to_pylist()
         try:
-            found[key] = np.asarray(values, kind.to_pandas_dtype())
+            columns[key] = np.asarray(values, kind.to_pandas_dtype())
         except (TypeError, ValueError) as error:
             raise ValueError(f"column {key}: rows of several lengths, or no numbers") from error
-    return found
+    return columns
 
 
 class Form(NamedTuple):
@@ -80,15 +80,15 @@ class Form(NamedTuple):
 
     def __call__(self, table, i, where):
         """Returns row `i` of a table as the tensors of a record; any fault names `where`."""
-        found = {}
+        tensors = {}
         for name, (column, placed) in self.rows.items():
             row = np.asarray(table[column][i])
             if row.dtype.kind not in "biuf":
                 raise ValueError(f"{where}: {column} is of {row.dtype}, not of numbers")
             if not np.isfinite(row).all():
                 raise ValueError(f"{where}: {column} has values that are not finite")
-            found[name] = self._stored(row, placed or row.ndim == 3)
-        return found
+            tensors[name] = self._stored(row, placed or row.ndim == 3)
+        return tensors
 
     def _stored(self, row, placed):
         if row.dtype == bool:  # of a picture black and white
@@ -126,9 +126,9 @@ def form_of(args, tables):
     if len(keys) != 1 or keys[0] not in table:
         there = ", ".join(table)
         raise ValueError(f"{args.input}: --key has to name the array of samples, one of {there}")
-    found = [args.label_key] if args.label_key else [k for k in labels.KEYS if k in table][:1]
-    sample, label = table[keys[0]], found[0] if found else None
-    if not {*found} <= table.keys():
+    label_keys = [args.label_key] if args.label_key else [k for k in labels.KEYS if k in table][:1]
+    sample, label = table[keys[0]], label_keys[0] if label_keys else None
+    if not {*label_keys} <= table.keys():
         raise ValueError(f"{args.input}: --label_key {label} is none of {', '.join(table)}")
     if not 2 <= sample.ndim <= 4 or sample.dtype.kind not in "biuf":
         raise ValueError(f"{args.input}: {keys[0]} is {sample.dtype} {sample.shape}, not numbers "
@@ -150,11 +150,11 @@ def write(args, tables, root):
     def where(row):
         return f"{root}/{row[0]}, record {row[1]}"
 
-    found = {}
+    rows_of = {}
     for split, names in labels.by_split([*tables]).items():
         rows = [(name, i) for name in names for i in range(len(tables[name][column]))]
-        found[split] = [(row, label_of(form, tables[row[0]], row[1], where(row))) for row in rows]
-    classes, items = labels.numbered(found, args, where)
+        rows_of[split] = [(row, label_of(form, tables[row[0]], row[1], where(row))) for row in rows]
+    classes, items = labels.numbered(rows_of, args, where)
 
     def example(item):
         (name, i), label = item
