@@ -217,8 +217,10 @@ def test_copies_are_compared_and_mended(server, root, caplog):
         assert fetched == ["c"]
         bucket.put(server, key(root / "train/b"), b"new")  # by another program
         (local / "train/a").write_bytes(b"cut")
+        (local / "train/unfinished-a-1-2").write_bytes(b"of a process that was killed")
         assert files.local(root) == local
         assert sorted(fetched) == ["a", "b", "c"]
+    assert files.names(local / "train") == {"a", "b"}
     assert (local / "train/b").read_bytes() == b"new"
     assert (local / "train/a").read_bytes() == b"train/a" * 100
 
