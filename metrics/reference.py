@@ -268,10 +268,6 @@ def load_reference(path):
     return result
 
 
-class _ReferenceError(ValueError):
-    """A message that is already complete."""
-
-
 def _from_edm2(path):
     moments, _ = edm2_reference.load(path)
     content = {"dinov2_resize": "edm2", "said": {"origin": "EDM2", "resize": "tf1"}}
@@ -281,13 +277,9 @@ def _from_edm2(path):
 
 
 def _from_npz(path):
-    try:
+    with files.reading(path, "not a readable npz of reference statistics"):
         with npy.load_npz(path) as file:
             return _read_npz(file, path)
-    except _ReferenceError:
-        raise
-    except Exception as error:  # zipfile, zlib, struct and numpy all raise their own
-        raise ValueError(f"{path}: not a readable npz of reference statistics ({error})") from error
 
 
 def _read_npz(file, path):
@@ -300,14 +292,11 @@ def _read_npz(file, path):
                 content |= {mu: file[prefix + mu], sigma: file[prefix + sigma]}
     if len(content) == 1:
         listed = ", ".join(sorted(file.files)[:8]) or "nothing"
-        raise _ReferenceError(
-            f"{path}: reference statistics need mu and sigma (or ref_mu and ref_sigma), "
-            f"the file has {listed}"
-        )
+        raise ValueError(f"they need mu and sigma (or ref_mu and ref_sigma), the file has {listed}")
     if "arr_0" in file.files:
         shape, dtype = npy.header_of_member(path, "arr_0")  # without reading its gigabytes
         if len(shape) != 4 or dtype != np.uint8:
-            raise _ReferenceError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
+            raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
         content["image_shape"] = shape[1:]
     if "dinov2_resize" in file.files:
         content["dinov2_resize"] = str(file["dinov2_resize"])
