@@ -10,7 +10,6 @@ w1, w3), and has shorter names; `_table` is the whole map. Reading is strict: ea
 once, each shape follows from the size of the network.
 """
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from utils import files, trees
 FREQUENCIES = 256  # of the scalars' sinusoidal embeddings
 LABEL_TABLE = "y_embedder/embedding_table/_flax_embedding/embedding"
 NAME = re.compile(r"checkpoint_(\d+)$")
+DAMAGED = "damaged or not a published checkpoint"
 # Of its latents, per channel, before the network; not the factor 0.18215.
 LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
@@ -105,29 +105,19 @@ def check_entries(state, path):
 
 def structure(path):
     """Reads the names in a checkpoint: nested dicts, with what orbax knows of each array."""
-    with _damage(path), ocp.PyTreeCheckpointer() as checkpointer:
+    with files.reading(path, DAMAGED), ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.metadata(Path(path).absolute()).item_metadata.tree
 
 
 def restore(path, leave_out):
     """Reads the state as nested dicts of numpy arrays, without the entries `leave_out`."""
-    with _damage(path), ocp.PyTreeCheckpointer() as checkpointer:
+    with files.reading(path, DAMAGED), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         item = {name: tree[name] for name in tree if name not in leave_out}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         return checkpointer.restore(
             path, args=ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
         )
-
-
-@contextlib.contextmanager
-def _damage(path):
-    """Makes a ValueError of whatever goes wrong while a checkpoint is read."""
-    try:
-        yield
-    except Exception as error:  # orbax and its store raise many kinds of their own
-        line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: damaged or not a published checkpoint ({line})") from error
 
 
 def export(params, ema_params, step, folder, opt_state=None):
