@@ -13,7 +13,7 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 
 import parts
-from models import codec, vae
+from models import codec, hardware, vae
 from utils import dataset
 
 STYLES = ("tiny", "tiny_legacy_names")
@@ -251,7 +251,9 @@ def test_flax_msgpack_and_1x1_convolutions_hold_the_same_weights(golden, autoenc
             np.testing.assert_array_equal(params[name], array, err_msg=name)
 
 
-def test_doubled_is_the_convolution_of_repeated_pixels():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_doubled_is_the_convolution_of_repeated_pixels(monkeypatch, platform):
+    monkeypatch.setattr(hardware, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, 5, 3, 6)), rng.normal(size=(3, 3, 6, 4))
     bias = rng.normal(size=4)
