@@ -42,7 +42,7 @@ def with_scikit_image():
 
 
 def perceptual(samples, truth, network):
-    """Computes LPIPS by VGG16, `parts.Frozen`, where its weights are at hand."""
+    """Computes LPIPS by VGG16, `models.frozen.Frozen`, where its weights are at hand."""
     params, distance = network.load(), jax.jit(network.apply)
     images = [np.broadcast_to(a, (*a.shape[:-1], 3)) / np.float32(127.5) - 1
               for a in (samples, truth)]  # fmt: skip
