@@ -123,6 +123,8 @@ def evaluate(config, images):
     notes = pictures.Notes(logging.warning)
     read, count, shape = open_images(images, notes)
     options = evaluators.fill(config.fid)
+    if others := {*options.metrics}.difference(evaluators.of_features(options.metrics)):
+        raise ValueError(f"fid.metrics: {min(others)} asks what images were drawn by: eval_only")
     data = config.dataset
     records = None if config.fid.cache_ref else dataset.open_records(data.root, stage=data.stage)
     mesh = sharding.make_mesh(fsdp=1)

@@ -12,7 +12,7 @@ import sample
 from metrics import evaluators, own, pairs
 from models import frozen
 from run import results
-from scripts import prepare_dataset
+from scripts import evaluate_images, prepare_dataset
 
 RNG = np.random.default_rng(1)
 TRUTH = RNG.integers(0, 256, (3, 12, 9, 1), np.uint8)
@@ -174,3 +174,10 @@ def test_pairs_in_a_run(tmp_path, monkeypatch):
     model = generator.load(tmp_path / "run")
     ours = model.sample(seen["label"], conditions={"twin": seen["twin"]})
     assert (ours != seen["samples"]).mean() < 0.01  # but for rounding
+
+
+def test_images_of_others_have_no_truth(tmp_path, capsys):
+    np.savez(tmp_path / "images.npz", arr_0=SAMPLES)
+    argv = [f"--images={tmp_path / 'images.npz'}", "--config=configs/load_config.py:digits"]
+    assert evaluate_images.main([*argv, "--config.fid.metrics=fid,ssim"]) == 1
+    assert "fid.metrics: ssim asks what images were drawn by" in capsys.readouterr().err
