@@ -28,10 +28,10 @@ def is_published(path) -> bool:
     A run of ours keeps its checkpoints in folders named by the step alone.
     """
     path = Path(path)
-    return path.is_file() or (path / "checkpoint").is_file() or bool(_numbered(path))
+    return path.is_file() or (path / "checkpoint").is_file() or bool(numbered(path))
 
 
-def _numbered(folder):
+def numbered(folder):
     """Lists the checkpoints in a folder: {step: path}."""
     if not folder.is_dir():
         return {}
@@ -50,9 +50,8 @@ def load(path) -> dict:
     whatever is missing, left over or of a shape that does not fit.
     """
     path = Path(path)
-    numbered = _numbered(path)
-    if numbered:
-        path = numbered[max(numbered)]
+    if steps := numbered(path):
+        path = steps[max(steps)]
     file = path / "checkpoint" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(

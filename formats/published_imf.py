@@ -10,7 +10,6 @@ w1, w3), and has shorter names; `_table` is the whole map. Reading is strict: ea
 once, each shape follows from the size of the network.
 """
 
-import re
 from pathlib import Path
 
 import jax
@@ -18,11 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from formats import renames
+from formats.published import FREQUENCIES, LABEL_TABLE, NAME, numbered
 from utils import files, trees
 
-FREQUENCIES = 256  # of the scalars' sinusoidal embeddings
-LABEL_TABLE = "y_embedder/embedding_table/_flax_embedding/embedding"
-NAME = re.compile(r"checkpoint_(\d+)$")
 DAMAGED = "damaged or not a published checkpoint"
 # Of its latents, per channel, before the network; not the factor 0.18215.
 LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
@@ -53,13 +50,10 @@ def find(path):
     path = Path(path)
     if (path / "manifest.ocdbt").is_file() and NAME.search(path.name):
         return path
-    if not path.is_dir():
-        return None
-    children = {NAME.match(child.name): child for child in path.glob("checkpoint_*/")}
     checkpoints = {
-        int(match[1]): child
-        for match, child in children.items()
-        if match and (child / "manifest.ocdbt").is_file()
+        step: child
+        for step, child in numbered(path).items()
+        if (child / "manifest.ocdbt").is_file()
     }
     return checkpoints[max(checkpoints)] if checkpoints else None
 
