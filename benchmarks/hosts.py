@@ -105,7 +105,8 @@ def program(name, checkout, python, folder):
         [python, *what, folder], cwd=checkout, env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise ValueError(f"{name} in {checkout}: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise ValueError(f"{name} in {checkout}: {last}")
     after = os.times()
     cpu = sum(after[2:4]) - sum(before[2:4])
     return json.loads(done.stdout.splitlines()[-1]) | {"CPU of the process": cpu}
