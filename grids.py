@@ -14,11 +14,10 @@ import jax
 import numpy as np
 
 import sample
-import views
 from methods import objective
 from methods.sampler import sample_times
 from run import layout
-from utils import files, order, processes
+from utils import files, order, processes, views
 from utils import images as image_utils
 
 SCALES = 4  # rows by guidance

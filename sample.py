@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from flax import struct
 
-import views
 from configs import saved
 from methods import objective
 from methods.sampler import integrate, sample_times
@@ -24,7 +23,7 @@ from parts import load_autoencoder
 from parts import make as make_parts
 from run import inherit, layout, report
 from run import weights as weights_of
-from utils import compiling, files, processes, sharding
+from utils import compiling, files, processes, sharding, views
 from utils import conditions as given_conditions
 from utils import images as image_utils
 

@@ -1,7 +1,6 @@
 """The evaluation of a published checkpoint from end to end: VAE, Inception, metrics, devices."""
 
 import json
-import types
 from functools import partial
 
 import jax
@@ -12,7 +11,6 @@ import pytest
 from inception_writer import random_weights, write_pth
 from jobs import ALONE
 
-import evaluate
 import generator
 import main
 import parts
@@ -75,14 +73,15 @@ def command(golden, weights, reference):
 def evaluation(command, tmp_path_factory):
     """The entry of results.json, and the images uint8 that were measured."""
     workdir, seen = tmp_path_factory.mktemp("one"), []
+    in_bytes = image_utils.to_uint8
 
     def to_uint8(x, rounding):
-        images = image_utils.to_uint8(x, rounding)
+        images = in_bytes(x, rounding)
         jax.debug.callback(lambda batch: seen.append(np.array(batch)), images, ordered=True)
         return images
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "image_utils", types.SimpleNamespace(to_uint8=to_uint8))
+        patch.setattr(image_utils, "to_uint8", to_uint8)
         argv = [f"--workdir={workdir}", *command, "--config.fid.device_batch_size=4"]
         assert main.main(argv) == 0
     (result,) = json.loads((workdir / "results.json").read_text())

@@ -317,7 +317,7 @@ def test_beginning_with_a_published_checkpoint(records, golden):
             {"init_from": "{run}", "model.time_cond": "t,r"},
             "missing: r_embedder/.*left over: h_emb",
         ),
-        ({"init_from": "nowhere"}, "nowhere: neither a run with checkpoints nor"),
+        ({"init_from": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(records, finished, words, line):

@@ -16,7 +16,7 @@ from configs import default
 from formats import published_imf
 from methods import improved, objective, path
 from methods.sampler import integrate, sample_times
-from models import codec, dit, imf_blocks, imf_dit, network
+from models import codec, conditions, dit, imf_blocks, imf_dit, network
 from optimizer import make_optimizer
 from utils import trees
 
@@ -142,7 +142,9 @@ def test_parts(data):
 
     def first_block(params):
         embed = imf_blocks.Embedding(net.hidden_size, net.patch_size, net.num_classes, net.dtype)
-        x = embed.apply({"params": params["embedding"]}, forward["x"][:rows], c)
+        x = embed.apply(
+            {"params": params["embedding"]}, forward["x"][:rows], c, conditions.Embedded()
+        )
         block = {"params": jax.tree.map(lambda p: p[0], params["blocks"])}
         sizes = net.hidden_size, net.num_heads, net.dtype, False, None, False
         module = imf_blocks.Block(*sizes, grid=(), mlp_features=net.mlp_features)
