@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg
 
 HIGHEST = jax.lax.Precision.HIGHEST
+ROUNDING = 1e-6  # of a covariance from products in float32, in its largest number
 
 
 # ------------------------------------------------------------------------- moments as a stream
@@ -112,13 +113,24 @@ def _root(sigma):
     """Returns a matrix (D, R) with `root @ root.T == sigma`; R counts the directions with variance.
 
     Cholesky's, with the largest variance that is left first: a tenth of the time of eigenvectors.
-    Those where it is not exact, as rounding has made a singular covariance an indefinite one.
+    Those where it is not exact, as rounding has made a singular covariance an indefinite one; of
+    few samples those within its span, which leaves out most of what is rounding alone.
     """
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(np.asarray_chkfinite(sigma), lower=1)
-    root = np.zeros((len(sigma), rank))
+    root, largest = np.zeros((len(sigma), rank)), np.abs(sigma).max(initial=0)
     root[order - 1] = np.tril(factor)[:, :rank]
-    if np.abs(root @ root.T - sigma).max(initial=0) <= 1e-13 * np.abs(sigma).max(initial=0):
+    if np.abs(root @ root.T - sigma).max(initial=0) <= 1e-13 * largest:
         return root
+    if 2 * rank < len(sigma):
+        span = np.linalg.qr(root)[0]
+        root = span @ _eigen_root(span.T @ sigma @ span)
+        if np.abs(root @ root.T - sigma).max() <= ROUNDING * largest:
+            return root
+    return _eigen_root(sigma)
+
+
+def _eigen_root(sigma):
+    """Returns the matrix of `_root` by eigenvectors, without those that are rounding alone."""
     values, vectors = scipy.linalg.eigh(sigma)
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])

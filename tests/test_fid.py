@@ -89,6 +89,23 @@ def test_a_covariance_that_rounding_made_indefinite():
         distances.frechet_distance(mean, sigma * np.nan, mean, np.eye(3))
 
 
+def test_few_samples_have_no_distance_by_rounding():
+    """Eigenvectors of all 256 directions, most of them rounding, are ten times further off."""
+    rng = np.random.default_rng(0)
+    few = [rng.normal(size=(20, 256)).astype(np.float32) + 3 * x for x in rng.random((2, 256))]
+    roots = [(x - x.mean(0)).astype(np.float64) / 19**0.5 for x in np.float64(few)]
+    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    means = np.sum((np.float64(few[0]).mean(0) - np.float64(few[1]).mean(0)) ** 2)
+    exact = means + sum(np.sum(x**2) for x in roots) - 2 * cross
+    moments = [
+        distances.finish_moments(jax.jit(distances.add_moments)(
+            distances.init_moments(256), jnp.asarray(x), jnp.ones(20)
+        ))
+        for x in few
+    ]  # fmt: skip
+    assert distances.frechet_distance(*moments[0], *moments[1]) == pytest.approx(exact, rel=1e-7)
+
+
 def test_moments_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="cannot be compared"):
         distances.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
