@@ -96,14 +96,13 @@ def part_of(source, has_tangents):
 
 
 def windowed(program):
-    """Returns the computations in which an exchange in pieces goes on beside a product."""
-    found = set()
-    for name, instructions in program.computations.items():
-        inside = {x.operation for i in instructions for x in (i, *program.inside(i))}
-        if "while" not in inside and inside & {"convolution", "dot"}:
-            if any(operation.startswith("collective-permute") for operation in inside):
-                found.add(name)
-    return found - {program.main}
+    """Returns the bodies of the loops over the pieces of a product, beside which they are sent."""
+    return {
+        i.called("body")
+        for instructions in program.computations.values()
+        for i in instructions
+        if i.operation == "while" and i.source.endswith("dot_general")
+    }
 
 
 def alone(program):

@@ -270,7 +270,7 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"19700000000","by
   %loop = (s32[], bf16[64,16]) while(%x), condition=%condition_rs, body=%body, \
 backend_config={"known_trip_count":{"n":"12"}}
   %windows = (s32[], bf16[64,16]) while(%loop), condition=%condition_rs, body=%pieces, \
-metadata={op_name="jit(train_step)/transpose(jvp(jvp(DiT.together)))/fc1"}
+metadata={op_name="jit(train_step)/transpose(jvp(jvp(DiT.together)))/fc1/dot_general"}
   %a = f32[64]{0} add(%e, %e), metadata={op_name="jit(train_step)/add"}, \
 backend_config={"estimated_cycles":"13"}
   ROOT %r = (s32[], bf16[64,16]) copy(%windows), backend_config={"estimated_cycles":"3"}
