@@ -203,6 +203,12 @@ def test_what_is_left_out_is_dropped(run, model):
         (lambda c: c.update(mask=c["low"]), "mask is none of those of the network: low, text"),
         (lambda c: c.update(low=c["low"][:, :2]), r"low \(4, 2, 4, 1\) instead of \(4, 4, 4, 1\)"),
         (lambda c: c.update(state=np.full(2, np.inf)), "state is not finite"),
+        (lambda c: c.update(state=np.array(["a", "b"])), "state is of <U1, not of numbers"),
+        (lambda c: c.update(low=c["low"].astype(int) + 9), "low: int64 up to .* is uint8"),
+        (
+            lambda c: c.update(text_mask=c["text_mask"] * 0.5),
+            "text_mask is float64 .* true or false",
+        ),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(change, line, run, model):
@@ -280,6 +286,8 @@ def test_an_evaluation_draws_by_every_record_in_an_order_by_chance(run):
             r"state: float32 \(12, 1\) instead of .* Nx2",
         ),
         (lambda c: c["state"].__setitem__(5, np.nan), "state: row 5 is not finite"),
+        (lambda c: c.update(low=c["low"] + 9.0), "low: float64 up to .* is uint8"),
+        (lambda c: c.update(text_mask=c["text_mask"][:, :2]), r"text_mask is bool \(12, 2\)"),
     ],
 )
 def test_a_file_of_conditions_that_does_not_fit_is_refused(change, line, model, tmp_path):

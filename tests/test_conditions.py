@@ -183,6 +183,12 @@ def test_conditions_that_cannot_be_meant_are_refused(words, line, tmp_path):
         parts.open_records(config.dataset, 8)
 
 
+def test_a_mask_of_another_number_of_tokens_is_refused(tmp_path):
+    root = write(tmp_path / "data", batch(8) | {"text_mask": np.ones((8, 2), bool)})
+    with pytest.raises(ValueError, match=r"text_mask \(2,\) beside text float32:3x"):
+        parts.open_records(settled(root, tmp_path, "dataset.conditions=text").dataset, 8)
+
+
 def test_a_mirrored_image_has_mirrored_conditions():
     model = made("DiT", "dataset.use_flip=true")
     raw = batch(32)

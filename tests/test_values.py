@@ -104,7 +104,9 @@ def test_what_samples_are_drawn_by(tmp_path, capsys):
     np.testing.assert_array_equal(batch["mask"], 255 * np.moveaxis(more["mask"], 1, -1))
     np.testing.assert_array_equal(batch["state"], np.float32(LABELS / 3))
     assert batch["word"].shape == (ROWS, 3, 5) and batch["word_mask"].dtype == np.uint8
-    assert "mask uint8 (4, 6, 2), noisy float32 (4, 6, 2)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "mask uint8 (4, 6, 2), noisy float32 (4, 6, 2)" in told
+    assert "  conditions: [mask, noisy, state, word]\n  condition_shapes: []\n" in told
     prepare(tmp_path / "a.npz", tmp_path / "few", "--layout=nchw", "--conditions=state")
     assert [*all_of(tmp_path / "few")[0].features] == ["state"]
     prepare(tmp_path / "a.npz", tmp_path / "none", "--conditions=low", status=1)
@@ -115,11 +117,13 @@ def test_what_samples_are_drawn_by(tmp_path, capsys):
     "columns, line",
     [
         ({"values": np.where(SIGNALS == SIGNALS[3, 2], np.nan, SIGNALS)},
-         "record 3: values has values that are not finite"),
+         "/a.npz, record 3: values has values that are not finite"),
         ({"values": SIGNALS, "label": LABELS[:9]}, "not a row for each: 40 of values, 9 of label"),
         ({"left": SIGNALS}, "--key has to name the array of samples, one of left"),
         ({"values": SIGNALS.astype(str)}, "not numbers"),
         ({"values": SIGNALS * 0 + 1}, "channel 0 is the same everywhere"),
+        ({"values": SIGNALS, "word": np.ones((ROWS, 3, 5)), "word_mask": np.ones((ROWS, 2))},
+         "/a.npz, record 0: word_mask is float32 (2,); a mask has"),
     ],
 )  # fmt: skip
 def test_arrays_that_are_refused(tmp_path, columns, line, capsys):

@@ -7,6 +7,7 @@ unscaled, and for flips `NAME_latent_flipped`, that of the mirrored image.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -127,6 +128,12 @@ def choose(records, given, flipped):
                 f"dataset.use_flip: {records.root} holds no {one.feature}{FLIPPED}, and a latent "
                 "cannot be mirrored; prepare it with --flip=True, or switch dataset.use_flip off"
             )
+        mask = records.features.get(f"{one.name}{MASK}")
+        if one.kind == "tokens" and mask and tuple(mask[0]) != one.shape[:1]:
+            raise ValueError(
+                f"dataset.root {records.root} holds {one.name}{MASK} {mask[0]} beside "
+                f"{one.name} {one}: a mask has a number for each token; prepare it again"
+            )
     wanted = [one.feature for one in given]
     wanted += [f"{one.name}{MASK}" for one in given if f"{one.name}{MASK}" in records.features]
     wanted += [one.feature + FLIPPED for one in given if flipped and one.latent]
@@ -198,10 +205,10 @@ def source(given, data, sampling):
     root = data.condition_root or data.root
     try:
         records = dataset.open_records(root, data.condition_split, data.stage)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
             f"{error}; images are drawn by the conditions of records (dataset.condition_root, or "
-            "root), or of a file (sampling.conditions)"
+            "root, and condition_split), or of a file (sampling.conditions)"
         ) from error
     records = choose(records, given, False)
     count = records.num_records
@@ -219,6 +226,8 @@ def batch_of(given, rows, count):
     Raises:
       ValueError: one that is unknown, is needed, or of another shape.
     """
+    if not isinstance(rows, Mapping):
+        raise ValueError(f"conditions: {{name: array}} is needed, not {type(rows).__name__}")
     known = {one.name: one.shape for one in given}
     known |= {f"{one.name}{MASK}": one.shape[:1] for one in given if one.kind == "tokens"}
     if unknown := sorted(rows.keys() - known.keys()):
@@ -227,6 +236,7 @@ def batch_of(given, rows, count):
     from jax import numpy as jnp  # late: readers of a folder need none
 
     missing, batch = [one.name for one in given if one.name not in rows], {}
+    of_feature = {one.feature: one for one in given}  # others are masks
     for one in given:
         if one.kept and one.name in missing:
             raise ValueError(
@@ -237,13 +247,25 @@ def batch_of(given, rows, count):
             batch[mask] = rows[mask]
     shapes = [known[name.removesuffix(f"_{LATENT}")] for name in batch]
     for (name, array), shape in zip(batch.items(), shapes, strict=True):
-        traced = hasattr(array, "aval")  # or an array of jax
         if np.shape(array) not in (shape, (count, *shape)):
             raise ValueError(f"conditions: {name} {np.shape(array)} instead of {(count, *shape)}")
-        if not (traced or np.isfinite(array).all()):
-            raise ValueError(f"conditions: {name} is not finite")
+        traced = hasattr(array, "aval")  # or an array of jax
+        if not traced:
+            _check_numbers(name, np.asarray(array), of_feature.get(name), shape)
         batch[name] = (jnp if traced else np).broadcast_to(array, (count, *shape))
     return missing, batch
+
+
+def _check_numbers(name, array, one, shape):
+    """Refuses an array of a `Condition` that is not of finite numbers; `one` None: of a mask."""
+    if array.dtype.kind in "USO":
+        raise ValueError(f"conditions: {name} is of {array.dtype}, not of numbers")
+    if not np.isfinite(array).all():
+        raise ValueError(f"conditions: {name} is not finite")
+    if one:
+        check_bytes(f"conditions: {name}", array, one)
+    else:
+        check_mask("conditions", name, array, shape)
 
 
 def of_file(path, given):
@@ -266,6 +288,8 @@ def of_file(path, given):
         found[one.feature] = checked(f"{path}: {one.name}", array, one)
         if (mask := arrays.get(f"{one.name}{MASK}")) is not None:
             found[f"{one.name}{MASK}"] = mask
+            if one.kind == "tokens":
+                check_mask(path, f"{one.name}{MASK}", mask, one.shape[:1])
     labels = arrays.get("label", arrays.get("labels"))
     found |= {} if labels is None else {"label": labels.astype(np.int32)}
     counts = {name: len(array) for name, array in found.items()}
@@ -273,6 +297,15 @@ def of_file(path, given):
         told = ", ".join(f"{count} of {name}" for name, count in counts.items())
         raise ValueError(f"{path}: not a row for each image: {told}")
     return found
+
+
+def check_mask(where, name, mask, shape):
+    """Refuses a mask (..., N) of tokens that does not end in `shape`, or has more than 0 and 1."""
+    if mask.shape[-1:] != tuple(shape) or not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"{where}: {name} is {mask.dtype} {mask.shape}; a mask has true or false (1 or 0) for "
+            f"each of {shape[0]} tokens"
+        )
 
 
 def checked(where, array, one):
@@ -284,4 +317,18 @@ def checked(where, array, one):
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
         raise ValueError(f"{where}: row {row} is not finite")
+    check_bytes(where, array, one)
     return array
+
+
+def check_bytes(where, array, one):
+    """Refuses numbers beyond [-1, 1] that are no bytes, of a `Condition` that is an image of bytes.
+
+    Up to 2 is let through, as what resampling may overshoot.
+    """
+    of_bytes = one.kind == "array" and one.dtype == "uint8"
+    if of_bytes and array.dtype != np.uint8 and array.size and np.abs(array).max() > 2:
+        raise ValueError(
+            f"{where}: {array.dtype} up to {array.max():g}; an image is uint8 from 0 to 255, or "
+            "other numbers from -1 to 1"
+        )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scripts.prepare import labels, moments, shards
-from utils import dataset, files, npy, order, pictures
+from utils import conditions, dataset, files, npy, order, pictures
 
 KEYS = ("values", "image", "images", "samples", "data", "x")  # what samples are called
 ENDINGS = (".npz", ".npy", ".parquet")
@@ -88,6 +88,10 @@ class Form(NamedTuple):
             if not np.isfinite(row).all():
                 raise ValueError(f"{where}: {column} has values that are not finite")
             tensors[name] = self._stored(row, placed or row.ndim == 3)
+        for name, row in tensors.items():
+            tokens = tensors.get(name.removesuffix(conditions.MASK), row)
+            if name.endswith(conditions.MASK) and tokens.ndim == 2:
+                conditions.check_mask(where, name, row, tokens.shape[:1])
         return tensors
 
     def _stored(self, row, placed):
@@ -138,7 +142,9 @@ def form_of(args, tables):
     for name in more if args.conditions is None else args.conditions:
         if name not in more:
             raise ValueError(f"--conditions: {name} is none of {', '.join(more) or 'none'}")
-        rows[name] = (name, table[name].shape[1:] == sample.shape[1:])
+        beside = table.get(name.removesuffix(conditions.MASK), sample)  # of a mask: its tokens
+        of_tokens = name.endswith(conditions.MASK) and beside.ndim == table[name].ndim + 1 == 3
+        rows[name] = (name, not of_tokens and table[name].shape[1:] == sample.shape[1:])
     return Form(rows, label, args.layout, np.dtype(args.store))
 
 
@@ -148,7 +154,7 @@ def write(args, tables, root):
     key, (column, _) = next(iter(form.rows.items()))
 
     def where(row):
-        return f"{root}/{row[0]}, record {row[1]}"
+        return f"{root.parent if root.is_file() else root}/{row[0]}, record {row[1]}"
 
     rows_of = {}
     for split, names in labels.by_split([*tables]).items():
@@ -162,9 +168,9 @@ def write(args, tables, root):
 
     first = next(iter(items.values()))
     looked = [example(first[i])[key] for i in order.spread(len(first), LOOKED_AT)]
-    print(describe(key, np.stack(looked), classes), flush=True)
     more = {name: row for name, row in example(first[0]).items() if name not in (key, "label")}
     more = {name: (row.shape, row.dtype) for name, row in more.items()}
+    print(describe(key, np.stack(looked), classes, [*more], [*items]), flush=True)
     told = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in more.items())
     print(f"conditions: {told or 'none'}", flush=True)
     return shards.make(
@@ -181,11 +187,16 @@ def label_of(form, table, i, where):
     return labels.read(where, np.asarray(table[form.label][i]).tolist()) if form.label else None
 
 
-def describe(key, samples, classes):
-    """Writes what a YAML file says of samples (N, h, w, c); of values with mean and deviation."""
+def describe(key, samples, classes, more, splits):
+    """Writes what a YAML file says of samples (N, h, w, c), of values with mean and deviation, of
+    the names `more` of what lies beside, and of `splits`."""
     (_, h, w, c), count = samples.shape, classes if isinstance(classes, int) else len(classes)
     size = str(h) if h == w else f"[{h}, {w}]"
     lines = [f"image_size: {size}", f"image_channels: {c}", f"num_classes: {count}", "vae: none"]
+    masks = [f"{name}{conditions.MASK}" for name in more]
+    if names := [name for name in more if name not in masks]:
+        lines += [f"conditions: [{', '.join(names)}]", "condition_shapes: []"]
+        lines += [f"condition_split: {'val' if 'val' in splits else splits[0]}"]
     text = "\n".join(["dataset:", *(f"  {line}" for line in lines)])
     if key == "image":
         return text
