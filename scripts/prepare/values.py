@@ -27,10 +27,11 @@ def run(args):
     names = [root.name] if root.is_file() else [
         path.relative_to(root).as_posix() for path in pictures.below(root, listing, ENDINGS)
     ]  # fmt: skip
-    tables = open_tables(root.parent if root.is_file() else root, names)
+    folder = root.parent if root.is_file() else root
+    tables = open_tables(folder, names)
     if not tables:
         raise ValueError(f"{root}: no {', '.join(ENDINGS)} files{listing}")
-    return write(args, tables, root)
+    return write(args, tables, folder)
 
 
 def open_tables(root, names):
@@ -154,7 +155,7 @@ def write(args, tables, root):
     key, (column, _) = next(iter(form.rows.items()))
 
     def where(row):
-        return f"{root.parent if root.is_file() else root}/{row[0]}, record {row[1]}"
+        return f"{root}/{row[0]}, record {row[1]}"
 
     rows_of = {}
     for split, names in labels.by_split([*tables]).items():
