@@ -13,9 +13,12 @@ def load(name):
     """
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"fid.metrics: {name}: no such function of a module: {error}") from error
+    if not callable(found):
+        raise ValueError(f"fid.metrics: {name} is no function but {type(found).__name__}")
+    return found
 
 
 def rises(name):
@@ -38,6 +41,11 @@ def numbers(name, samples, conditions, truth):
         name: found
     }  # fmt: skip
     for key, value in found.items():
-        if np.ndim(value) or not np.isfinite(float(value)):
-            raise ValueError(f"fid.metrics: {key} is no finite number: {value!r}")
+        try:
+            good = not np.ndim(value) and np.isfinite(float(value))
+        except (TypeError, ValueError):  # text, None
+            good = False
+        if not good:
+            told = np.shape(value) or repr(value)
+            raise ValueError(f"fid.metrics: {key} is no finite number: {told}")
     return {key: float(value) for key, value in found.items()}

@@ -181,3 +181,10 @@ def test_images_of_others_have_no_truth(tmp_path, capsys):
     argv = [f"--images={tmp_path / 'images.npz'}", "--config=configs/load_config.py:digits"]
     assert evaluate_images.main([*argv, "--config.fid.metrics=fid,ssim"]) == 1
     assert "fid.metrics: ssim asks what images were drawn by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["far", None, np.ones(3)])
+def test_what_is_no_number_is_refused_by_name(value, module, monkeypatch):
+    monkeypatch.setattr(own, "load", lambda name: lambda *_: {"far": value})
+    with pytest.raises(ValueError, match=f"{module}:spread.far is no finite number: "):
+        own.numbers(f"{module}:spread", SAMPLES, {}, None)

@@ -117,6 +117,10 @@ class Beside:
         self._asked, self._fetch, self._size, self._workers = asked, fetch, size, workers
         self._first, self.tensors, self._encoders = {}, {}, {}
         for name, place in asked.items():
+            if name in conditions.TAKEN:
+                raise ValueError(
+                    f"--conditions: {name} is a name of the program's own, take another"
+                )
             where, value = fetch(first, place)
             array = self._first[name] = read(where, value, size)
             if array.ndim == 3 and encoder and array.dtype == np.uint8:
