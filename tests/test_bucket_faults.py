@@ -73,18 +73,12 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_run_comes_to_its_end_over_a_bad_connection(jobs, unbroken, name, tmp_path):
-    """It goes on, or it stops with a line, and the same command goes on; nothing is lost."""
+    """It goes on, and nothing is lost."""
     log = jobs.folder / "bucket.log.0"
     with bucket.through() as url:
         send(jobs, url)
         bucket.Proxy.fault = staticmethod(FAULTS[name])
-        for _ in range(6):
-            statuses = wait(start(jobs, url), 400)
-            if statuses == [0]:
-                break
-            # Such as where an old checkpoint is removed, and the answer to that is lost.
-            assert statuses == [1] and "Traceback" not in log.read_text()
-        assert statuses == [0]
+        assert wait(start(jobs, url), 400) == [0], log.read_text()[-3000:]
         bucket.Proxy.fault = staticmethod(lambda n: "")
         assert_same(unbroken, copy(url, tmp_path))
 

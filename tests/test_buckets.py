@@ -142,6 +142,28 @@ def test_files_in_a_bucket_are_whole_or_not_there(root):
     assert files.names(root) == set()
 
 
+def test_an_answer_that_is_lost_loses_no_object(monkeypatch):
+    """The answer to the last piece of an upload may come for the second time as a 404."""
+    with bucket.through() as url:
+        for name, value in bucket.environment(url).items():
+            monkeypatch.setenv(name, value)
+        root = files.path(f"gs://{bucket.BUCKET}/lost")
+        bucket.Proxy.fault = staticmethod(
+            lambda number: "cut" if bucket.Proxy.counts.get("POST write", 0) % 2 else ""
+        )
+        for text in ("a", ""):
+            (root / "small").write_text(text)
+            assert (root / "small").read_text() == text
+        assert bucket.Proxy.counts["POST write"] == 4  # one each, and once again
+        bucket.Proxy.fault = staticmethod(lambda number: "")
+        large = np.random.default_rng(0).bytes(6 << 20)
+        (root / "large").write_bytes(large)
+        with (root / "pieces").open("wb") as file:
+            for start in range(0, len(large), 1 << 20):
+                file.write(large[start : start + (1 << 20)])
+        assert bucket.get(url, "lost/large") == bucket.get(url, "lost/pieces") == large
+
+
 def test_what_others_write_is_seen(server, root):
     """gcsfs keeps listings for ever: a folder read once would stand still, an object be cut."""
     bucket.put(server, key(root / "a"), b"1")

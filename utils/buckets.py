@@ -47,6 +47,7 @@ def filesystem():
     try:
         import fsspec
         from gcsfs import GCSFileSystem
+        from gcsfs.core import GCSFile
     except ImportError as error:
         raise ValueError(
             f"{SCHEME} needs gcsfs, which is not installed: pip install -r requirements-gcs.txt"
@@ -54,7 +55,24 @@ def filesystem():
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises it prints, too
     logging.getLogger("fsspec").setLevel(logging.WARNING)
 
+    class Whole(GCSFile):
+        # What fits one request goes in one, which can be sent again: where the answer to the last
+        # of a session's is lost, the session may be unknown when it is asked again.
+        def _initiate_upload(self):
+            pass  # by the first piece of several
+
+        def _upload_chunk(self, final=False):
+            if final and not self.offset:
+                return self._simple_upload()
+            if self.location is None:
+                super()._initiate_upload()
+            return super()._upload_chunk(final)
+
     class Strict(GCSFileSystem):
+        def _open(self, path, mode="rb", block_size=None, **options):
+            kind, size = Whole if mode == "wb" else GCSFile, block_size or self.default_block_size
+            return kind(self, path, mode, size, **{"consistency": self.consistency} | options)
+
         async def _isdir(self, path):
             return await self._is(path, "directory")
 
