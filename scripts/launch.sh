@@ -127,7 +127,10 @@ main() {
   local user=${USER:-$(id -un 2>/dev/null || echo user)}
   workdir=${log_dir:-logs}/$user/$job
   output=$workdir
-  case $workdir in *://*) output=logs/$user/$job ;; esac  # tee writes to this machine only
+  case $workdir in
+    gs://*) output=logs/$user/$job ;;  # tee writes to this machine only
+    *://*) fail "LOG_DIR=$LOG_DIR: of addresses only gs://BUCKET/... can be written to" ;;
+  esac
   mkdir -p "$output" 2>/dev/null && [[ -w $output ]] ||
     fail "cannot write to $output; set LOG_DIR to a folder of yours"
   output+=/$(output_name "$@")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,9 +73,9 @@ class Jobs:
         self.env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
     def command(self, workdir, options=None):
-        """The command line of a job; `options` beside or instead of OPTIONS."""
+        """The command line of a job; `options` beside or instead of OPTIONS, None without it."""
         options = {"dataset.root": self.records, **OPTIONS, **(options or {})}
-        words = [f"--config.{name}={value}" for name, value in options.items()]
+        words = [f"--config.{name}={value}" for name, value in options.items() if value is not None]
         config = f"--config=configs/load_config.py:{self.config}"
         return [sys.executable, "main.py", f"--workdir={workdir}", config, *words]
 
@@ -114,6 +115,27 @@ class Jobs:
     def run_here(self, workdir, options=None):
         """Runs a job that has to succeed in this process, which need not start."""
         assert main.main([*self.command(workdir, options)[2:], ALONE]) == 0
+
+    def killed(self, options):
+        """Runs a job twice to its end, the second killed after its first checkpoint; (folder,
+        folder)."""
+        whole, killed = self.folder / "whole", self.folder / "killed"
+        self.train(whole, options)
+        (process,) = self.start(killed, options)
+        until(lambda: layout.steps(killed), process)
+        process.kill()
+        assert wait([process]) == [-signal.SIGKILL]
+        self.train(killed, options)
+        return whole, killed
+
+
+def until(condition, process, timeout=120):
+    """Waits for a condition while a process runs."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the job ended early"
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def wait(started, timeout=120):

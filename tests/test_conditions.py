@@ -1,7 +1,6 @@
 """Conditions that come with the data: what records say of them, and what networks make of them."""
 
 import contextlib
-import signal
 from functools import partial
 
 import jax
@@ -10,9 +9,8 @@ import make
 import numpy as np
 import pytest
 import test_devices
-from jobs import Jobs, assert_equal_runs, wait
+from jobs import Jobs, assert_equal_runs
 from test_devices import flatten
-from test_faults import until
 
 import parts
 import sample
@@ -21,7 +19,6 @@ from benchmarks import costs
 from methods.sampler import sample_times
 from models import codec, network
 from run import config as run_config
-from run import layout
 from utils import conditions, dataset, iterator
 
 SHAPES = {"low": "uint8:4x4x1", "text": "float32:3x5", "state": "float32:2"}
@@ -388,13 +385,7 @@ def test_a_run_with_conditions_that_is_killed_goes_on_bit_for_bit(tmp_path):
         "method.guidance_eq": "cfg", "training.num_steps": 12, "training.sample_steps": "1,2",
         "training.checkpoint_per_epoch": 1,
     }  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    jobs.train(whole, options)
-    (process,) = jobs.start(killed, options)
-    until(lambda: layout.steps(killed), process)
-    process.kill()
-    assert wait([process]) == [-signal.SIGKILL]
-    jobs.train(killed, options)
+    whole, killed = jobs.killed(options)
     assert_equal_runs(whole, killed)
     pictures = [(run / "samples" / "steps_00000012.png").read_bytes() for run in (whole, killed)]
     assert pictures[0] == pictures[1]

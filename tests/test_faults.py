@@ -14,6 +14,7 @@ from jobs import (
     checkpoints,
     outputs,
     results,
+    until,
     wait,
 )
 
@@ -34,14 +35,6 @@ def unbroken(jobs):
     """The run to compare with."""
     jobs.run_here(jobs.folder / "unbroken")
     return jobs.folder / "unbroken"
-
-
-def until(condition, process, timeout=120):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, "the job ended early"
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_life_of_a_run(jobs, unbroken):

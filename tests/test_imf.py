@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,13 @@ import numpy as np
 import optax
 import plain_improved
 import pytest
-from jobs import Jobs, assert_equal_runs, results, wait
+from jobs import Jobs, assert_equal_runs, results
 from test_benchmark import count
 from test_devices import flatten
-from test_faults import until
 
 import parts
 import train
 from models import codec, hardware, network
-from run import layout
 from utils import sharding
 
 BATCH, STEPS = 16, 2
@@ -307,19 +304,13 @@ def test_eight_devices_equal_one(tmp_path, run_python):
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_a_sweep_of_guidance(tmp_path):
     """Bit-identical after a kill; every combination of guidance is a result of its own."""
-    jobs = Jobs(tmp_path)
+    jobs = Jobs(tmp_path, "digits_imf")
     options = {
-        "method.name": "improved", "method.kappa": 0.5, "method.data_proportion": 0.5,
+        "method.guidance_eq": None, "sampling.t_min": 0, "sampling.t_max": 1,
         "model.cls": "imfDiT", "model.depth": 2, "model.aux_head_depth": 1,
         "sampling.omega": 2, "training.num_steps": 12, "training.checkpoint_per_epoch": 1,
     }  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    jobs.train(whole, options)
-    (process,) = jobs.start(killed, options)
-    until(lambda: layout.steps(killed), process)
-    process.kill()
-    assert wait([process]) == [-signal.SIGKILL]
-    jobs.train(killed, options)
+    whole, killed = jobs.killed(options)
     assert_equal_runs(whole, killed)
     assert results(whole)[-1]["omega"] == 2
 
