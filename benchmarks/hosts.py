@@ -19,17 +19,21 @@ from PIL import Image
 from benchmarks import data
 
 ROOT = Path(__file__).resolve().parent.parent
-# Row -> (what is measured, program of the project, program beside it, rounds).
+# Row -> (what is measured, program of the project, programs beside it, rounds).
 ROWS = {
-    "digits": ("a digits run of 50 steps, nothing cached", "digits", None, 2),
-    "images": ("images of it from Python", "images", None, 3),
-    "step": ("DiT-B/4, float32, batch 8", "step", None, 1),
-    "checkpoint": ("checkpoint of DiT-B/4 (2.1 GB)", "run_checkpoint", "orbax_checkpoint", 2),
-    "fid": ("FID of 500 pictures in a folder", "fid", "pytorch_fid", 2),
-    "fid_fixed": ("FID of 20", "fid_fixed", None, 2),
-    "records": ("1,500 JPEGs to records of 256 pixels", "records", "pil_records", 3),
-    "latents": ("latents, batch 256, read", "latents", None, 3),
-}
+    "digits": ("a digits run of 50 steps, nothing cached", "digits", ("published_digits",), 2),
+    "digits_step": ("its step", "digits_step", ("published_digits",), 1),
+    "images": ("images of it from Python", "images", (), 2),
+    "step": ("DiT-B/4, float32, batch 8", "step", ("published_step",), 1),
+    "step_32": ("DiT-B/4, float32, batch 32", "step_32", ("published_step_32",), 1),
+    "checkpoint": ("checkpoint of DiT-B/4 (2.1 GB)", "run_checkpoint", ("orbax_checkpoint",), 1),
+    "fid": ("FID of 500 pictures in a folder", "fid", ("pytorch_fid", "torch_fidelity"), 1),
+    "fid_fixed": ("FID of 20", "fid_fixed", (), 2),
+    "records": ("1,500 JPEGs to records of 256 pixels", "records",
+                ("pil_records", "torchvision"), 2),
+    "raw": ("raw pictures of 256 pixels, batch 64, read", "raw", ("decoded",), 2),
+    "latents": ("latents, batch 256, float32, read", "latents", ("lmdb_latents",), 3),
+}  # fmt: skip
 # Programs for a Python that has torch: pytorch-fid with weights of our own, since nothing is
 # downloaded, and what writes these.
 PYTORCH = {
@@ -50,6 +54,34 @@ folder = sys.argv[1]
 inception.load_state_dict_from_url = lambda *args, **options: torch.load(folder + "/inception.pth")
 paths = [folder + "/pictures", folder + "/stats.npz"]
 fid_score.calculate_fid_given_paths(paths, 20, "cpu", 2048, 2)
+print('{"whole process": %f}' % (time.perf_counter() - begin))
+""",
+    "torch_fidelity": """
+import sys, time
+begin = time.perf_counter()
+import numpy
+from torch_fidelity import metric_fid, utils
+folder, layer = sys.argv[1], "2048"
+how = {"feature_extractor_weights_path": folder + "/inception.pth", "cuda": False,
+       "input1": folder + "/pictures", "batch_size": 20, "save_cpu_ram": True, "verbose": False}
+network = utils.create_feature_extractor("inception-v3-compat", [layer], **how)
+found = metric_fid.fid_input_id_to_statistics(1, network, layer, **how)
+theirs = numpy.load(folder + "/stats.npz")
+theirs = {name: theirs[name].astype(values.dtype) for name, values in found.items()}
+metric_fid.fid_statistics_to_metric(found, theirs, False)
+print('{"whole process": %f}' % (time.perf_counter() - begin))
+""",
+    "torchvision": """
+import sys, tempfile, time
+begin = time.perf_counter()
+import torch
+from torchvision import datasets, transforms
+size = transforms.Resize(256, transforms.InterpolationMode.BICUBIC)
+how = transforms.Compose([size, transforms.CenterCrop(256), transforms.PILToTensor()])
+images = datasets.ImageFolder(sys.argv[1] + "/jpegs", how)
+with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
+    for batch, _ in torch.utils.data.DataLoader(images, 32, num_workers=2):
+        file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 print('{"whole process": %f}' % (time.perf_counter() - begin))
 """,
 }
@@ -77,9 +109,10 @@ def run(args):
             sides = {"now": (ours, ROOT, sys.executable)}
             if args.against:
                 sides["before"] = ours, args.against.resolve(), sys.executable
-            if theirs:
-                python = args.pytorch if theirs in PYTORCH else sys.executable
-                sides[theirs] = theirs, ROOT, python
+            for other in theirs:
+                python = args.pytorch if other in PYTORCH else sys.executable
+                if python:
+                    sides[other] = other, ROOT, python
             found[row] = measured(sides, args.rounds or rounds, folder)
             report(title, found[row])
     return found
@@ -119,7 +152,8 @@ def report(title, found):
     for side, measures in found.items():
         for name, values in measures.items():
             middle = np.median(values)
-            line = f"  {name:26} {side:18} {middle:8.3f} [{min(values):.3f} to {max(values):.3f}] s"
+            line = f"  {name:26} {side:18} {middle:8.3f} [{min(values):.3f} to {max(values):.3f}] "
+            line += "GB" if name == "memory" else "s "
             ratio = f"   now / {side} {np.median(now[name]) / max(middle, 1e-9):.2f}"
             print(line + (ratio if side != "now" and name in now else ""), flush=True)
 
@@ -134,8 +168,12 @@ def prepare(folder, rows, pytorch):
         command = [sys.executable, "-m", "scripts.prepare_dataset", "digits"]
         output = f"--output={folder / 'digits'}"
         subprocess.run([*command, output], cwd=ROOT, check=True, capture_output=True)
-    if "records" in rows:
+    if {"records", "raw"}.intersection(rows):
         pictures(rng, folder / "jpegs" / "class", 1500, (500, 375), "jpg")
+    if "raw" in rows:
+        command = [sys.executable, "-m", "scripts.prepare_dataset", "images", "--vae=none"]
+        command += [f"--input={folder / 'jpegs'}", f"--output={folder / 'raw'}", "--preview=0"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     if {"fid", "fid_fixed"}.intersection(rows):
         pictures(rng, folder / "pictures", 500, (256, 256), "png")
         pictures(rng, folder / "few", 20, (256, 256), "png")
@@ -143,6 +181,16 @@ def prepare(folder, rows, pytorch):
         program("inception_weights", ROOT, pytorch, str(folder))
     if "latents" in rows:
         data.write_records(folder / "latents", 8192, 32, "float32")
+        plain_lmdb(folder / "lmdb", 8192)
+
+
+def plain_lmdb(path, count):
+    """Writes an LMDB of latents: their bytes, and behind them those of the label."""
+    import lmdb
+
+    with lmdb.open(str(path), map_size=2**30) as env, env.begin(write=True) as transaction:
+        for i, (moments, label) in enumerate(data.latents(count, 32, 0)):
+            transaction.put(b"%08d" % i, moments.tobytes() + label.to_bytes(4, "little"))
 
 
 def pictures(rng, folder, count, size, ending):

@@ -6,6 +6,8 @@ runs with the code of a checkout, which may be an older version, and prints {mea
 the last line. FOLDER has what `hosts.prepare` makes; the programs beside the project need it alone.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -14,6 +16,7 @@ import runpy
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,22 +72,65 @@ def images(folder):
     return {"load to the first images": first - begin, "5 after 8": time.perf_counter() - first}
 
 
-def step(folder, batch=8):
-    """Compiles and takes the train step of DiT-B/4."""
+def config_of(name, batch):
+    from configs import load_config
+
+    size = f"--config.training.batch_size={batch}"
+    options = (f"--config=configs/load_config.py:{name}", size, *LARGE[1:])
+    return load_config.from_command_line(options)[0]
+
+
+def step(folder, name="run_b4", batch=8, steps=5):
+    """Compiles and takes the train step of a config."""
     import jax
 
     import benchmarks.train
-    from configs import load_config
     from utils import sharding
 
-    size = f"--config.training.batch_size={batch}"
-    config, _ = load_config.from_command_line([*LARGE, size])
-    made = benchmarks.train.Step(config, sharding.make_mesh(1, jax.devices()))
-    made.run(1)
-    begin = time.process_time()
-    found = float(np.median([made.run(1) for _ in range(5)]))
-    return {"compile": made.compile_seconds, "step": found,
-            "step, CPU": (time.process_time() - begin) / 5}  # fmt: skip
+    made = benchmarks.train.Step(config_of(name, batch), sharding.make_mesh(1, jax.devices()))
+    found = {"compile": made.compile_seconds, "memory": made.bytes / 1e9}
+    return found | timed(lambda: made.run(1), steps)
+
+
+def timed(take, steps):
+    """Takes a step once, and then so many times: the median by the clock, and the mean CPU."""
+    take()
+    begin, passed = time.process_time(), []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        take()
+        passed.append(time.perf_counter() - begun)
+    return {"step": float(np.median(passed)),
+            "step, CPU": (time.process_time() - begin) / steps}  # fmt: skip
+
+
+def published_step(folder, name="run_b4", batch=8, steps=5):
+    """Does the same with the step as published (benchmarks/plain.py)."""
+    import jax
+
+    from benchmarks import costs, plain
+
+    config = config_of(name, batch)
+    init, take = plain.make(config)
+    state = jax.jit(init)(jax.random.key(0))
+    rng, shapes = np.random.RandomState(0), costs.batch_shapes(config)
+    rows = jax.tree.map(lambda x: rng.uniform(0, 2, x.shape).astype(x.dtype), shapes)
+    begin = time.perf_counter()
+    program = jax.jit(take, donate_argnums=0).lower(state, rows).compile()
+    found = {"compile": time.perf_counter() - begin, "memory": costs.peak_bytes(program) / 1e9}
+
+    def run():
+        nonlocal state
+        state = jax.block_until_ready(program(state, rows))
+
+    run()
+    return found | {"first step": seconds()} | timed(run, steps)
+
+
+step_32 = partial(step, batch=32, steps=2)
+published_step_32 = partial(published_step, batch=32, steps=2)
+digits_step = partial(step, name="digits", batch=128, steps=20)
+published_digits = partial(published_step, name="digits", batch=128, steps=20)
 
 
 def state():
@@ -226,20 +272,71 @@ def pil_records(folder):
     return {"whole process": seconds()}
 
 
-def latents(folder, batches=60):
-    """Reads batches of latents from records, shuffled, from the page cache."""
+def latents(folder, name="latents", size=256, batches=60):
+    """Reads batches of records, shuffled, from the page cache."""
     from utils import dataset, iterator
 
-    reader = iterator.RecordIterator(
-        dataset.open_records(folder / "latents"), 256, seed=0, num_workers=2, prefetch=4
-    )
+    records = dataset.open_records(folder / name)
+    reader = iterator.RecordIterator(records, size, seed=0, num_workers=2, prefetch=4)
     with contextlib.closing(reader):
-        for _ in range(20):
-            next(reader)
-        begin = time.perf_counter()
-        for _ in range(batches):
-            next(reader)
-        return {"a batch": (time.perf_counter() - begin) / batches}
+        return batches_of(reader, batches)
+
+
+def batches_of(reader, count):
+    """Reads a third of `count` batches, then all of them: the seconds of one."""
+    for _ in range(count // 3):
+        next(reader)
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(reader)
+    return {"a batch": (time.perf_counter() - begin) / count}
+
+
+def ahead(read, size, total):
+    """Yields batches of shuffled indices below `total`, read by two threads, four ahead."""
+    rng = np.random.default_rng(0)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        waiting = collections.deque()
+        while True:
+            while len(waiting) < 4:
+                waiting.append(pool.submit(read, rng.integers(0, total, size)))
+            yield waiting.popleft().result()
+
+
+def lmdb_latents(folder):
+    """Does the same from an LMDB of plain bytes, by two threads."""
+    import lmdb
+
+    with lmdb.open(str(folder / "lmdb"), readonly=True, lock=False, readahead=False) as env:
+        total = env.stat()["entries"]
+
+        def read(index):
+            batch, labels = np.empty((len(index), 32, 32, 8), np.float32), []
+            with env.begin(buffers=True) as transaction:
+                for row, i in zip(batch, index.tolist(), strict=True):
+                    content = transaction.get(b"%08d" % i)
+                    row[:] = np.frombuffer(content, np.float32, row.size).reshape(row.shape)
+                    labels.append(int.from_bytes(content[-4:], "little"))
+            return batch, np.array(labels, np.int32)
+
+        return batches_of(ahead(read, 256, total), 60)
+
+
+def raw(folder):
+    """Reads batches of raw pictures of 256 pixels."""
+    return latents(folder, "raw", 64, 30)
+
+
+def decoded(folder):
+    """Makes the same batches of the JPEGs, by two processes that decode and crop."""
+    paths = sorted((folder / "jpegs").rglob("*.jpg"))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+
+        def read(index):
+            contents = pool.map(adm_crop, [paths[i] for i in index], 8)
+            return np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 256, 256, 3)
+
+        return batches_of(ahead(read, 64, len(paths)), 12)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import make
 import numpy as np
-import plain as plain_form
 import pytest
 
 import parts
 import train
 from benchmarks import __main__ as measure
-from benchmarks import check, costs, hlo, hosts, stand_ins, waits
+from benchmarks import check, costs, hlo, hosts, plain, stand_ins, waits
 from models import vae
 from utils import chips, images, pictures
 
@@ -33,31 +32,21 @@ def get_config(*options):
     return costs.config_without_data(["--config=configs/load_config.py:run_b4", *options])[0]
 
 
-def plain_step(recipe, key, state, batch):
-    """Takes a step as published: all rows alike, by `plain.loss`. 6 F."""
-    key_x, key_draw = jax.random.split(jax.random.fold_in(key, state.step))
-    x, given = recipe.codec.encode(batch, key_x)
-    draws = recipe.method.draw(key_draw, x.shape, state.step)
+def plain_step(recipe, key):
+    """A step as published, of the project's network: 6 F."""
 
-    def of_params(params):
-        return plain_form.loss(
-            recipe.net, recipe.gather(params), x, given["y"], draws, recipe.method
-        )
+    def net(params, *batches, jvp):
+        return recipe.net(recipe.gather(params), *batches, jvp=jvp)
 
-    grads, _ = jax.grad(of_params, has_aux=True)(state.params)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-    (decay,), ((name, average),) = recipe.ema_vals, state.ema_params.items()
-    average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
-    return train.TrainState(state.step + 1, params, {name: average}, opt_state, state.sums)
+    return partial(plain.step, recipe, net, key)
 
 
-def count(config, plain):
+def count(config, as_published):
     """FLOPs of a step by XLA."""
     model, key = parts.make(config), jax.random.key(0)
     recipe, _ = train.make_recipe(config.training, model, 1)
     recipe = costs.countable(recipe, model)
-    step = partial(plain_step if plain else train.train_step, recipe, key)
+    step = plain_step(recipe, key) if as_published else partial(train.train_step, recipe, key)
     state = costs.state_shapes(model, recipe)
     return costs.counted_flops(step, state, costs.batch_shapes(config))
 
@@ -109,13 +98,13 @@ def test_all_rows_of_a_card_are_commands(tmp_path):
 @pytest.mark.parametrize("half_precision", ["false", "true"])
 def test_a_step_takes_three_quarters_of_the_plain_one(half_precision):
     config = get_config(f"--config.training.half_precision={half_precision}")
-    ours, plain = count(config, plain=False), count(config, plain=True)
-    assert ours <= 0.76 * plain, ours / plain
+    ours, published = count(config, False), count(config, True)
+    assert ours <= 0.76 * published, ours / published
     by_hand = parts.make(config).module.flops((32, 32, 4)) * 256
     assert parts.make(config).method.passes(256) == 4.5
     # XLA also counts what is not a product, a few percent.
     assert 1 < ours / (4.5 * by_hand) < 1.03
-    assert 1 < plain / (6 * by_hand) < 1.03
+    assert 1 < published / (6 * by_hand) < 1.03
 
 
 @pytest.mark.parametrize(
@@ -144,12 +133,12 @@ def test_the_plain_step_learns_the_same():
     state = jax.jit(init)(key)
     batch = stand_ins.random_values(costs.batch_shapes(config))
     ours = jax.jit(partial(train.train_step, recipe, key))(state, batch)
-    plain = jax.jit(partial(plain_step, recipe, key))(state, batch)
-    for a, b, start in zip(*map(jax.tree.leaves, (ours.ema_params, plain.ema_params, state.params)),
-                           strict=True):  # fmt: skip
+    published = jax.jit(plain_step(recipe, key))(state, batch)
+    averages = ours.ema_params, published.ema_params, state.params
+    for a, b, start in zip(*map(jax.tree.leaves, averages), strict=True):
         moved = jnp.abs(a - start).max()
         assert jnp.abs(a - b).max() <= 0.01 * moved + 1e-6
-    assert plain.step == ours.step == 1
+    assert published.step == ours.step == 1
 
 
 def test_evaluation_by_stage(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import published
 import pytest
 
 import train
+from benchmarks import plain
 from methods.sampler import integrate, sample_times
 from models import codec, network
 
@@ -69,6 +71,23 @@ def test_objective(data, case):
         elif kind == "grad":
             assert published.distance(grads[name], expected) <= 1e-4, name
     assert compared == set(grads)
+
+
+def test_the_step_that_benchmarks_take_for_the_published_one(data):
+    """Loss and gradients of `benchmarks.plain`, whose blocks are no loop."""
+    cases = data.info["cases"].items()
+    case = next(name for name, how in cases if how.get("kappa") and "t_start" in how)
+    x, y, draws, num_equal, _ = data.batch("objective/batch/")
+    method = data.method(data.info["cases"][case], num_equal, len(x))
+
+    def loss(params):
+        return plain.loss(partial(plain.velocity, data.net), params, x, y, draws, method)[0]
+
+    params = plain.apart(data.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, data.arrays[f"objective/{case}/loss"], rtol=1e-5)
+    norm = jax.jit(optax.tree.norm)(grads)
+    np.testing.assert_allclose(norm, data.info["cases"][case]["grad_norm"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", STEPS)
