@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy  # whose parts are imported when they are first used
 
 HIGHEST = jax.lax.Precision.HIGHEST
 ROUNDING = 1e-6  # of a covariance from products in float32, in its largest number

@@ -4,7 +4,7 @@ import logging
 import os
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose parts are imported when they are first used
 
 from metrics import (
     distances,

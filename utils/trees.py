@@ -1,13 +1,14 @@
 """Strict comparison of what weights should be with what a file holds."""
 
 import numpy as np
-from flax import traverse_util
 
 LONGEST = 200  # characters of names in an error line; the rest is counted
 
 
 def flatten(tree):
     """Turns a nested dict into {"a/b/c": leaf}; {} for anything else."""
+    from flax import traverse_util  # late: it takes as long to import as jax
+
     return traverse_util.flatten_dict(tree, sep="/") if isinstance(tree, dict) else {}
 
 
@@ -29,6 +30,8 @@ def check_names(tree, where):
 
 def unflatten(arrays):
     """Returns the inverse of `flatten`."""
+    from flax import traverse_util
+
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 

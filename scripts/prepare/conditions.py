@@ -10,7 +10,6 @@ import io
 import json
 from pathlib import PurePosixPath
 
-import grain
 import numpy as np
 
 from scripts.prepare import trees
@@ -106,7 +105,7 @@ class Beside:
       fetch: function (key of an item, place) -> (where, value), called from several threads.
       first: the key of an item; its conditions say what those of all others are.
       size: of pictures; None: there are none. shape: (h, w) of the samples.
-      encoder: makes an `images.Encoder`, for pictures; None: they are stored as they are.
+      encoder: makes an `encoder.Encoder`, for pictures; None: they are stored as they are.
       workers: threads.
 
     Attributes:
@@ -154,6 +153,8 @@ class Beside:
 
     def _stream(self, name, items):
         """Yields {feature: array} of a condition for each item."""
+        import grain  # late: records without conditions do not wait for it
+
         source = grain.MapDataset.source(list(items)).map(lambda item: self._one(name, item[0]))
         rows = source.to_iter_dataset(grain.ReadOptions(self._workers, 8 * self._workers))
         if name not in self._encoders:
