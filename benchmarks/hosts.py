@@ -32,7 +32,8 @@ ROWS = {
     "records": ("1,500 JPEGs to records of 256 pixels", "records",
                 ("pil_records", "torchvision"), 2),
     "raw": ("raw pictures of 256 pixels, batch 64, read", "raw", ("decoded",), 2),
-    "latents": ("latents, batch 256, float32, read", "latents", ("lmdb_latents",), 3),
+    "latents": ("latents, batch 256, float32, read", "latents",
+                ("lmdb_latents", "lmdb_pytorch"), 3),
 }  # fmt: skip
 # Programs for a Python that has torch: pytorch-fid with weights of our own, since nothing is
 # downloaded, and what writes these.
@@ -70,6 +71,29 @@ theirs = numpy.load(folder + "/stats.npz")
 theirs = {name: theirs[name].astype(values.dtype) for name, values in found.items()}
 metric_fid.fid_statistics_to_metric(found, theirs, False)
 print('{"whole process": %f}' % (time.perf_counter() - begin))
+""",
+    "lmdb_pytorch": """
+import itertools, sys, time
+import lmdb, numpy, torch
+class Latents(torch.utils.data.Dataset):
+    env = None
+    def __len__(self):
+        return 8192
+    def __getitem__(self, i):
+        self.env = self.env or lmdb.open(sys.argv[1] + "/lmdb", readonly=True, lock=False)
+        with self.env.begin() as transaction:
+            content = bytearray(transaction.get(b"%08d" % i))
+        moments = numpy.frombuffer(content, numpy.float32, 8192).reshape(32, 32, 8)
+        return moments, int.from_bytes(content[-4:], "little")
+loader = torch.utils.data.DataLoader(
+    Latents(), 256, shuffle=True, num_workers=2, prefetch_factor=4, drop_last=True)
+batches = itertools.chain.from_iterable(itertools.repeat(loader))
+for _ in range(8):
+    next(batches)
+begin = time.perf_counter()
+for _ in range(24):
+    next(batches)
+print('{"a batch": %f}' % ((time.perf_counter() - begin) / 24))
 """,
     "torchvision": """
 import sys, tempfile, time
