@@ -188,7 +188,8 @@ def update(recipe, state, x, given, draws, key, frozen=None):
         state.ema_params, params, state.step + 1, recipe.ema_vals, recipe.ema_period,
         recipe.ema_sigmas, recipe.ema_half_lives, images=len(x),
     )  # fmt: skip
-    scalars, finite = train_metrics.measure(loss, grads, state.params, params, ema_params)
+    norm = partial(hardware.norm, small=recipe.small)
+    scalars, finite = train_metrics.measure(loss, grads, state.params, params, ema_params, norm)
     after = (params, ema_params, opt_state)
     if recipe.skip_nonfinite:
         before = (state.params, state.ema_params, state.opt_state)

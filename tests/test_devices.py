@@ -1,5 +1,6 @@
 """One device and eight give the same numbers, however the parameters are sharded."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -162,6 +163,18 @@ def test_xla_knows_the_options_of_a_card_and_of_a_cpu(monkeypatch):
     assert quick["xla_backend_optimization_level"] == 1
     for known in (options, quick):
         jax.jit(jnp.sin, compiler_options=known)(1.0)  # raises where one is unknown
+
+
+def test_the_norm_of_a_small_network_is_one_sum_on_a_cpu(monkeypatch):
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.standard_normal((3, 70)), "b": [rng.standard_normal(5), np.float64(2.0)]}
+    tree = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+    expected = np.linalg.norm(np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]))
+    for count, small, sums in ((1, True, 1), (1, False, 3), (2, True, 3)):  # devices: not gathered
+        monkeypatch.setattr(hardware, "count", lambda count=count: count)
+        norm = partial(hardware.norm, small=small)
+        np.testing.assert_allclose(norm(tree), expected, rtol=1e-6)
+        assert str(jax.make_jaxpr(norm)(tree)).count("reduce_sum") == sums
 
 
 def test_devices_that_do_not_fit_are_refused():

@@ -41,20 +41,19 @@ def zero_sums(rows):
     }
 
 
-def measure(loss, grads, before, params, ema_params):
+def measure(loss, grads, before, params, ema_params, norm=optax.tree.norm):
     """Computes the loss and the norms of a step, {name: float32 ()}, and whether it is finite.
 
     Args:
       before, params: the weights before and after it; ema_params: their averages by name.
+      norm: of a tree of arrays.
     """
-    distances = [
-        optax.tree.norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()
-    ]
+    distances = [norm(jax.tree.map(jnp.subtract, a, params)) for a in ema_params.values()]
     norms = {
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": norm(grads),
         # Not of `updates`: XLA would read the moments twice to have them (3 GB a step of DiT-B).
-        "update_norm": optax.tree.norm(jax.tree.map(jnp.subtract, params, before)),
-        "param_norm": optax.tree.norm(params),
+        "update_norm": norm(jax.tree.map(jnp.subtract, params, before)),
+        "param_norm": norm(params),
     }
     # Asked for the distances, XLA makes weights and averages in one pass (TPU).
     finite = jnp.isfinite(loss + norms["grad_norm"] + norms["param_norm"] + sum(distances))
