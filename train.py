@@ -290,8 +290,7 @@ def train(config, workdir):
         shardings = sharding.by_parameter(parts.mesh, state)
         frozen = sharding.place_everywhere(parts.mesh, load_frozen(parts))
         key = jax.random.key(training.seed)
-        step_fn = make_steps(recipe, key, parts.mesh, shardings, when.total)
-        step_fn = partial(step_fn, frozen=frozen)
+        step_fn = partial(make_steps(recipe, key, parts.mesh, shardings, when.total), frozen=frozen)
         saver.check(step, state)
         observer.compiling(step)
         with contextlib.closing(batches), batches.blaming(step):

@@ -191,7 +191,7 @@ class DiT(Network):
 
         xs, cs = zip(*[embed(*batch) for batch in batches], strict=True)
         fused = hardware.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
+        unroll = self.unroll or hardware.unroll(self.depth, jvp is not None, D)
         # Only the products with parameters are saved for the backward pass; what lies between them
         # (norms, activations, attention weights) takes more memory than time to compute again.
         policies = jax.checkpoint_policies

@@ -14,6 +14,7 @@ from utils import compiling
 # The own kernel for the tangent of attention (models/attention_kernel.py) compiles for cards and is
 # right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
+WIDE = 768  # from where on a CPU loops over no blocks; of 128 and 256 a loop is faster
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
 SHARE = 0.75  # of a device's memory that this may take, in all blocks, so that all of it is saved
 
@@ -60,14 +61,17 @@ def fused_attention(wanted, dtype):
     return wanted and dtype == jnp.bfloat16
 
 
-def unroll(depth, differentiated):
+def unroll(depth, differentiated, width=0):
     """Chooses how many blocks an iteration of the loop over them has: all, or one.
 
     The loop copies what the backward pass needs into stacks and out again: a tenth of a step on a
     GPU, where unrolled it takes up to three times as long to compile. On a TPU it is a fifth, but
-    compiling grows by each block (docs/speed.md), so there it is left to `model.unroll`.
+    compiling grows by each block (docs/speed.md), so there it is left to `model.unroll`. On a CPU
+    it is a tenth of a step of B/4, which makes up for compiling within twenty steps; narrow blocks
+    are faster in a loop.
     """
-    return depth if differentiated and platform() == "gpu" else 1
+    wide = platform() == "gpu" or (platform() == "cpu" and width >= WIDE)
+    return depth if differentiated and wide else 1
 
 
 def remat(block, policy, xs, depth, loop):

@@ -104,8 +104,11 @@ def test_what_is_best_for_a_card(monkeypatch):
         assert hardware.remat(block, policy, xs, depth, loop=True) is not block
         assert hardware.remat(block, None, xs, depth, loop=False) is not block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert hardware.unroll(12, differentiated=True) == 1
+    assert hardware.unroll(12, differentiated=True, width=768) == 1
     assert hardware.remat(block, policy, xs, 12, loop=False) is not block
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert [hardware.unroll(12, True, width) for width in (128, 768)] == [1, 12]
+    assert hardware.unroll(12, differentiated=False, width=768) == 1
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -391,11 +391,3 @@ def test_missing_feature_weights_are_told_first(tree, tmp_path, capsys):
     missing = f"--inception_weights={tmp_path / 'none.pth'}"
     prepare(tree, tmp_path / "set", "--compute_fid=True", missing, status=1)
     assert "none.pth" in capsys.readouterr().err and not (tmp_path / "set").exists()
-
-
-def test_pixels_do_not_wait_for_what_only_latents_and_statistics_need():
-    modules = "scripts.prepare_dataset, scripts.prepare.images, scripts.prepare.preview"
-    late = "'flax', 'grain', 'orbax', 'scipy.linalg', 'diffusers'"
-    code = f"import sys, {modules}; print(sorted({{{late}}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr

@@ -81,3 +81,11 @@ def test_a_stream_that_ends_early_makes_no_shard(tmp_path):
     with pytest.raises(ValueError, match="1 examples came for 2 items"):
         shards.write(job, lambda items: [example])
     assert not list(tmp_path.glob("*array_record*")) and not dataset.is_dataset(tmp_path)
+
+
+def test_pixels_do_not_wait_for_what_only_latents_and_statistics_need():
+    modules = "scripts.prepare_dataset, scripts.prepare.images, scripts.prepare.preview"
+    late = "'flax', 'grain', 'orbax', 'scipy.linalg', 'diffusers'"
+    code = f"import sys, {modules}; print(sorted({{{late}}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
