@@ -7,20 +7,17 @@ operations on it are the plain ones too.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from models import hardware, layers
 from models.attention import attention
+from models.layers import save
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
-SAVED = "product"  # the name of what the backward pass is to find, in half precision
-save = partial(checkpoint_name, name=SAVED)
 
 
 def layer_norm(x):
@@ -46,31 +43,40 @@ class Qkv(nn.Module):
     kernel_init: Callable = xavier
     use_bias: bool = True
     count: int = 3  # of products
+    arrange: Callable | None = None  # of three, changes the order of the columns of q and k
 
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (D, 3 * D)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        products = [x @ part for part in jnp.split(kernel, self.count, axis=1)]
+        parts = jnp.split(kernel, self.count, axis=1)
+        if self.arrange:
+            parts = [*map(self.arrange, parts[:2]), parts[2]]
+        products = [x.astype(self.dtype) @ part for part in parts]
         if self.use_bias:
             bias = jnp.split(self.param("bias", zeros, (3 * D,)).astype(self.dtype), self.count)
-            add = layers.add_bias if self.count == 1 else jnp.add
-            products = list(map(add, products, bias))
+            if self.count == 1:
+                bias = [layers.spread(*bias, *products, self.dtype)]
+            products = [(y + b).astype(self.dtype) for y, b in zip(products, bias, strict=True)]
         products = list(map(save, products))
         return products if self.count == 3 else jnp.split(*products, 3, axis=-1)
 
 
-def qkv(x, fused, **dense):
+def qkv(x, fused, arrange=None, **dense):
     """Computes q, k, v, each like x (B, N, D), by a `nn.Dense(**dense)` named qkv.
 
     Three products for the kernels of a card, so that none of them has to be copied out of a product
-    of all three for these; one elsewhere, which on a TPU moves fewer bytes (docs/speed.md).
+    of all three for these; and on a TPU where the tokens fill its lanes: they are laid out side by
+    side then, and heads are cut apart without a copy (docs/speed.md). One elsewhere.
+
+    Args:
+      arrange: where it is not None, changes the order of the columns of q and k.
     """
-    if fused:
-        return Qkv(**dense, name="qkv")(x)
+    if fused or arrange:
+        return Qkv(**dense, arrange=arrange, name="qkv")(x)
     if hardware.platform() == "tpu" and dense["dtype"] == jnp.bfloat16:
-        return Qkv(**dense, count=1, name="qkv")(x)
+        count = 3 if x.shape[1] > hardware.LANES else 1
+        return Qkv(**dense, count=count, name="qkv")(x)
     return jnp.split(save(nn.Dense(3 * x.shape[-1], **dense, name="qkv")(x)), 3, axis=-1)
 
 
@@ -83,13 +89,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, tangent, plain):
-        B, N, D = x.shape
-        H = self.num_heads
+        B, N, D = shape = x.shape
+        images = 1 if self.dtype == jnp.float32 else hardware.images_in_lanes(B, N)
+        x = x.reshape(B // images, images * N, D)
         parts = qkv(x, self.fused, kernel_init=xavier, dtype=self.dtype)
-        q, k, v = (a.reshape(B, N, H, D // H) for a in parts)
-        x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)
-        x = x.reshape(B, N, D)
-        return save(nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")(x))
+        H = self.num_heads
+        heads = [a.reshape(*a.shape[:2], H, D // H) for a in parts]
+        how = dict(fused=self.fused and not plain, tangent=tangent and not plain, images=images)
+        x = attention(*heads, **how).reshape(x.shape)
+        proj = nn.Dense(D, kernel_init=xavier, dtype=self.dtype, name="proj")
+        return save(proj(x)).reshape(shape)
 
 
 class Mlp(nn.Module):
@@ -140,5 +149,5 @@ class Block(nn.Module):
 
     def add(self, x, gate, branch):
         """Computes x + gate * branch in float32, and returns the type of x."""
-        gate, branch = gate[:, None].astype(jnp.float32), branch.astype(jnp.float32)
+        gate, branch = layers.spread(gate, x, self.dtype), branch.astype(jnp.float32)
         return (x.astype(jnp.float32) + gate * branch).astype(x.dtype)

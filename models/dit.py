@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import conditions, hardware
-from models.blocks import SAVED, Block, layer_norm, modulate, xavier, zeros
+from models import conditions, hardware, layers
+from models.blocks import Block, layer_norm, modulate, xavier, zeros
 from models.network import Network, Velocity, embed_labels, sides, sizes_of
 from utils.conditions import Condition
 
@@ -197,7 +197,8 @@ class DiT(Network):
         policies = jax.checkpoint_policies
         policy = policies.dots_with_no_batch_dims_saveable
         if self.dtype != jnp.float32:
-            policy = policies.save_only_these_names(SAVED)  # with the bias: it is not added again
+            # with the bias: it is not added again
+            policy = policies.save_only_these_names(layers.SAVED)
         blocks = nn.scan(
             hardware.remat(
                 Block, None if self.remat else policy, xs, self.depth, unroll < self.depth

@@ -15,6 +15,7 @@ from utils import compiling
 # right where it is interpreted, but has not run on one: `python -m benchmarks check` does.
 TANGENT_KERNEL = False
 WIDE = 768  # from where on a CPU loops over no blocks; of 128 and 256 a loop is faster
+LANES = 128  # numbers side by side in a register of a TPU
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
 SHARE = 0.75  # of a device's memory that this may take, in all blocks, so that all of it is saved
 
@@ -59,6 +60,20 @@ def fused_attention(wanted, dtype):
     if wanted is None:
         wanted = platform() == "gpu"
     return wanted and dtype == jnp.bfloat16
+
+
+def images_in_lanes(rows, tokens):
+    """Counts the images of which attention takes the tokens as those of one, each for itself.
+
+    Side by side in the lanes of a TPU, the tokens of one image would leave some empty, and so would
+    the features of a head, which is what XLA puts there otherwise, with copies around attention.
+
+    Args:
+      rows: images in all.
+      tokens: of each.
+    """
+    images = LANES // tokens if platform() == "tpu" else 1
+    return images if images > 1 and rows % (images * count()) == 0 else 1
 
 
 def unroll(depth, differentiated, width=0):

@@ -5,11 +5,14 @@ front of the patches; positions are turned into the queries and keys (RoPE, arXi
 are RMS (1910.07467), MLPs are gated (SwiGLU, 2002.05202).
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import hardware
 from models.attention import attention
 from models.blocks import qkv, xavier, zeros
 from models.dit import MAX_PERIOD, TimeEmbedder, guidance_numbers, patchify
@@ -39,13 +42,32 @@ def rms_norm(x, scale, apart=False):
     return x * (jax.lax.optimization_barrier(rstd) if apart else rstd) * scale
 
 
-def rotate(x):
+def rotate(x, halves=False):
     """Turns x (B, N, heads, d) by RoPE over the sequence, the first token at position 0.
 
     Neighbouring channels (2j, 2j + 1) are turned by the angle position * 10000^(-2j/d).
+
+    Args:
+      halves: the channels are in the order of `in_halves`.
     """
     N, d = x.shape[1], x.shape[-1]
-    return turn(x, np.arange(N)[:, None] * MAX_PERIOD ** -(np.arange(0, d, 2) / d))
+    angle = np.arange(N)[:, None] * MAX_PERIOD ** -(np.arange(0, d, 2) / d)
+    if not halves:
+        return turn(x, angle)
+    cos, sin = (f(angle).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def in_halves(w, d):
+    """Puts in each head of d channels, last axis of w, the even channels before the odd ones.
+
+    Queries and keys in one order have the same products in any, and a TPU turns halves for less
+    than neighbours. By a product with ones and zeros, as it would move columns one by one.
+    """
+    order = np.eye(d, dtype=np.float32)[:, [*range(0, d, 2), *range(1, d, 2)]]
+    heads = w.reshape(*w.shape[:-1], -1, d)
+    return jnp.matmul(heads, order.astype(w.dtype), precision="highest").reshape(w.shape)
 
 
 def turn(x, angle):
@@ -122,11 +144,14 @@ class Attention(nn.Module):
         B, N, D = x.shape
         H, d = self.num_heads, D // self.num_heads
         dense = dict(use_bias=False, kernel_init=scaled_normal(0.32), dtype=self.dtype)
-        q, k, v = (a.reshape(B, N, H, d) for a in qkv(x, self.fused, **dense))
+        halves = hardware.platform() == "tpu" and self.dtype == jnp.bfloat16
+        order = partial(in_halves, d=d) if halves else None
+        q, k, v = (a.reshape(B, N, H, d) for a in qkv(x, self.fused, order, **dense))
 
         def turned(a, name):
             scale = self.param(f"{name}_norm", ones, (d,))
-            return rotate(rms_norm(a, scale, apart=self.fused)).astype(self.dtype)
+            scale = order(scale) if halves else scale
+            return rotate(rms_norm(a, scale, apart=self.fused), halves).astype(self.dtype)
 
         q, k = turned(q, "q"), turned(k, "k")
         x = attention(q, k, v, fused=self.fused and not plain, tangent=tangent and not plain)

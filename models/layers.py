@@ -8,12 +8,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import linear_call
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import stop_gradient
 
 from models import hardware
 
+SAVED = "product"  # the name of what the backward pass is to find, in half precision
+save = partial(checkpoint_name, name=SAVED)
 EPS = 1e-6
 _C, _CUBIC = 2 * (2 / jnp.pi) ** 0.5, 0.044715
 
@@ -127,14 +130,18 @@ def _modulated(x, mean, rstd, shift, scale, dtype):
 
 
 def _forward(x, shift, scale, dtype):
-    return _modulated(x, *_statistics(x), shift, scale, dtype), (x, shift, scale)
+    statistics = _statistics(x)
+    if hardware.platform() == "tpu":  # two numbers a token: less than one more reading of x
+        statistics = tuple(map(save, statistics))
+        return _modulated(x, *statistics, shift, scale, dtype), (x, shift, scale, statistics)
+    return _modulated(x, *statistics, shift, scale, dtype), (x, shift, scale, None)
 
 
 def _backward(dtype, saved, g):
-    x, shift, scale = saved
+    x, shift, scale, statistics = saved
     # With statistics at hand, each sum reads x and g as they are; otherwise XLA writes g * n in
     # float32 beside the one sum, to read it again for the other.
-    mean, rstd = jax.lax.optimization_barrier(_statistics(x))
+    mean, rstd = statistics or jax.lax.optimization_barrier(_statistics(x))
     n, g = _normalised(x, mean, rstd), g.astype(jnp.float32)
     d_x = _through_norm(n, rstd, g * (1 + scale[:, None].astype(jnp.float32)))
     d_shift, d_scale = jnp.sum(g, axis=1), jnp.sum(g * n, axis=1)
@@ -161,20 +168,26 @@ def _jvp(dtype, primals, tangents):
     return value, d_y.astype(dtype)
 
 
-def add_bias(x, bias):
-    """Adds a bias (D,) to x (..., D); its gradient is a product with ones, summed in float32.
+def spread(vector, x, dtype):
+    """Broadcasts a vector (D,) or (B, D) beside x (B, N, D), float32.
 
-    As a sum it is a pass over the gradient of x, which costs a TPU as much as a product.
+    On a TPU, in half precision, its gradient is a product with ones, summed in float32: as a sum
+    over rows it is a pass over arrays, which costs there as much as a product.
+
+    Args:
+      dtype: of the products.
     """
+    vector = vector.astype(jnp.float32)
+    if dtype == jnp.float32 or hardware.platform() != "tpu":
+        return vector[..., None, :]
 
     def total(_, g):
-        rows = tuple(range(g.ndim - 1))
-        ones = jnp.ones((8, *g.shape[:-1]), g.dtype)  # of one row XLA would make a sum again
-        return jnp.tensordot(
-            ones, g, ([1 + r for r in rows], rows), preferred_element_type=jnp.float32
-        )[0].astype(g.dtype)
+        rows = tuple(range(vector.ndim - 1, 2))
+        ones = jnp.ones((8, *(x.shape[n] for n in rows)), dtype)  # one row XLA would sum again
+        axes = tuple(range(1, 1 + len(rows))), rows
+        return jnp.tensordot(ones, g.astype(dtype), axes, preferred_element_type=jnp.float32)[0]
 
-    return x + linear_call(lambda _, b: jnp.broadcast_to(b, x.shape), total, (), bias)
+    return linear_call(lambda _, a: jnp.broadcast_to(a[..., None, :], x.shape), total, (), vector)
 
 
 def lying_in_order(x):

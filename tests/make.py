@@ -60,7 +60,7 @@ def params(module, image_shape, scale=0.1):
 def as_on_a_card(monkeypatch):
     """From here on all is as a card takes it, but for its attention: options of a network."""
     plain = attention._values
-    monkeypatch.setattr(attention, "_values", lambda q, k, v, fused: plain(q, k, v, False))
+    monkeypatch.setattr(attention, "_values", lambda q, k, v, *_: plain(q, k, v, False))
     monkeypatch.setattr(hardware, "platform", lambda: "gpu")
     monkeypatch.setattr(hardware, "memory", lambda: 1e9)
     return {"half_residual": True, "fused_attention": True, "unroll": 0}

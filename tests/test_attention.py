@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention, attention_kernel, layers
+from models import attention, attention_kernel, hardware, layers
 
 SHAPE = (2, 64, 2, 24)
 
@@ -80,6 +80,28 @@ assert "all-gather" not in step.as_text() and "all-reduce" not in step.as_text()
 """
 
 
+@pytest.mark.parametrize("tangent", [False, True])
+def test_images_one_after_the_other_heed_none_but_themselves(tangent):
+    """Values, gradients and tangents are those of each image for itself."""
+    B, N, H, d = 6, 16, 2, 24
+    inputs = arrays((B, N, H, d), 7)
+
+    def loss(images, qkv, directions):
+        def joined(*arrays):
+            arrays = [a.reshape(B // images, images * N, H, d) for a in arrays]
+            return attention.attention(*arrays, tangent=tangent, images=images)
+
+        value, moved = jax.jvp(joined, qkv, directions)
+        return jnp.sum(value.ravel() * inputs[6].ravel()), moved.reshape(B, N, H, d)
+
+    (expected, found) = (
+        jax.value_and_grad(loss, argnums=1, has_aux=True)(images, inputs[:3], inputs[3:6])
+        for images in (1, 3)
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert distance(b, a) < 1e-5
+
+
 def objective(tangent, of=None):
     """|u + r|^2 where r has du, which is not differentiated: as in MeanFlow. In a loop, with remat.
 
@@ -147,16 +169,20 @@ def test_norm_keeps_the_types_it_was_given():
     assert tangent.dtype == jnp.bfloat16
 
 
-def test_gradient_of_a_bias_is_the_sum_over_all_rows():
-    x, bias, g = *arrays((3, 16, 24), 1), *arrays((24,), 1), *arrays((3, 16, 24), 2)[1:]
+@pytest.mark.parametrize("shape", [(24,), (3, 24)])
+def test_gradient_of_a_vector_is_the_sum_over_its_rows(shape, monkeypatch):
+    """In half precision as a TPU computes it, and with a tangent along."""
+    x, g = arrays((3, 16, 24), 2)
+    vector, other = arrays(shape, 2)
 
-    def loss(add, x, bias):
-        value, tangent = jax.jvp(lambda x: add(x, bias), (x,), (g,))
-        return jnp.sum(g * value + tangent)
+    def loss(dtype, vector):
+        def product(x, vector):
+            return x * layers.spread(vector, x, dtype)
 
-    for found, expected in zip(
-        jax.grad(lambda *a: loss(layers.add_bias, *a), argnums=(0, 1))(x, bias),
-        jax.grad(lambda *a: loss(jnp.add, *a), argnums=(0, 1))(x, bias),
-        strict=True,
-    ):
-        assert distance(found, expected) < 1e-6
+        value, tangent = jax.jvp(product, (x, vector), (g, other))
+        return jnp.sum(g * value + x * tangent)
+
+    expected = jax.grad(loss, argnums=1)(jnp.float32, vector)
+    monkeypatch.setattr(hardware, "platform", lambda: "tpu")
+    found = jax.grad(loss, argnums=1)(jnp.bfloat16, vector)
+    assert 0 < distance(found, expected) < 5e-3

@@ -16,7 +16,7 @@ from test_devices import flatten
 
 import parts
 import train
-from models import codec, hardware, network
+from models import codec, hardware, imf_blocks, network
 from utils import sharding
 
 BATCH, STEPS = 16, 2
@@ -164,6 +164,20 @@ def test_the_gradient_of_the_tokens_turns_no_array(platform, monkeypatch):
 
     text = jax.jit(jax.grad(total)).lower(params).as_text()
     assert text.count("LayoutConstraint") == (platform == "gpu")
+
+
+def test_channels_in_halves_are_those_of_neighbours(monkeypatch):
+    """What a TPU computes in half precision, where queries and keys have another order."""
+    attention = imf_blocks.Attention(2, jnp.bfloat16, fused=False)
+    draw = np.random.default_rng(0).standard_normal
+    x = jnp.asarray(draw((2, 24, 32), np.float32))
+    shapes = jax.eval_shape(lambda: attention.init(jax.random.key(0), x, False, False))
+    params = jax.tree.map(lambda p: draw(p.shape, np.float32), shapes)
+    outs = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(hardware, "platform", lambda platform=platform: platform)
+        outs.append(np.asarray(attention.apply(params, x, False, False), np.float32))
+    assert np.linalg.norm(outs[0] - outs[1]) < 0.02 * np.linalg.norm(outs[0])
 
 
 def test_imf_dit_serves_mean_flow():
