@@ -83,7 +83,7 @@ def test_wrong_options_are_one_line(run_python):
 
 
 # Million cycles of a step with four blocks by the compiler for v5e, and GB of temporaries.
-REACHED = {"run_b4": (512, 13.2, 0.28), "run_xl2": (256, 37.3, 0.78)}
+REACHED = {"run_b4": (512, 11.5, 0.32), "run_xl2": (256, 35.0, 0.82)}
 
 
 @pytest.mark.slow
