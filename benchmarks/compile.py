@@ -165,7 +165,8 @@ def run(config, args):
             "(utils/chips.py)"
         )
     is_gpu = gpu_target.is_card(topology)
-    hardware.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices))
+    kind = devices[0].device_kind
+    hardware.compile_for("gpu" if is_gpu else "tpu", chip.memory, len(devices), kind)
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     made = parts.make(config, mesh)
     hosts = 1 if is_gpu else len({device.process_index for device in devices})

@@ -16,22 +16,24 @@ from utils import compiling
 TANGENT_KERNEL = False
 WIDE = 768  # from where on a CPU loops over no blocks; of 128 and 256 a loop is faster
 LANES = 128  # numbers side by side in a register of a TPU
+WIDE_UNITS = {"TPU v6 lite", "TPU v6e", "TPU7x"}  # multiply 256 x 256, not 128 x 128
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
 SHARE = 0.75  # of a device's memory that this may take, in all blocks, so that all of it is saved
 
-_absent = None  # platform, memory and number of devices that are compiled for
+_absent = None  # platform, memory, number and kind of the devices that are compiled for
 
 
-def compile_for(platform, memory, count):
+def compile_for(platform, memory, count, kind):
     """Makes the choices below for this hardware, which need not be attached.
 
     Args:
       platform: as of `platform`.
       memory: bytes of a device.
       count: devices.
+      kind: jax's name of one of them.
     """
     global _absent
-    _absent = platform, memory, count
+    _absent = platform, memory, count, kind
 
 
 def platform():
@@ -51,6 +53,11 @@ def count():
     return _absent[2] if _absent else jax.device_count()
 
 
+def kind():
+    """Returns jax's name of a device."""
+    return _absent[3] if _absent else jax.local_devices()[0].device_kind
+
+
 def fused_attention(wanted, dtype):
     """Decides whether attention takes the kernels of an NVIDIA card, which want half precision.
 
@@ -67,12 +74,13 @@ def images_in_lanes(rows, tokens):
 
     Side by side in the lanes of a TPU, the tokens of one image would leave some empty, and so would
     the features of a head, which is what XLA puts there otherwise, with copies around attention.
+    Wide units lose more by the larger products than that gains.
 
     Args:
       rows: images in all.
       tokens: of each.
     """
-    images = LANES // tokens if platform() == "tpu" else 1
+    images = LANES // tokens if platform() == "tpu" and kind() not in WIDE_UNITS else 1
     return images if images > 1 and rows % (images * count()) == 0 else 1
 
 
