@@ -16,7 +16,9 @@ from utils import compiling
 TANGENT_KERNEL = False
 WIDE = 768  # from where on a CPU loops over no blocks; of 128 and 256 a loop is faster
 LANES = 128  # numbers side by side in a register of a TPU
-WIDE_UNITS = {"TPU v6 lite", "TPU v6e", "TPU7x"}  # multiply 256 x 256, not 128 x 128
+# In which passes images lie side by side in attention on chips whose units multiply 256 x 256: in
+# those with a tangent, or in the others. On other TPUs in all.
+SIDE_BY_SIDE = {"TPU v6 lite": True, "TPU v6e": True, "TPU7x": False}
 COMPUTED = 19  # what a block of DiT computes, in the size of its input
 SHARE = 0.75  # of a device's memory that this may take, in all blocks, so that all of it is saved
 
@@ -69,19 +71,21 @@ def fused_attention(wanted, dtype):
     return wanted and dtype == jnp.bfloat16
 
 
-def images_in_lanes(rows, tokens):
+def images_in_lanes(rows, tokens, differentiated):
     """Counts the images of which attention takes the tokens as those of one, each for itself.
 
     Side by side in the lanes of a TPU, the tokens of one image would leave some empty, and so would
     the features of a head, which is what XLA puts there otherwise, with copies around attention.
-    Wide units lose more by the larger products than that gains.
 
     Args:
       rows: images in all.
       tokens: of each.
+      differentiated: whether the pass has a tangent.
     """
-    images = LANES // tokens if platform() == "tpu" and kind() not in WIDE_UNITS else 1
-    return images if images > 1 and rows % (images * count()) == 0 else 1
+    images = LANES // tokens if platform() == "tpu" else 1
+    if images < 2 or rows % (images * count()):
+        return 1
+    return images if SIDE_BY_SIDE.get(kind(), differentiated) == differentiated else 1
 
 
 def unroll(depth, differentiated, width=0):

@@ -92,7 +92,7 @@ def test_what_is_best_for_a_card(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert hardware.unroll(28, differentiated=True) == 28
     assert hardware.unroll(28, differentiated=False) == 1
-    assert hardware.images_in_lanes(64, 64) == 1
+    assert hardware.images_in_lanes(64, 64, True) == 1
     block = blocks.Block
     for memory, width, tokens, kept in (
         (60e9, 768, 256, "all"), (60e9, 1152, 256, "products"), (115e9, 1152, 256, "all"),
@@ -109,7 +109,10 @@ def test_what_is_best_for_a_card(monkeypatch):
     assert hardware.remat(block, policy, xs, 12, loop=False) is not block
     each = hardware.count()
     for rows, tokens, images in ((8, 64, 2), (8, 16, 8), (7, 64, 1), (8, 256, 1)):
-        assert hardware.images_in_lanes(rows * each, tokens) == images
+        assert hardware.images_in_lanes(rows * each, tokens, True) == images
+    for kind, passes in (("TPU v5 lite", [2, 2]), ("TPU v6 lite", [1, 2]), ("TPU7x", [2, 1])):
+        monkeypatch.setattr(hardware, "kind", lambda kind=kind: kind)
+        assert [hardware.images_in_lanes(8 * each, 64, d) for d in (False, True)] == passes
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert [hardware.unroll(12, True, width) for width in (128, 768)] == [1, 12]
     assert hardware.unroll(12, differentiated=False, width=768) == 1
