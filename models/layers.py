@@ -177,9 +177,8 @@ def spread(vector, x, dtype):
     Args:
       dtype: of the products.
     """
-    vector = vector.astype(jnp.float32)
     if dtype == jnp.float32 or hardware.platform() != "tpu":
-        return vector[..., None, :]
+        return vector[..., None, :].astype(jnp.float32)
 
     def total(_, g):
         rows = tuple(range(vector.ndim - 1, 2))
@@ -187,7 +186,10 @@ def spread(vector, x, dtype):
         axes = tuple(range(1, 1 + len(rows))), rows
         return jnp.tensordot(ones, g.astype(dtype), axes, preferred_element_type=jnp.float32)[0]
 
-    return linear_call(lambda _, a: jnp.broadcast_to(a[..., None, :], x.shape), total, (), vector)
+    def wide(_, vector):
+        return jnp.broadcast_to(vector[..., None, :], x.shape)
+
+    return linear_call(wide, total, (), vector.astype(jnp.float32))
 
 
 def lying_in_order(x):
