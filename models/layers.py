@@ -169,7 +169,7 @@ def _jvp(dtype, primals, tangents):
 
 
 def spread(vector, x, dtype):
-    """Broadcasts a vector (D,) or (B, D) beside x (B, N, D), float32.
+    """Repeats a vector (D,) or (B, D) for the rows of x (B, N, D), float32.
 
     On a TPU, in half precision, its gradient is a product with ones, summed in float32: as a sum
     over rows it is a pass over arrays, which costs there as much as a product.
