@@ -272,3 +272,12 @@ def test_the_loop_beside_it_makes_the_same_pixels(size, tmp_path):
     hosts.pictures(np.random.default_rng(0), tmp_path / "in", 1, size, "jpg")
     file = tmp_path / "in" / "00000.jpg"
     assert waits.adm_crop(file) == images.center_crop(pictures.read(file), 256).tobytes()
+
+
+def test_every_side_of_a_row_is_a_program(tmp_path):
+    for _, ours, theirs, _ in hosts.ROWS.values():
+        assert all(
+            name in hosts.PYTORCH or callable(getattr(waits, name)) for name in (ours, *theirs)
+        )
+    hosts.plain_lmdb(tmp_path / "lmdb", 20)
+    assert waits.lmdb_latents(tmp_path)["a batch"] > 0
