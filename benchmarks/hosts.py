@@ -123,6 +123,8 @@ def add_arguments(parser):
 def run(args):
     """Measures the rows; prints a table, returns {row: {side: {measure: [seconds]}}}."""
     rows = [row for row in args.rows if args.pytorch or not row.startswith("fid")]
+    if "images" in rows and "digits" not in rows:
+        raise ValueError("--rows images draws from the run that the row digits makes: ask for both")
     if args.against and not (args.against / "main.py").is_file():
         raise ValueError(f"--against={args.against}: no checkout of this project")
     found = {}
