@@ -180,8 +180,9 @@ def report(title, found):
             middle = np.median(values)
             line = f"  {name:26} {side:18} {middle:8.3f} [{min(values):.3f} to {max(values):.3f}] "
             line += "GB" if name == "memory" else "s "
-            ratio = f"   now / {side} {np.median(now[name]) / max(middle, 1e-9):.2f}"
-            print(line + (ratio if side != "now" and name in now else ""), flush=True)
+            if side != "now" and name in now:
+                line += f"   now / {side} {np.median(now[name]) / max(middle, 1e-9):.2f}"
+            print(line, flush=True)
 
 
 # Data ------------------------------------------------------------------------------------------

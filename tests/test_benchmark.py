@@ -255,16 +255,19 @@ def test_sides_take_turns_and_are_held_against_this_version(monkeypatch, capsys)
 
     def program(name, checkout, python, folder):
         order.append(name)
-        return {"whole": 3.0 if name == "theirs" else 6.0 + len(order)}
+        return {"whole": 6.0 + len(order)} if name == "ours" else {"whole": 3.0, "memory": 1.5}
 
     monkeypatch.setattr(hosts, "program", program)
     sides = {"now": ("ours", hosts.ROOT, "python"), "beside": ("theirs", hosts.ROOT, "python")}
     found = hosts.measured(sides, 2, "folder")
     assert order == ["ours", "theirs", "theirs", "ours"]
-    assert found == {"now": {"whole": [7.0, 10.0]}, "beside": {"whole": [3.0, 3.0]}}
+    assert found == {
+        "now": {"whole": [7.0, 10.0]},
+        "beside": {"whole": [3.0, 3.0], "memory": [1.5, 1.5]},
+    }
     hosts.report("a row", found)
     assert "8.500 [7.000 to 10.000] s" in (out := capsys.readouterr().out)
-    assert "now / beside 2.83" in out
+    assert "now / beside 2.83" in out and "[1.500 to 1.500] GB\n" in out
 
 
 @pytest.mark.parametrize("size", [(500, 375), (600, 900), (256, 256)])
