@@ -53,8 +53,8 @@ def loss(net, params, x, y, draws, method):
     return (weight * error).mean(), (error, ((prediction - v) ** 2).sum((1, 2, 3)))
 
 
-def step(recipe, net, key, state, batch):
-    """Takes a step of `loss`: AdamW and one average, (`TrainState`, raw records) -> `TrainState`.
+def step(recipe, net, key, state, batch, loss=loss):
+    """Takes a step of a loss: AdamW and one average, (`TrainState`, raw records) -> `TrainState`.
 
     Args:
       recipe: `train.Recipe`, whose draws and optimizer are taken.
