@@ -6,6 +6,7 @@ Each side is a process of its own (benchmarks/waits.py), in turn with the others
 and ratios of medians to this version's count, not the seconds of one machine.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -114,15 +115,20 @@ print('{"whole process": %f}' % (time.perf_counter() - begin))
 def add_arguments(parser):
     """Adds the options of `run`."""
     parser.add_argument("--against", type=Path, help="checkout of an older version")
-    parser.add_argument("--pytorch", help="Python that has torch and pytorch-fid, for the FID")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    theirs = "torch, torchvision, pytorch-fid, torch-fidelity and lmdb"
+    parser.add_argument("--pytorch", help=f"Python that has {theirs}")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[])
     parser.add_argument("--rounds", type=int, help="of each row; default: by row")
     parser.add_argument("--folder", help="where to put the temporary data; default: the system's")
 
 
 def run(args):
     """Measures the rows; prints a table, returns {row: {side: {measure: [seconds]}}}."""
-    rows = [row for row in args.rows if args.pytorch or not row.startswith("fid")]
+    rows = args.rows or [row for row in ROWS if args.pytorch or not row.startswith("fid")]
+    if not args.pytorch and any(row.startswith("fid") for row in rows):
+        raise ValueError("--rows fid needs --pytorch, which writes the weights of its network")
+    if "latents" in rows and importlib.util.find_spec("lmdb") is None:
+        raise ValueError("the row latents needs lmdb: pip install -r requirements-data.txt")
     if "images" in rows and "digits" not in rows:
         raise ValueError("--rows images draws from the run that the row digits makes: ask for both")
     if args.against and not (args.against / "main.py").is_file():

@@ -123,12 +123,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Waits, and ends the threads; an error that is on its way goes first."""
+        """Waits, and ends the threads; an error that is on its way goes first, a stop does not:
+        it says that the last step is saved."""
         try:
             self.wait()
             self._manager.close()
         except OSError as own:
-            if error is None:
+            if error is None or isinstance(error, processes.Preempted):
                 raise
             logging.warning("%s", own)
 

@@ -23,7 +23,11 @@ case ${1:-} in
   --list) exec python3 "$(dirname "$0")/../main.py" --list ;;
 esac
 
-absolute() { case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+absolute() {
+  [[ ! $1 =~ ^[A-Za-z][A-Za-z0-9_+.-]+:/ || $1 =~ ^gs://[^/] ]] ||
+    fail "$1: of addresses only gs://BUCKET/... can be read and written"
+  case $1 in /* | *://*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
 
 output_name() {
   # Of several processes that share LOG_DIR each has an output file of its own: by its number where
@@ -127,10 +131,7 @@ main() {
   local user=${USER:-$(id -un 2>/dev/null || echo user)}
   workdir=${log_dir:-logs}/$user/$job
   output=$workdir
-  case $workdir in
-    gs://*) output=logs/$user/$job ;;  # tee writes to this machine only
-    *://*) fail "LOG_DIR=$LOG_DIR: of addresses only gs://BUCKET/... can be written to" ;;
-  esac
+  case $workdir in *://*) output=logs/$user/$job ;; esac  # tee writes to this machine only
   mkdir -p "$output" 2>/dev/null && [[ -w $output ]] ||
     fail "cannot write to $output; set LOG_DIR to a folder of yours"
   output+=/$(output_name "$@")

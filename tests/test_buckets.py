@@ -164,6 +164,18 @@ def test_an_answer_that_is_lost_loses_no_object(monkeypatch):
         assert bucket.get(url, "lost/large") == bucket.get(url, "lost/pieces") == large
 
 
+def test_an_upload_that_cannot_begin_leaves_nothing(root, monkeypatch):
+    def refuse(self):
+        raise OSError("no session")
+
+    monkeypatch.setattr(type(buckets.filesystem().open(str(root), "wb")).__mro__[1],
+                        "_initiate_upload", refuse)  # fmt: skip
+    with pytest.raises(OSError, match="no session"), (root / "pieces").open("wb") as file:
+        for _ in range(8):
+            file.write(bytes(1 << 20))
+    assert not (root / "pieces").exists()
+
+
 def test_what_others_write_is_seen(server, root):
     """gcsfs keeps listings for ever: a folder read once would stand still, an object be cut."""
     bucket.put(server, key(root / "a"), b"1")

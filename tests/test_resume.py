@@ -20,7 +20,7 @@ from formats import published
 from models import dit
 from run import checkpoint, layout, resume
 from run import weights as weights_of
-from utils import sharding, train_metrics
+from utils import processes, sharding, train_metrics
 
 ROWS = ("error",)
 
@@ -131,6 +131,16 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, kind, cap
     flip_a_bit(data_file(workdir / "checkpoints" / "30" / "params"))
     assert_is_step(restored(workdir), 20)
     assert (workdir / "checkpoints" / "damaged-30-again").is_dir()
+
+
+def test_a_stop_does_not_hide_that_its_checkpoint_could_not_be_written(tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError("no space")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "wait", refuse)
+    for error, raised in ((processes.Preempted("which is saved"), OSError), (KeyError, KeyError)):
+        with pytest.raises(raised), checkpoint.Checkpointer(tmp_path):
+            raise error
 
 
 def test_only_what_the_coroutines_of_orbax_drop_goes_unprinted(capfd):

@@ -101,9 +101,10 @@ def test_wrong_settings_start_nothing(repository):
     (repository.elsewhere / "file").touch()
     done = repository.run("scripts/launch.sh", "job", LOG_DIR="file")
     assert done.returncode == 2 and "cannot write to" in done.err
-    done = repository.run("scripts/launch.sh", "job", LOG_DIR="az://b/logs")
-    assert done.returncode == 2 and "LOG_DIR=az://b/logs: of addresses only gs://" in done.err
-    assert not (repository.folder / "logs").exists()
+    for name, value in (("LOG_DIR", "az://b/logs"), ("LOG_DIR", "gs:/b"), ("DATA_ROOT", "gs://")):
+        done = repository.run("scripts/launch.sh", "job", **{name: value})
+        assert done.returncode == 2 and f"{value}: of addresses only gs://BUCKET" in done.err
+        assert not (repository.folder / "logs").exists()
     done = repository.run("scripts/launch.sh", "job", MAX_RESTARTS="many")
     assert done.returncode == 2 and "MAX_RESTARTS=many" in done.err
     done = repository.run("scripts/launch.sh", "job", PIP_STATUS="1")
