@@ -86,14 +86,14 @@ class Attention(nn.Module):
     num_heads: int
     dtype: jnp.dtype
     fused: bool
-    differentiated: bool
+    in_jvp: bool
 
     @nn.compact
     def __call__(self, x, tangent, plain):
         B, N, D = shape = x.shape
         images = 1
         if self.dtype != jnp.float32:
-            images = hardware.images_in_lanes(B, N, self.differentiated)
+            images = hardware.images_in_lanes(B, N, self.in_jvp)
         x = x.reshape(B // images, images * N, D)
         parts = qkv(x, self.fused, kernel_init=xavier, dtype=self.dtype)
         H = self.num_heads
@@ -130,8 +130,8 @@ class Block(nn.Module):
 
     def setup(self):
         self.adaLN = nn.Dense(6 * self.hidden_size, kernel_init=zeros, dtype=self.dtype)
-        differentiated = self.jvp is not None
-        self.attn = Attention(self.num_heads, self.dtype, self.fused, differentiated)
+        in_jvp = self.jvp is not None
+        self.attn = Attention(self.num_heads, self.dtype, self.fused, in_jvp)
         self.mlp = Mlp(self.dtype, self.fused)
 
     def __call__(self, xs, cs):

@@ -71,7 +71,7 @@ def fused_attention(wanted, dtype):
     return wanted and dtype == jnp.bfloat16
 
 
-def images_in_lanes(rows, tokens, differentiated):
+def images_in_lanes(rows, tokens, in_jvp):
     """Counts the images of which attention takes the tokens as those of one, each for itself.
 
     Side by side in the lanes of a TPU, the tokens of one image would leave some empty, and so would
@@ -80,15 +80,15 @@ def images_in_lanes(rows, tokens, differentiated):
     Args:
       rows: images in all.
       tokens: of each.
-      differentiated: whether the pass has a tangent.
+      in_jvp: whether the pass has a tangent.
     """
     images = LANES // tokens if platform() == "tpu" else 1
     if images < 2 or rows % (images * count()):
         return 1
-    return images if SIDE_BY_SIDE.get(kind(), differentiated) == differentiated else 1
+    return images if SIDE_BY_SIDE.get(kind(), in_jvp) == in_jvp else 1
 
 
-def unroll(depth, differentiated, width=0):
+def unroll(depth, in_jvp, width=0):
     """Chooses how many blocks an iteration of the loop over them has: all, or one.
 
     The loop copies what the backward pass needs into stacks and out again: a tenth of a step on a
@@ -98,7 +98,7 @@ def unroll(depth, differentiated, width=0):
     are faster in a loop.
     """
     wide = platform() == "gpu" or (platform() == "cpu" and width >= WIDE)
-    return depth if differentiated and wide else 1
+    return depth if in_jvp and wide else 1
 
 
 def remat(block, policy, xs, depth, loop):

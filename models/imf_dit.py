@@ -79,7 +79,7 @@ class ImfDiT(Network):
         shape = batches[0][0].shape[1:]
         p, q = sides(self.patch_size)
         fused = hardware.fused_attention(self.fused_attention, self.dtype)
-        unroll = self.unroll or hardware.unroll(self.depth, differentiated=jvp is not None)
+        unroll = self.unroll or hardware.unroll(self.depth, in_jvp=jvp is not None)
         grid = shape[0] // p, shape[1] // q
         embed = self.embedding(grid)
         residual = self.dtype if self.half_residual else jnp.float32

@@ -90,8 +90,8 @@ def test_what_is_best_for_a_card(monkeypatch):
         assert hardware.fused_attention(None, dtype) == (backend == "gpu" and dtype == jnp.bfloat16)
         assert not hardware.fused_attention(False, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert hardware.unroll(28, differentiated=True) == 28
-    assert hardware.unroll(28, differentiated=False) == 1
+    assert hardware.unroll(28, in_jvp=True) == 28
+    assert hardware.unroll(28, in_jvp=False) == 1
     assert hardware.images_in_lanes(64, 64, True) == 1
     block = blocks.Block
     for memory, width, tokens, kept in (
@@ -105,7 +105,7 @@ def test_what_is_best_for_a_card(monkeypatch):
         assert hardware.remat(block, policy, xs, depth, loop=True) is not block
         assert hardware.remat(block, None, xs, depth, loop=False) is not block
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert hardware.unroll(12, differentiated=True, width=768) == 1
+    assert hardware.unroll(12, in_jvp=True, width=768) == 1
     assert hardware.remat(block, policy, xs, 12, loop=False) is not block
     each = hardware.count()
     for rows, tokens, images in ((8, 64, 2), (8, 16, 8), (7, 64, 1), (8, 256, 1)):
@@ -115,7 +115,7 @@ def test_what_is_best_for_a_card(monkeypatch):
         assert [hardware.images_in_lanes(8 * each, 64, d) for d in (False, True)] == passes
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert [hardware.unroll(12, True, width) for width in (128, 768)] == [1, 12]
-    assert hardware.unroll(12, differentiated=False, width=768) == 1
+    assert hardware.unroll(12, in_jvp=False, width=768) == 1
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
