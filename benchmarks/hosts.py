@@ -123,7 +123,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Measures the rows; prints a table, returns {row: {side: {measure: [seconds]}}}."""
+    """Measures the rows; prints a table, returns {row: {side: {measure: [seconds or GB]}}}."""
     rows = args.rows or [row for row in ROWS if args.pytorch or not row.startswith("fid")]
     if not args.pytorch and any(row.startswith("fid") for row in rows):
         raise ValueError("--rows fid needs --pytorch, which writes the weights of its network")
@@ -151,7 +151,7 @@ def run(args):
 
 
 def measured(sides, rounds, folder):
-    """Runs each side in turn, `rounds` times; returns {side: {measure: [seconds]}}."""
+    """Runs each side in turn, `rounds` times; returns {side: {measure: [seconds or GB]}}."""
     found = {side: {} for side in sides}
     for number in range(rounds):
         order = list(sides)[:: -1 if number % 2 else 1]
@@ -162,7 +162,7 @@ def measured(sides, rounds, folder):
 
 
 def program(name, checkout, python, folder):
-    """Runs a program of benchmarks/waits.py with the code of a checkout; {measure: seconds}."""
+    """Runs a program of benchmarks/waits.py with the code of a checkout; its measures."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
     file, before = str(ROOT / "benchmarks" / "waits.py"), os.times()
     what = ["-I", "-c", PYTORCH[name]] if name in PYTORCH else ["-P", file, name]
