@@ -3,8 +3,8 @@
     PYTHONPATH=CHECKOUT python -P benchmarks/waits.py NAME FOLDER
 
 runs with the code of a checkout, which may be an older version, and prints {measure: seconds}, of
-memory GB, as
-the last line. FOLDER has what `hosts.prepare` makes; the programs beside the project need it alone.
+memory GB, as the last line. FOLDER has what `hosts.prepare` makes; the programs beside the project
+need it alone.
 """
 
 import collections
