@@ -130,11 +130,10 @@ def _modulated(x, mean, rstd, shift, scale, dtype):
 
 
 def _forward(x, shift, scale, dtype):
-    statistics = _statistics(x)
+    statistics, saved = _statistics(x), None
     if hardware.platform() == "tpu":  # two numbers a token: less than one more reading of x
-        statistics = tuple(map(save, statistics))
-        return _modulated(x, *statistics, shift, scale, dtype), (x, shift, scale, statistics)
-    return _modulated(x, *statistics, shift, scale, dtype), (x, shift, scale, None)
+        statistics = saved = tuple(map(save, statistics))
+    return _modulated(x, *statistics, shift, scale, dtype), (x, shift, scale, saved)
 
 
 def _backward(dtype, saved, g):
